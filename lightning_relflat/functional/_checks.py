@@ -1,0 +1,40 @@
+"""What every function asks of its input, and the precision it computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_floating(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor of floating point numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected argument `{name}` to be a tensor, but got {value!r}.")
+    if not value.is_floating_point():
+        raise TypeError(f"Expected argument `{name}` to be a tensor of floating point numbers, but got {value.dtype}.")
+
+
+def check_probes(probes: object) -> None:
+    """Raise unless ``probes`` is a positive integer, or ``None`` for the exact sum."""
+    if probes is not None and (not isinstance(probes, int) or isinstance(probes, bool) or probes < 1):
+        raise ValueError(f"Expected argument `probes` to be an integer of at least 1, or None, but got {probes!r}.")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: the widest of the tensors', and float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Return a context in which autocast leaves the dtypes of this tensor's device alone."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def shape_of(value: Tensor | Sequence[int]) -> str:
+    """Return a shape as messages print it: ``(3, 4)``."""
+    return str(tuple(value.shape if isinstance(value, Tensor) else value))

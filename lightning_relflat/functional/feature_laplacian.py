@@ -1,0 +1,317 @@
+"""Relative flatness from the loss tensor alone: ‖φ‖² times the Laplacian of the loss in feature space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the name everybody reads)
+
+from lightning_relflat.functional._checks import (
+    check_floating,
+    check_probes,
+    compute_dtype,
+    full_precision,
+    shape_of,
+)
+
+_CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
+LINEAR_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS)
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One pass of data through a linear map, in the graph of a loss.
+
+    Attributes:
+        features: what entered, of shape (samples..., features...).
+        outputs: what left, of shape (samples..., outputs...); the loss is differentiated with respect to it.
+        push: the map without its bias, from tensors like ``features`` to tensors like ``outputs``.
+        sample_dims: how many leading dimensions index samples.
+    """
+
+    features: Tensor
+    outputs: Tensor
+    push: Callable[[Tensor], Tensor]
+    sample_dims: int
+
+
+def feature_laplacian(
+    loss: Tensor,
+    features: Tensor,
+    *,
+    probes: int | None = 1,
+    generator: torch.Generator | None = None,
+    sample_dims: int = 1,
+) -> Tensor:
+    r"""Return the part of every sample in κ, from a loss and the features in its graph.
+
+    .. math::
+        κ = \sum_i ‖φ_i‖^2 \operatorname{Tr}(∇^2_{φ_i} L)
+          = \mathbb{E}_v \sum_i ‖φ_i‖^2 ⟨v_i, ∇^2_{φ_i} L \, v_i⟩, \qquad v_i ∈ \{±1\}^m \text{ uniform}.
+
+    Any loss and any linear layer that the features enter, provided that the layer is their only consumer (give it a
+    view of its own) and, for ``probes=None``, that samples do not interact after it. Differentiable; costs one
+    Hessian-vector product for each probe.
+
+    Source: the definition of relative flatness (arXiv 2001.00939, Definition 3) with the chain rule
+    ∇²_φ L = Wᵀ (∇²_z L) W, and Hutchinson's estimator of a trace.
+
+    Args:
+        loss: a scalar in whose graph ``features`` is. Its reduction is in the result: sum the parts for κ.
+        features: what enters the layer, of shape (n, ...); the dimensions after the first ``sample_dims`` are the
+            features of a sample.
+        probes: how many random probes to average, or ``None`` for the exact Laplacian, at one product for each
+            feature.
+        generator: where the probes come from; PyTorch's global generator if left out.
+        sample_dims: how many leading dimensions index samples: 1, or 2 for tokens of shape (n, T, m).
+
+    Returns:
+        The parts, of shape ``features.shape[:sample_dims]``; computed in float32 at least.
+
+    Raises:
+        TypeError: if ``features`` are no floating point numbers.
+        ValueError: if ``loss`` is no scalar, carries no graph or does not depend on ``features``, or if ``probes`` or
+            ``sample_dims`` do not fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.functional import feature_laplacian
+        >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]], requires_grad=True)
+        >>> loss = (features @ torch.tensor([1.0, -1.0])).square().mean()
+        >>> feature_laplacian(loss, features, probes=None).detach()  # 2 ‖w‖² ‖φ_i‖² / n
+        tensor([10.,  2.])
+    """
+    check_floating("features", features)
+    if not 0 <= sample_dims < features.ndim:
+        raise ValueError(
+            f"Expected argument `sample_dims` to be an integer from 0 to {features.ndim - 1} for features of shape "
+            f"{shape_of(features)}, but got {sample_dims}."
+        )
+    use = LayerUse(features, features, lambda probe: probe, sample_dims)
+    return use_laplacians(loss, [use], probes=probes, generator=generator)[0]
+
+
+def layer_laplacian(
+    loss: Tensor,
+    layer: nn.Module,
+    features: Tensor,
+    outputs: Tensor,
+    *,
+    weight: Tensor | None = None,
+    probes: int | None = 1,
+    generator: torch.Generator | None = None,
+    through_hessian: bool = True,
+) -> Tensor:
+    r"""Return the part of every sample in κ, with only what comes after the layer differentiated twice.
+
+    As :func:`feature_laplacian`, but the probe is pushed through the layer, u = Wv (for a convolution: the
+    convolution of v), and the curvature is ‖φ_i‖² ⟨u_i, ∇²_{z_i} L u_i⟩. So the features need no view of their own,
+    and the layer and all before it may be compiled, sharded or checkpointed.
+
+    Source: as :func:`feature_laplacian`, the chain rule applied once less.
+
+    Args:
+        loss: a scalar in whose graph ``outputs`` is.
+        layer: the ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. A convolution is read as the matrix
+            that maps one whole input to one whole output.
+        features: what entered the layer: (..., m) for a linear layer, where every row is a sample, and
+            (n, channels, ...) or (channels, ...) for a convolution, where every input is one.
+        outputs: what left the layer.
+        weight: the weight to push the probes through; the layer's own if left out.
+        probes: how many random probes to average, or ``None`` for the exact Laplacian.
+        generator: where the probes come from; PyTorch's global generator if left out.
+        through_hessian: whether gradients flow through the Hessian and the features, as in the FAM paper. If not, both
+            count as constants, and only ``weight`` gets a gradient.
+
+    Returns:
+        The parts, of shape ``features.shape[:-1]`` for a linear layer and (n,) for a convolution.
+
+    Raises:
+        TypeError: if ``features`` or ``outputs`` are no floating point numbers, or the layer is not one of those.
+        ValueError: if ``loss`` is no scalar, carries no graph or does not depend on ``outputs``, or ``probes`` is not
+            a positive integer or ``None``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.functional import layer_laplacian
+        >>> head, features = torch.nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> outputs = head(features)
+        >>> parts = layer_laplacian(outputs.square().mean(), head, features, outputs, probes=None)
+        >>> torch.allclose(parts, head.weight.square().sum() * torch.tensor([5.0, 1.0]))
+        True
+    """
+    use = layer_use(layer, features, outputs, layer.weight if weight is None else weight)  # type: ignore[arg-type]
+    return use_laplacians(loss, [use], probes=probes, generator=generator, through_hessian=through_hessian)[0]
+
+
+def is_linear_layer(layer: nn.Module) -> bool:
+    """Return whether ``layer`` maps linearly (but for a bias) as an ``nn.Linear`` or ``nn.Conv1d`` to ``3d`` does.
+
+    A subclass that computes something else (its own ``forward``) does not count.
+
+    Args:
+        layer: any module.
+
+    Returns:
+        Whether :func:`layer_laplacian` takes it.
+    """
+    return any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in LINEAR_LAYERS)
+
+
+def layer_use(layer: nn.Module, features: Tensor, outputs: Tensor, weight: Tensor) -> LayerUse:
+    """Describe a pass of data through a linear or convolution layer.
+
+    Args:
+        layer: the layer.
+        features: what entered it.
+        outputs: what left it.
+        weight: its weight at that time.
+
+    Returns:
+        The use, for :func:`use_laplacians`.
+
+    Raises:
+        TypeError: if tensors are no floating point numbers, or the layer is not linear.
+    """
+    check_floating("features", features)
+    check_floating("outputs", outputs)
+    if not is_linear_layer(layer):
+        kinds = ", ".join(kind.__name__ for kind in LINEAR_LAYERS)
+        raise TypeError(f"Expected argument `layer` to be one of {kinds}, but got {type(layer).__name__}.")
+    weight = weight.to(compute_dtype(features, weight))
+    if isinstance(layer, nn.Linear):
+        return LayerUse(features, outputs, lambda probe: F.linear(probe, weight), features.ndim - 1)
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return LayerUse(
+        features, outputs, lambda probe: _convolve(layer, probe, weight), features.ndim - 1 - len(layer.kernel_size)
+    )
+
+
+def use_laplacians(
+    loss: Tensor,
+    uses: Sequence[LayerUse],
+    *,
+    probes: int | None = 1,
+    generator: torch.Generator | None = None,
+    through_hessian: bool = True,
+) -> list[Tensor]:
+    """Return the samples' parts of several uses of linear maps in one loss, by joint Hessian-vector products.
+
+    Probes of different uses are independent, so what two uses share in the Hessian has mean zero: a layer that ran
+    T times costs what it costs once.
+
+    Args:
+        loss: the scalar loss.
+        uses: the uses, all in its graph.
+        probes: as for :func:`layer_laplacian`.
+        generator: as for :func:`layer_laplacian`.
+        through_hessian: as for :func:`layer_laplacian`.
+
+    Returns:
+        The parts, a tensor of the samples' shape for each use.
+
+    Raises:
+        ValueError: as :func:`layer_laplacian` does.
+    """
+    check_probes(probes)
+    if loss.numel() != 1:
+        raise ValueError(f"Expected argument `loss` to be a scalar, but got a tensor of shape {shape_of(loss)}.")
+    if not loss.requires_grad:
+        raise ValueError("Expected argument `loss` to carry a graph, but got a tensor that does not require grad.")
+    outputs = [use.outputs for use in uses]
+    differentiable = through_hessian and torch.is_grad_enabled()
+    with full_precision(loss):
+        gradients = _gradients(loss, outputs)
+        totals = [use.features.new_zeros((), dtype=compute_dtype(use.features, use.outputs)) for use in uses]
+        for directions in _directions(uses, probes, generator):
+            curvatures = _hessian_products(gradients, outputs, directions, create_graph=differentiable)
+            for k, use in enumerate(uses):
+                if through_hessian:
+                    along = directions[k] * curvatures[k]
+                else:  # the gradient of uᵀHu with H constant is 2Hu
+                    along = (2 * directions[k] - directions[k].detach()) * curvatures[k]
+                totals[k] = totals[k] + along.flatten(use.sample_dims).sum(dim=-1)
+        return [
+            total / (probes or 1) * _squared_norms(use, detach=not through_hessian)
+            for total, use in zip(totals, uses, strict=True)
+        ]
+
+
+def _gradients(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    for tensor in outputs:
+        if not tensor.requires_grad:
+            raise ValueError("Expected features and outputs in the loss's graph, but got a tensor that carries none.")
+    found = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+    if any(gradient is None for gradient in found):
+        raise ValueError("Expected argument `loss` to depend on the features or outputs, but got one that does not.")
+    return list(found)
+
+
+def _hessian_products(
+    gradients: Sequence[Tensor], outputs: Sequence[Tensor], directions: Sequence[Tensor], *, create_graph: bool
+) -> list[Tensor]:
+    """Return Hu in the precision of u; zero where the loss is linear."""
+    curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
+    if not curved:
+        return [torch.zeros_like(direction) for direction in directions]
+    products = torch.autograd.grad(
+        [gradients[k] for k in curved],
+        outputs,
+        [directions[k].to(gradients[k].dtype) for k in curved],
+        create_graph=create_graph,
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    return [product.to(direction.dtype) for product, direction in zip(products, directions, strict=True)]
+
+
+def _directions(
+    uses: Sequence[LayerUse], probes: int | None, generator: torch.Generator | None
+) -> Iterator[list[Tensor]]:
+    """Yield the probes of every use, pushed through its map: random signs, or one unit vector after the other."""
+    dtypes = [compute_dtype(use.features, use.outputs) for use in uses]
+    if probes is not None:
+        for _ in range(probes):
+            signs = [
+                torch.randint(0, 2, use.features.shape, generator=generator, device=use.features.device) for use in uses
+            ]
+            yield [use.push(sign.to(dtype) * 2 - 1) for use, sign, dtype in zip(uses, signs, dtypes, strict=True)]
+        return
+    for k, use in enumerate(uses):
+        shape = use.features.shape[use.sample_dims :]
+        zeros = [torch.zeros_like(other.outputs, dtype=dtype) for other, dtype in zip(uses, dtypes, strict=True)]
+        for coordinate in range(shape.numel()):
+            unit = use.features.new_zeros(shape.numel(), dtype=dtypes[k])
+            unit[coordinate] = 1
+            zeros[k] = use.push(unit.reshape(shape).expand(use.features.shape))
+            yield list(zeros)
+
+
+def _squared_norms(use: LayerUse, *, detach: bool) -> Tensor:
+    features = use.features.detach() if detach else use.features
+    return features.to(compute_dtype(use.features, use.outputs)).flatten(use.sample_dims).square().sum(dim=-1)
+
+
+def _convolve(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, probe: Tensor, weight: Tensor) -> Tensor:
+    """Apply the layer without its bias."""
+    convolution = next(function for kind, function in _CONVOLUTIONS.items() if isinstance(layer, kind))
+    padding: str | tuple[int, ...] = layer.padding
+    if layer.padding_mode != "zeros":
+        pads = []
+        for dim in reversed(range(len(layer.kernel_size))):  # F.pad counts from the last dimension
+            if isinstance(layer.padding, str):
+                total = layer.dilation[dim] * (layer.kernel_size[dim] - 1) if layer.padding == "same" else 0
+                pads += [total // 2, total - total // 2]
+            else:
+                pads += [layer.padding[dim]] * 2
+        probe, padding = F.pad(probe, pads, mode=layer.padding_mode), (0,) * len(layer.kernel_size)
+    return convolution(
+        probe, weight, stride=layer.stride, padding=padding, dilation=layer.dilation, groups=layer.groups
+    )

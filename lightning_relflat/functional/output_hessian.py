@@ -1,0 +1,349 @@
+"""The Hessian of a loss with respect to the outputs it is computed from, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_relflat.functional._checks import check_floating, compute_dtype, full_precision, shape_of
+
+Target: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
+_ClosedForm: TypeAlias = "Callable[[Any, Tensor, Target, int], OutputHessian]"
+
+
+@dataclass(frozen=True)
+class OutputHessian:
+    r"""The Hessians of n samples' losses with respect to their d outputs, each a diagonal minus a rank-one matrix.
+
+    Sample i adds ``weight[i] · (diag(diagonal[i]) − root[i] root[i]ᵀ)`` to the Hessian of the summed loss; the
+    Hessian of the mean loss is that divided by ``total_weight``. Both follow the criterion: class weights, masses of
+    soft targets, ignored positions, and what its mean divides by. So numerator and denominator add up over batches
+    and processes.
+
+    Attributes:
+        diagonal: the diagonals a, of shape (n, d).
+        root: the vectors r, of shape (n, d), or ``None`` where there is no rank-one part.
+        weight: the samples' weights in the summed loss, of shape (n,).
+        total_weight: what the mean divides the summed loss by; a scalar.
+        annihilates_constants: whether ``diagonal = root`` sums to one, as for softmax. Then A maps constant vectors
+            to zero, which :meth:`trace_through` uses to stay accurate where the softmax is saturated.
+    """
+
+    diagonal: Tensor
+    root: Tensor | None
+    weight: Tensor
+    total_weight: Tensor
+    annihilates_constants: bool = False
+
+    def trace_through(self, weight: Tensor) -> Tensor:
+        r"""Return ``Tr(Wᵀ A_i W)`` of every sample, without the sample's weight.
+
+        It is Σ_s a_s‖w_s‖² − ‖Wᵀr‖². For a softmax, A does not see a vector that is added to all rows of W; taking the
+        row of the most probable output as the origin leaves only terms of the size of the result, while the plain
+        formula subtracts two numbers near ‖w‖² and loses all digits when p is nearly one-hot.
+
+        Args:
+            weight: the matrix W, of shape (d, m).
+
+        Returns:
+            The traces, of shape (n,).
+        """
+        squared_norms = weight.square().sum(dim=1)
+        if self.root is None:
+            return self.diagonal @ squared_norms
+        if not self.annihilates_constants:
+            return self.diagonal @ squared_norms - (self.root @ weight).square().sum(dim=1)
+        origin = self.diagonal.detach().argmax(dim=1)
+        others = self.diagonal.scatter(1, origin[:, None], 0.0)
+        mass = others.sum(dim=1)
+        origin_row = weight[origin]
+        pull = others @ weight
+        spread = others @ squared_norms - 2 * (pull * origin_row).sum(dim=1) + mass * squared_norms[origin]
+        return spread - (pull - mass[:, None] * origin_row).square().sum(dim=1)
+
+    def row_traces(self, weight: Tensor, sample_factor: Tensor) -> Tensor:
+        r"""Return ``Σ_i f_i Σ_s' ⟨w_s, w_s'⟩ (A_i)_{s,s'}`` of every output s; they sum to Σ_i f_i Tr(Wᵀ A_i W).
+
+        Args:
+            weight: the matrix W, of shape (d, m).
+            sample_factor: the factors f, of shape (n,).
+
+        Returns:
+            The parts of the outputs, of shape (d,).
+        """
+        rows = (sample_factor @ self.diagonal) * weight.square().sum(dim=1)
+        if self.root is None:
+            return rows
+        pull = (self.root @ weight) * sample_factor[:, None]
+        return rows - (weight * (self.root.T @ pull)).sum(dim=1)
+
+
+def output_hessian(
+    outputs: Tensor, target: Target = None, *, loss: str | nn.Module, class_dim: int = -1
+) -> OutputHessian:
+    r"""Return A_i = ∇²_z ℓ(z_i, y_i) of a known criterion as ``diag(a_i) − r_i r_iᵀ`` with the samples' weights.
+
+    With p = softmax(z) and σ the sigmoid, before the criterion's weights:
+
+    =========================  ===================================  ===========================================
+    criterion                  ``loss=``                            a, r
+    =========================  ===================================  ===========================================
+    ``CrossEntropyLoss``       ``"cross_entropy"``                  p, p
+    ``BCEWithLogitsLoss``      ``"binary_cross_entropy"``           (1 + (pos_weight − 1) y) σ(z)(1 − σ(z)), none
+    ``MSELoss``                ``"mse"``                            2, none
+    ``HuberLoss``              ``"huber"``                          1 where \|z − y\| < δ, none
+    ``SmoothL1Loss``           ``"smooth_l1"``                      1/β where \|z − y\| < β, none
+    ``PoissonNLLLoss``         ``"poisson_nll"``                    eᶻ; without log_input y / (z + eps)², none
+    ``GaussianNLLLoss``        ``"gaussian_nll"``                   1 / var, none (curvature in the mean)
+    =========================  ===================================  ===========================================
+
+    Source: second derivatives of the definitions in the PyTorch reference; the softmax case is the one that
+    *FAM: Relative Flatness Aware Minimization* (arXiv 2307.02337) and *Flatness is Necessary, Neural Collapse is Not*
+    (arXiv 2509.17738) build on.
+
+    Args:
+        outputs: the outputs z, of shape (..., d), or with the d outputs of a sample along ``class_dim``. All other
+            dimensions index samples.
+        target: what the criterion takes as its target: for cross-entropy class indices of shape (...) or
+            probabilities of the outputs' shape; else numbers of the outputs' shape, or without ``class_dim`` where
+            d = 1; for ``GaussianNLLLoss`` the pair (target, var). May be left out where the curvature does not
+            depend on it: cross-entropy without class weights (no position counts as ignored then), binary
+            cross-entropy without ``pos_weight``, MSE, Poisson with log_input.
+        loss: a criterion of ``torch.nn``, whose options all count, or the name of one with PyTorch's defaults.
+        class_dim: the dimension of ``outputs`` along which the outputs of a sample lie: -1 as they leave an
+            ``nn.Linear``, 1 as ``nn.CrossEntropyLoss`` takes them.
+
+    Returns:
+        The Hessians of the n samples, in the order of the flattened other dimensions, computed in float32 at least.
+
+    Raises:
+        TypeError: if ``outputs`` are no floating point numbers, or the target is a tuple where it must not be.
+        ValueError: if the criterion is not known, or the target is missing or does not fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.functional import output_hessian
+        >>> hessian = output_hessian(torch.zeros(3, 2), torch.tensor([0, 1, 1]), loss="cross_entropy")
+        >>> hessian.diagonal[0], hessian.root[0], hessian.total_weight
+        (tensor([0.5000, 0.5000]), tensor([0.5000, 0.5000]), tensor(3.))
+    """
+    criterion = as_criterion(loss)
+    check_floating("outputs", outputs)
+    if outputs.ndim == 0:
+        raise ValueError("Expected argument `outputs` to have at least one dimension, but got a scalar.")
+    parts = target if isinstance(target, tuple) else (target,)
+    dtype = compute_dtype(outputs, *(part for part in parts if part is not None and part.is_floating_point()))
+    with full_precision(outputs):
+        return _CLOSED_FORMS[_criterion_type(criterion)](criterion, outputs.to(dtype), target, class_dim)
+
+
+def as_criterion(loss: object) -> nn.Module:
+    """Return the criterion that ``loss`` names or is.
+
+    Args:
+        loss: a name such as ``"cross_entropy"``, or a criterion of ``torch.nn`` with a closed form.
+
+    Returns:
+        The criterion object.
+
+    Raises:
+        ValueError: if there is no closed form for it.
+    """
+    if isinstance(loss, str) and loss in _NAMES:
+        return _NAMES[loss]()
+    if isinstance(loss, nn.Module) and has_closed_form(loss):
+        return loss
+    raise ValueError(
+        f"Expected argument `loss` to be one of {', '.join(map(repr, _NAMES))}, or an object of one of "
+        f"{', '.join(kind.__name__ for kind in _CLOSED_FORMS)}, but got {loss!r}. For any other loss, "
+        "`feature_laplacian` takes the curvature from the loss tensor itself."
+    )
+
+
+def has_closed_form(loss: object) -> bool:
+    """Return whether :func:`output_hessian` knows the curvature of ``loss``, a name or a criterion object.
+
+    A subclass that computes something else (its own ``forward``) is not known.
+
+    Args:
+        loss: anything.
+
+    Returns:
+        Whether it is known.
+    """
+    if isinstance(loss, nn.Module):
+        return any(isinstance(loss, kind) and type(loss).forward is kind.forward for kind in _CLOSED_FORMS)
+    return isinstance(loss, str) and loss in _NAMES
+
+
+def _criterion_type(criterion: nn.Module) -> type[nn.Module]:
+    return next(kind for kind in _CLOSED_FORMS if isinstance(criterion, kind))
+
+
+def _cross_entropy(criterion: Any, outputs: Tensor, target: Target, class_dim: int) -> OutputHessian:
+    target = _single(target, criterion)
+    logits = _rows(outputs, class_dim)
+    samples, classes = logits.shape
+    class_weight = None if criterion.weight is None else criterion.weight.to(logits)
+    if class_weight is not None and class_weight.shape != (classes,):
+        raise ValueError(
+            f"Expected the class weights of the loss to be of shape {shape_of((classes,))}, one for every output, "
+            f"but got {shape_of(class_weight)}."
+        )
+    smoothing: float = criterion.label_smoothing
+    total = _count(samples, logits)
+    if target is None:
+        if class_weight is not None:
+            raise ValueError(
+                "Expected argument `target` to be a tensor, because the class weights of the loss need it, "
+                "but got None."
+            )
+        weight = logits.new_ones(samples)
+    elif target.is_floating_point():
+        if target.shape != outputs.shape:
+            raise _misfit(target, outputs, f"{shape_of(outputs)}, the shape of the outputs, for class probabilities")
+        masses = _rows(target.to(logits), class_dim) * (1 - smoothing) + smoothing / classes
+        weight = masses.sum(dim=1) if class_weight is None else masses @ class_weight
+    else:
+        positions = _without(outputs, class_dim)
+        if target.shape != positions:
+            raise _misfit(target, outputs, f"{shape_of(positions)}, one class index for every sample,")
+        indices = target.reshape(-1)
+        kept = indices != criterion.ignore_index
+        weight = kept.to(logits.dtype)
+        if class_weight is not None:
+            of_target = class_weight[indices.where(kept, 0)] * weight
+            weight, total = (1 - smoothing) * of_target + smoothing * class_weight.mean() * weight, of_target.sum()
+        else:
+            total = weight.sum()
+    probabilities = logits.softmax(dim=1)
+    return OutputHessian(probabilities, probabilities, weight, total, annihilates_constants=True)
+
+
+def _elementwise(
+    curvature: Callable[[Any, Tensor, Tensor], Tensor], *, needs_target: Callable[[Any], bool] = lambda _: True
+) -> _ClosedForm:
+    """Make the closed form of a loss that is a sum over outputs: ``a = curvature(criterion, outputs, target)``."""
+
+    def closed_form(criterion: Any, outputs: Tensor, target: Target, class_dim: int) -> OutputHessian:
+        target = _single(target, criterion)
+        if target is not None:
+            fitted = _fit(target, outputs, class_dim).to(outputs.dtype)
+        elif needs_target(criterion):
+            raise ValueError(
+                f"Expected argument `target` to be a tensor, because the curvature of {type(criterion).__name__} "
+                "depends on it, but got None."
+            )
+        else:
+            fitted = outputs
+        return _diagonal(curvature(criterion, outputs, fitted), class_dim)
+
+    return closed_form
+
+
+def _gaussian_nll(criterion: Any, outputs: Tensor, target: Target, class_dim: int) -> OutputHessian:
+    if not isinstance(target, tuple) or len(target) != 2:
+        raise ValueError(
+            "Expected argument `target` to be the tuple (target, var) of two tensors for GaussianNLLLoss, "
+            f"but got {type(target).__name__}."
+        )
+    _fit(target[0], outputs, class_dim)
+    # The shapes that nn.GaussianNLLLoss takes: one variance for every output, or one for each last dimension.
+    variance = target[1].to(outputs)
+    if variance.shape == outputs.shape[:-1]:
+        variance = variance.unsqueeze(-1)
+    if variance.shape not in (outputs.shape, (*outputs.shape[:-1], 1)):
+        raise ValueError(
+            f"Expected the variances in argument `target` to be of shape {shape_of(outputs)}, "
+            f"{shape_of((*outputs.shape[:-1], 1))} or {shape_of(outputs.shape[:-1])}, but got {shape_of(target[1])}."
+        )
+    return _diagonal((1 / variance.detach().clamp(min=criterion.eps)).expand_as(outputs), class_dim)
+
+
+def _single(target: Target, criterion: nn.Module) -> Tensor | None:
+    if isinstance(target, tuple):
+        raise TypeError(f"Expected argument `target` to be a tensor for {type(criterion).__name__}, but got a tuple.")
+    return target
+
+
+def _rows(values: Tensor, class_dim: int) -> Tensor:
+    return values.movedim(class_dim, -1).reshape(-1, values.shape[class_dim])
+
+
+def _without(outputs: Tensor, class_dim: int) -> torch.Size:
+    return outputs.movedim(class_dim, -1).shape[:-1]
+
+
+def _count(number: int, like: Tensor) -> Tensor:
+    return like.new_full((), float(number))
+
+
+def _diagonal(curvature: Tensor, class_dim: int) -> OutputHessian:
+    diagonal = _rows(curvature, class_dim)
+    return OutputHessian(diagonal, None, diagonal.new_ones(len(diagonal)), _count(diagonal.numel(), diagonal))
+
+
+def _fit(target: Tensor, outputs: Tensor, class_dim: int) -> Tensor:
+    # A head with one output is trained on `outputs.squeeze(-1)`; broadcasting (n,) against (n, 1) would give (n, n).
+    if outputs.shape[class_dim] == 1 and target.shape == _without(outputs, class_dim):
+        return target.unsqueeze(class_dim)
+    if target.shape != outputs.shape:
+        raise _misfit(target, outputs, f"{shape_of(outputs)}, the shape of the outputs,")
+    return target
+
+
+def _misfit(target: Tensor, outputs: Tensor, expected: str) -> ValueError:
+    return ValueError(
+        f"Expected argument `target` to be of shape {expected} where the outputs are of shape {shape_of(outputs)}, "
+        f"but got {target.dtype} of shape {shape_of(target)}."
+    )
+
+
+def _binary_cross_entropy(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
+    curvature: Tensor = outputs.sigmoid() * (-outputs).sigmoid()
+    if criterion.pos_weight is not None:
+        curvature = curvature * (1 + (criterion.pos_weight.to(outputs) - 1) * target)
+    return curvature if criterion.weight is None else curvature * criterion.weight.to(outputs)
+
+
+def _poisson_nll(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
+    if criterion.log_input:
+        return outputs.exp()
+    return target / (outputs + float(criterion.eps)).square()
+
+
+def _huber(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
+    return ((outputs - target).abs() < float(criterion.delta)).to(outputs.dtype)
+
+
+def _smooth_l1(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
+    if criterion.beta == 0:  # the absolute error
+        return torch.zeros_like(outputs)
+    return ((outputs - target).abs() < criterion.beta).to(outputs.dtype) / criterion.beta
+
+
+_CLOSED_FORMS: dict[type[nn.Module], _ClosedForm] = {
+    nn.CrossEntropyLoss: _cross_entropy,
+    nn.BCEWithLogitsLoss: _elementwise(
+        _binary_cross_entropy, needs_target=lambda criterion: criterion.pos_weight is not None
+    ),
+    nn.MSELoss: _elementwise(lambda _, outputs, __: torch.full_like(outputs, 2.0), needs_target=lambda _: False),
+    nn.HuberLoss: _elementwise(_huber),
+    nn.SmoothL1Loss: _elementwise(_smooth_l1),
+    nn.PoissonNLLLoss: _elementwise(_poisson_nll, needs_target=lambda criterion: not criterion.log_input),
+    nn.GaussianNLLLoss: _gaussian_nll,
+}
+
+_NAMES: dict[str, type[nn.Module]] = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "binary_cross_entropy": nn.BCEWithLogitsLoss,
+    "mse": nn.MSELoss,
+    "huber": nn.HuberLoss,
+    "smooth_l1": nn.SmoothL1Loss,
+    "poisson_nll": nn.PoissonNLLLoss,
+    "gaussian_nll": nn.GaussianNLLLoss,
+}

@@ -1,0 +1,237 @@
+"""Relative flatness κ of a linear layer, exact, from what enters and leaves the layer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_relflat.functional._checks import check_floating, compute_dtype, full_precision, shape_of
+from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion, output_hessian
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def relative_flatness(
+    features: Tensor,
+    weight: Tensor,
+    outputs: Tensor,
+    target: Target = None,
+    *,
+    loss: str | nn.Module,
+    reduction: Reduction | None = None,
+    class_dim: int | None = None,
+) -> Tensor:
+    r"""Return the relative flatness κ of a linear layer, exactly.
+
+    .. math::
+        κ = \sum_{s,s'=1}^{d} ⟨w_s, w_{s'}⟩ \operatorname{Tr}(H_{s,s'}), \quad
+        H_{s,s'} = \frac{∂^2 L}{∂w_s ∂w_{s'}}
+        \qquad\text{computed as}\qquad
+        κ = \sum_i c_i ‖φ_i‖^2 \operatorname{Tr}(W^⊤ A_i W),
+
+    with A_i = ∇²_z ℓ(z_i, y_i) from :func:`output_hessian` and c_i the sample's share in the criterion's reduction.
+    Nothing larger than n·(d + m) or d·m is made, and first-order autograd differentiates the result through
+    ``features``, ``weight`` and ``outputs``.
+
+    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), Definition 3; the
+    right-hand side is the definition with H_{s,s'} = Σ_i c_i (A_i)_{s,s'} φ_i φ_iᵀ put in.
+
+    Args:
+        features: what enters the layer, φ, of shape (..., m).
+        weight: the layer's weight W, of shape (d, m).
+        outputs: what leaves the layer, z = Wφ + b, of shape (..., d), or (n, d, ...) as PyTorch's criteria take it.
+        target: what the criterion takes as its target; see :func:`output_hessian` for shapes and for when it may be
+            left out.
+        loss: the criterion that is minimised, an object of ``torch.nn`` or its name.
+        reduction: ``"mean"`` and ``"sum"`` give the κ of the criterion with that reduction. ``"none"`` gives the
+            part of every sample as the criterion's own ``reduction="none"`` would weigh it: the parts add up to
+            ``"sum"``. ``None`` takes the criterion's own.
+        class_dim: the dimension of ``outputs`` that holds the d outputs of a sample. Needed only where the shapes
+            leave it open: (n, T, d) and (n, d, T) with T = d.
+
+    Returns:
+        κ as a scalar, or of the shape of ``features`` without its last dimension for ``reduction="none"``. In the
+        loss's unit; float32, or float64 where any input is.
+
+    Raises:
+        TypeError: if features, weight or outputs are no floating point numbers.
+        ValueError: if shapes do not fit, the criterion is not known, or the target is missing or does not fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.functional import relative_flatness
+        >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> relative_flatness(features, weight, features @ weight.T, torch.tensor([0, 1]), loss="cross_entropy")
+        tensor(1.4643)
+
+        Ridge regression is a special case: mean squared error gives κ = 2 · mean‖x‖² · ‖w‖².
+
+        >>> w = torch.tensor([[1.0, -1.0]])
+        >>> relative_flatness(features, w, features @ w.T, torch.tensor([0.0, 0.0]), loss="mse")
+        tensor(12.)
+    """
+    criterion = as_criterion(loss)
+    kind = check_reduction(reduction, criterion)
+    parts, hessian = _parts(features, weight, outputs, target, criterion, class_dim)
+    if kind == "none":
+        return parts.reshape(features.shape[:-1])
+    return parts.sum() / hessian.total_weight if kind == "mean" else parts.sum()
+
+
+def relative_flatness_sums(
+    features: Tensor,
+    weight: Tensor,
+    outputs: Tensor,
+    target: Target = None,
+    *,
+    loss: str | nn.Module,
+    class_dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the numerator and the denominator of κ under the mean reduction, which add up over batches.
+
+    Args:
+        features: as for :func:`relative_flatness`.
+        weight: as for :func:`relative_flatness`.
+        outputs: as for :func:`relative_flatness`.
+        target: as for :func:`relative_flatness`.
+        loss: as for :func:`relative_flatness`.
+        class_dim: as for :func:`relative_flatness`.
+
+    Returns:
+        Two scalars: κ of the summed loss, and the total weight that the criterion's mean divides by.
+
+    Raises:
+        TypeError: as :func:`relative_flatness` does.
+        ValueError: as :func:`relative_flatness` does.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.functional import relative_flatness_sums
+        >>> x, w = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
+        >>> relative_flatness_sums(x, w, x @ w.T, loss="mse")
+        (tensor(24.), tensor(2.))
+    """
+    parts, hessian = _parts(features, weight, outputs, target, as_criterion(loss), class_dim)
+    return parts.sum(), hessian.total_weight
+
+
+def relative_flatness_per_output(
+    features: Tensor,
+    weight: Tensor,
+    outputs: Tensor,
+    target: Target = None,
+    *,
+    loss: str | nn.Module,
+    reduction: Literal["mean", "sum"] | None = None,
+    class_dim: int | None = None,
+) -> Tensor:
+    r"""Return the part of every output neuron in κ: row s of ⟨w_s, w_s'⟩ Tr(H_{s,s'}), summed over s'.
+
+    The d parts add up to :func:`relative_flatness`. A part may be negative, although κ is not for a convex loss.
+
+    Source: as :func:`relative_flatness`, Definition 3 before the sum over s.
+
+    Args:
+        features: as for :func:`relative_flatness`.
+        weight: as for :func:`relative_flatness`.
+        outputs: as for :func:`relative_flatness`.
+        target: as for :func:`relative_flatness`.
+        loss: as for :func:`relative_flatness`.
+        reduction: ``"mean"``, ``"sum"``, or ``None`` for the criterion's own, which must be one of them.
+        class_dim: as for :func:`relative_flatness`.
+
+    Returns:
+        The parts, of shape (d,).
+
+    Raises:
+        TypeError: as :func:`relative_flatness` does.
+        ValueError: as :func:`relative_flatness` does, and if the reduction is ``"none"``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.functional import relative_flatness_per_output
+        >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> relative_flatness_per_output(features, weight, features @ weight.T, loss="cross_entropy")
+        tensor([0.6091, 0.6416, 0.2135])
+    """
+    criterion = as_criterion(loss)
+    kind = check_reduction(reduction, criterion)
+    if kind == "none":
+        raise ValueError("Expected argument `reduction` to be 'mean' or 'sum' for parts of outputs, but got 'none'.")
+    flat_features, flat_weight, hessian = _flatten(features, weight, outputs, target, criterion, class_dim)
+    with full_precision(flat_features):
+        factor = hessian.weight * flat_features.square().sum(dim=1)
+        rows = hessian.row_traces(flat_weight, factor)
+        return rows / hessian.total_weight if kind == "mean" else rows
+
+
+def check_reduction(reduction: str | None, criterion: nn.Module) -> str:
+    """Return the reduction that counts: the argument, or the criterion's own where that is ``None``.
+
+    Args:
+        reduction: the argument.
+        criterion: a criterion of ``torch.nn``.
+
+    Returns:
+        One of ``"mean"``, ``"sum"`` and ``"none"``.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    kind = getattr(criterion, "reduction", "mean") if reduction is None else reduction
+    if kind not in ("mean", "sum", "none"):
+        raise ValueError(f"Expected argument `reduction` to be 'mean', 'sum', 'none' or None, but got {kind!r}.")
+    return str(kind)
+
+
+def _parts(
+    features: Tensor, weight: Tensor, outputs: Tensor, target: Target, criterion: nn.Module, class_dim: int | None
+) -> tuple[Tensor, OutputHessian]:
+    flat_features, flat_weight, hessian = _flatten(features, weight, outputs, target, criterion, class_dim)
+    with full_precision(flat_features):
+        return hessian.weight * flat_features.square().sum(dim=1) * hessian.trace_through(flat_weight), hessian
+
+
+def _flatten(
+    features: Tensor, weight: Tensor, outputs: Tensor, target: Target, criterion: nn.Module, class_dim: int | None
+) -> tuple[Tensor, Tensor, OutputHessian]:
+    for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
+        check_floating(name, value)
+    dim = _find_class_dim(features, weight, outputs, class_dim)
+    dtype = compute_dtype(features, weight, outputs)
+    hessian = output_hessian(outputs.to(dtype), target, loss=criterion, class_dim=dim)
+    dtype = hessian.diagonal.dtype  # a float64 target makes float64 outputs, as in the criterion itself
+    return features.reshape(-1, features.shape[-1]).to(dtype), weight.to(dtype), hessian
+
+
+def _find_class_dim(features: Tensor, weight: Tensor, outputs: Tensor, class_dim: int | None) -> int:
+    if features.ndim == 0 or weight.ndim != 2 or features.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "Expected arguments `features` and `weight` to be of shapes (..., m) and (d, m), "
+            f"but got {shape_of(features)} and {shape_of(weight)}."
+        )
+    samples, width = features.shape[:-1], weight.shape[0]
+    candidates = sorted({outputs.ndim - 1, 1}) if class_dim is None else [class_dim % max(outputs.ndim, 1)]
+    fitting = [
+        dim
+        for dim in candidates
+        if 0 <= dim < outputs.ndim
+        and outputs.shape[dim] == width
+        and torch.Size([*outputs.shape[:dim], *outputs.shape[dim + 1 :]]) == samples
+    ]
+    if not fitting:
+        raise ValueError(
+            f"Expected argument `outputs` to be of shape {shape_of((*samples, width))}, one row of {width} outputs for "
+            f"every sample in `features`, but got {shape_of(outputs)}"
+            f"{'' if class_dim is None else f' with class_dim={class_dim}'}."
+        )
+    if len(fitting) > 1:
+        raise ValueError(
+            f"Expected argument `class_dim` to say whether the outputs of a sample lie along dimension {fitting[0]} or "
+            f"{fitting[1]} of `outputs`, because both fit its shape {shape_of(outputs)}, but got None."
+        )
+    return fitting[0]
