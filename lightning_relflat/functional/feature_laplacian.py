@@ -25,7 +25,7 @@ _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 LINEAR_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerUse:
     """One pass of data through a linear map, in the graph of a loss.
 
@@ -95,7 +95,7 @@ def feature_laplacian(
             f"{shape_of(features)}, but got {sample_dims}."
         )
     use = LayerUse(features, features, lambda probe: probe, sample_dims)
-    return use_laplacians(loss, [use], probes=probes, generator=generator)[0]
+    return _of_one(use_laplacians(loss, [use], probes=probes, generator=generator))
 
 
 def layer_laplacian(
@@ -148,7 +148,7 @@ def layer_laplacian(
         True
     """
     use = layer_use(layer, features, outputs, layer.weight if weight is None else weight)  # type: ignore[arg-type]
-    return use_laplacians(loss, [use], probes=probes, generator=generator, through_hessian=through_hessian)[0]
+    return _of_one(use_laplacians(loss, [use], probes=probes, generator=generator, through_hessian=through_hessian))
 
 
 def is_linear_layer(layer: nn.Module) -> bool:
@@ -201,7 +201,8 @@ def use_laplacians(
     probes: int | None = 1,
     generator: torch.Generator | None = None,
     through_hessian: bool = True,
-) -> list[Tensor]:
+    allow_unused: bool = False,
+) -> list[Tensor | None]:
     """Return the samples' parts of several uses of linear maps in one loss, by joint Hessian-vector products.
 
     Probes of different uses are independent, so what two uses share in the Hessian has mean zero: a layer that ran
@@ -209,13 +210,14 @@ def use_laplacians(
 
     Args:
         loss: the scalar loss.
-        uses: the uses, all in its graph.
+        uses: the uses.
         probes: as for :func:`layer_laplacian`.
         generator: as for :func:`layer_laplacian`.
         through_hessian: as for :func:`layer_laplacian`.
+        allow_unused: whether the loss may be independent of the outputs of a use.
 
     Returns:
-        The parts, a tensor of the samples' shape for each use.
+        For each use the parts, a tensor of the samples' shape, or ``None`` if the loss does not depend on it.
 
     Raises:
         ValueError: as :func:`layer_laplacian` does.
@@ -225,33 +227,74 @@ def use_laplacians(
         raise ValueError(f"Expected argument `loss` to be a scalar, but got a tensor of shape {shape_of(loss)}.")
     if not loss.requires_grad:
         raise ValueError("Expected argument `loss` to carry a graph, but got a tensor that does not require grad.")
-    outputs = [use.outputs for use in uses]
-    differentiable = through_hessian and torch.is_grad_enabled()
     with full_precision(loss):
-        gradients = _gradients(loss, outputs)
-        totals = [use.features.new_zeros((), dtype=compute_dtype(use.features, use.outputs)) for use in uses]
-        for directions in _directions(uses, probes, generator):
-            curvatures = _hessian_products(gradients, outputs, directions, create_graph=differentiable)
-            for k, use in enumerate(uses):
-                if through_hessian:
-                    along = directions[k] * curvatures[k]
-                else:  # the gradient of uᵀHu with H constant is 2Hu
-                    along = (2 * directions[k] - directions[k].detach()) * curvatures[k]
-                totals[k] = totals[k] + along.flatten(use.sample_dims).sum(dim=-1)
-        return [
-            total / (probes or 1) * _squared_norms(use, detach=not through_hessian)
-            for total, use in zip(totals, uses, strict=True)
-        ]
+        gradients = _gradients(loss, uses, allow_unused=allow_unused)
+        used = [use for use, gradient in zip(uses, gradients, strict=True) if gradient is not None]
+        parts = iter(
+            _parts(
+                used,
+                [gradient for gradient in gradients if gradient is not None],
+                _directions(used, probes, generator),
+                probes or 1,
+                through_hessian=through_hessian,
+            )
+        )
+        return [None if gradient is None else next(parts) for gradient in gradients]
 
 
-def _gradients(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-    for tensor in outputs:
-        if not tensor.requires_grad:
-            raise ValueError("Expected features and outputs in the loss's graph, but got a tensor that carries none.")
-    found = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
-    if any(gradient is None for gradient in found):
-        raise ValueError("Expected argument `loss` to depend on the features or outputs, but got one that does not.")
-    return list(found)
+def probe_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of a generator of probes, different for every seed, step and process.
+
+    Args:
+        seed: the user's seed.
+        step: counts the batches.
+        rank: the process's rank.
+
+    Returns:
+        A 64-bit seed.
+    """
+    # An odd multiplier modulo 2^64 maps different counts to different, scattered seeds.
+    return ((seed << 48) + (step << 16) + rank) * 0x9E3779B97F4A7C15 % 2**63
+
+
+def _of_one(parts: Sequence[Tensor | None]) -> Tensor:
+    [part] = parts
+    assert part is not None  # without allow_unused, none is
+    return part
+
+
+def _gradients(loss: Tensor, uses: Sequence[LayerUse], *, allow_unused: bool) -> list[Tensor | None]:
+    connected = [use.outputs for use in uses if use.outputs.requires_grad]
+    found = iter(torch.autograd.grad(loss, connected, create_graph=True, allow_unused=True) if connected else ())
+    gradients = [next(found) if use.outputs.requires_grad else None for use in uses]
+    if not allow_unused and any(gradient is None for gradient in gradients):
+        raise ValueError(
+            "Expected argument `loss` to depend on the features or outputs, but got one that does not have them in "
+            "its graph."
+        )
+    return gradients
+
+
+def _parts(
+    uses: Sequence[LayerUse],
+    gradients: Sequence[Tensor],
+    probes: Iterator[list[Tensor]],
+    count: int,
+    *,
+    through_hessian: bool,
+) -> list[Tensor]:
+    differentiable = through_hessian and torch.is_grad_enabled()
+    outputs = [use.outputs for use in uses]
+    totals = [use.features.new_zeros((), dtype=compute_dtype(use.features, use.outputs)) for use in uses]
+    for directions in probes:
+        curvatures = _hessian_products(gradients, outputs, directions, create_graph=differentiable)
+        for k, (use, direction, curvature) in enumerate(zip(uses, directions, curvatures, strict=True)):
+            # The gradient of uᵀHu with H held constant is 2Hu.
+            along = direction if through_hessian else 2 * direction - direction.detach()
+            totals[k] = totals[k] + (along * curvature).flatten(use.sample_dims).sum(dim=-1)
+    return [
+        total / count * _squared_norms(use, detach=not through_hessian) for total, use in zip(totals, uses, strict=True)
+    ]
 
 
 def _hessian_products(

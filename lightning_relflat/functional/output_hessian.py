@@ -15,7 +15,7 @@ Target: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
 _ClosedForm: TypeAlias = "Callable[[Any, Tensor, Target, int], OutputHessian]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OutputHessian:
     r"""The Hessians of n samples' losses with respect to their d outputs, each a diagonal minus a rank-one matrix.
 
@@ -323,7 +323,7 @@ def _huber(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
 def _smooth_l1(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
     if criterion.beta == 0:  # the absolute error
         return torch.zeros_like(outputs)
-    return ((outputs - target).abs() < criterion.beta).to(outputs.dtype) / criterion.beta
+    return ((outputs - target).abs() < float(criterion.beta)).to(outputs.dtype) / float(criterion.beta)
 
 
 _CLOSED_FORMS: dict[type[nn.Module], _ClosedForm] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
@@ -186,6 +187,27 @@ def check_reduction(reduction: str | None, criterion: nn.Module) -> str:
     if kind not in ("mean", "sum", "none"):
         raise ValueError(f"Expected argument `reduction` to be 'mean', 'sum', 'none' or None, but got {kind!r}.")
     return str(kind)
+
+
+def owned_criterion(loss: object) -> nn.Module:
+    """Return a copy of the criterion that ``loss`` names or is, for those who keep it and move it to a device.
+
+    Args:
+        loss: a name, or a criterion of ``torch.nn`` with a closed form.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: if there is no closed form, or the criterion reduces to neither a mean nor a sum.
+    """
+    criterion = copy.deepcopy(as_criterion(loss))
+    if check_reduction(None, criterion) == "none":
+        raise ValueError(
+            "Expected argument `loss` to reduce to a mean or a sum, because that decides what κ is, "
+            f"but got {type(criterion).__name__} with reduction='none'."
+        )
+    return criterion
 
 
 def _parts(

@@ -1,0 +1,132 @@
+"""What both callbacks share: their base class, their arguments, and how they look into a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import lightning.pytorch
+import pytorch_lightning
+from torch import Tensor
+
+Trainer: TypeAlias = "lightning.pytorch.Trainer | pytorch_lightning.Trainer"
+LightningModule: TypeAlias = "lightning.pytorch.LightningModule | pytorch_lightning.LightningModule"
+
+
+# `lightning` requires `pytorch_lightning`; each Trainer looks for a callback of its own.
+class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+    """A callback for either Trainer."""
+
+
+def name_suffix(trainer: Trainer, kind: type[Callback], layer: str | None) -> str:
+    """Return what tells the logged values of several callbacks of a kind apart.
+
+    Args:
+        trainer: the Trainer.
+        kind: the kind of callback.
+        layer: the callback's layer.
+
+    Returns:
+        Nothing if the Trainer has one of them, else the layer's name behind a slash.
+    """
+    callbacks: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
+    return f"/{layer}" if sum(isinstance(callback, kind) for callback in callbacks) > 1 else ""
+
+
+def check_number(name: str, value: object) -> float:
+    """Return a finite number.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the argument.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: if it is not a finite number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"Expected argument `{name}` to be a finite number, but got {value!r}.")
+    return float(value)
+
+
+def check_count(name: str, value: object, *, at_least: int) -> int:
+    """Return an integer.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the argument.
+        at_least: the smallest that is allowed.
+
+    Returns:
+        The integer.
+
+    Raises:
+        ValueError: if it is not an integer, or smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"Expected argument `{name}` to be an integer of at least {at_least}, but got {value!r}.")
+    return value
+
+
+def check_key(target: object) -> int | str | None:
+    """Return a key or index of a batch.
+
+    Args:
+        target: the argument ``target`` of a callback.
+
+    Returns:
+        The key, or ``None``.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if isinstance(target, bool) or not isinstance(target, int | str | None):
+        raise ValueError(f"Expected argument `target` to be an index or key of the batch, or None, but got {target!r}.")
+    return target
+
+
+def find_target(batch: Any, key: int | str | None) -> Any:
+    """Return the target in a batch.
+
+    Args:
+        batch: what the data loader yields, on the device.
+        key: an index for a sequence, a key for a mapping, an attribute's name for another object, or ``None``.
+
+    Returns:
+        The target, a list turned into a tuple; ``None`` for ``key=None``.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    if key is None:
+        return None
+    try:
+        target: Any
+        if isinstance(batch, Mapping) or (isinstance(key, int) and isinstance(batch, Sequence)):
+            target = batch[key]  # type: ignore[index]
+        elif isinstance(key, str):
+            target = getattr(batch, key)
+        else:
+            raise _no_target(batch, key)
+    except (AttributeError, IndexError, KeyError) as error:
+        raise _no_target(batch, key) from error
+    return tuple(target) if isinstance(target, list) else target
+
+
+def _no_target(batch: Any, key: int | str) -> ValueError:
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        found = f"a {kind} with keys {', '.join(map(repr, batch))}"
+    elif isinstance(batch, Tensor):
+        found = f"a single tensor of shape {tuple(batch.shape)}"
+    elif isinstance(batch, Sequence):
+        found = f"a {kind} of {len(batch)}"
+    else:
+        found = f"a {kind}"
+    return ValueError(
+        f"Expected argument `target` to be an index or key of the batch, which is {found}, but got {key!r}. "
+        "Where the loss needs no target for its curvature, pass target=None."
+    )

@@ -1,0 +1,369 @@
+"""FAM: train towards relative flatness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_relflat.callbacks._base import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_count,
+    check_key,
+    check_number,
+    find_target,
+    name_suffix,
+)
+from lightning_relflat.callbacks._method_patch import MethodPatch
+from lightning_relflat.functional._checks import check_probes
+from lightning_relflat.functional.feature_laplacian import probe_seed
+from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness
+from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run, record_laplacian
+
+
+class FAM(Callback):
+    r"""Adds λ·κ, the relative flatness of a layer, to the loss of every training step.
+
+    .. math:: L + λ κ, \qquad κ = \sum_{s,s'} ⟨w_s, w_{s'}⟩ \operatorname{Tr}(H_{s,s'})
+
+    The module is not touched: its ``training_step`` (with manual optimization its ``manual_backward``) is wrapped
+    while ``fit`` runs. The penalty joins the loss before anything is done with it, so that gradient accumulation,
+    clipping, mixed precision with its scaler, line searches and distributed strategies treat it as they treat the
+    loss. It costs no second forward pass.
+
+    Logged in each step: ``fam/penalty``, the term that was added, and ``fam/coefficient``, the λ of the step.
+    If the Trainer has several of these callbacks, the layer's name is appended: ``fam/penalty/head``.
+
+    Source: Adilova et al., *FAM: Relative Flatness Aware Minimization* (arXiv 2307.02337), eq. 3 and Lemma 1.
+
+    Args:
+        layer: the dotted name of the feature layer, or ``None`` for the last ``nn.Linear`` that runs in the first
+            penalised step.
+        coefficient: λ; negative to train away from flatness.
+        loss: ``None`` to take the curvature from the loss tensor itself, with random probes: any loss, nothing to
+            declare. Or the criterion, by name or as the object that the module trains with: then κ is exact. It must be
+            computed from the layer's outputs (an ``nn.Linear``) and the batch's target alone.
+        target: where a named loss finds its target: an index or key of the batch, or ``None`` if its curvature needs
+            none.
+        probes: how many random probes to average without a named loss; ``None`` is exact, at one product for each
+            feature.
+        through_hessian: whether gradients flow through the Hessian into all parameters, as in the paper. If not, the
+            Hessian counts as a constant, and only the layer's weight gets a gradient.
+        every_n_steps: penalise only every n-th training step, with n·λ·κ, so that the mean over steps stays the same.
+            A training step is a batch, whatever the accumulation of gradients.
+        warmup_steps: over how many training steps after ``start_epoch`` λ rises linearly to its value.
+        start_epoch: the first epoch with the penalty.
+        stop_epoch: the first epoch without it again.
+        seed: where the probes start; every step and every process draws others.
+
+    Raises:
+        ValueError: if an argument is not what it should be; in ``fit`` before the first step if there is no such
+            layer, or the batch has no such target.
+        RuntimeError: in ``fit``, if a penalty could not be added: the layer did not run, carries no graph, or is
+            frozen with nothing else to penalise; or if the loss or the penalty is not finite.
+
+    Example:
+        >>> from lightning_relflat import FAM
+        >>> FAM(layer="head", coefficient=0.1)
+        FAM(layer='head', coefficient=0.1)
+        >>> FAM(coefficient=1.0, warmup_steps=100).coefficient_at(epoch=0, step=49)
+        0.5
+    """
+
+    def __init__(
+        self,
+        layer: str | None = None,
+        coefficient: float = 0.1,
+        *,
+        loss: str | nn.Module | None = None,
+        target: int | str | None = 1,
+        probes: int | None = 1,
+        through_hessian: bool = True,
+        every_n_steps: int = 1,
+        warmup_steps: int = 0,
+        start_epoch: int = 0,
+        stop_epoch: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_probes(probes)
+        self.layer = layer
+        self.coefficient = check_number("coefficient", coefficient)
+        self.criterion = None if loss is None else owned_criterion(loss)
+        self.target = check_key(target)
+        self.probes = probes
+        self.through_hessian = through_hessian
+        self.every_n_steps = check_count("every_n_steps", every_n_steps, at_least=1)
+        self.warmup_steps = check_count("warmup_steps", warmup_steps, at_least=0)
+        self.start_epoch = check_count("start_epoch", start_epoch, at_least=0)
+        if stop_epoch is not None:
+            check_count("stop_epoch", stop_epoch, at_least=start_epoch + 1)
+        self.stop_epoch = stop_epoch
+        self.seed = check_count("seed", seed, at_least=0)
+        self._steps = 0  # training steps begun since start_epoch
+        self._module: LightningModule | None = None
+        self._tap: LayerTap | None = None
+        self._suffix = ""
+        self._announced: str | None = None
+        self._settled = self._warned = False
+        self._coefficient = 0.0  # of the step; 0 also where none is due
+        self._step = 0
+        self._batch: Any = None
+        self._records: list[LayerRecord] = []
+        self._begin_epoch()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(layer={self.layer!r}, coefficient={self.coefficient!r})"
+
+    @property
+    def state_key(self) -> str:
+        """Two of these callbacks can live side by side if their layers differ."""
+        return f"{type(self).__name__}[layer={self.layer!r}]"
+
+    def coefficient_at(self, *, epoch: int, step: int) -> float:
+        """Return λ for a training step. Override for a policy of your own.
+
+        Args:
+            epoch: the epoch, from 0.
+            step: how many training steps came before this one since ``start_epoch``.
+
+        Returns:
+            λ; at 0 nothing is computed.
+        """
+        if epoch < self.start_epoch or (self.stop_epoch is not None and epoch >= self.stop_epoch):
+            return 0.0
+        return self.coefficient * min(1.0, (step + 1) / (self.warmup_steps or 1))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layer, and wrap the module's methods."""
+        self._forget_step()
+        self._settled = self._warned = False
+        self._begin_epoch()
+        self._suffix = name_suffix(trainer, FAM, self.layer)
+        self._tap = LayerTap(pl_module, self.layer)
+        self._module = pl_module
+        if self.criterion is not None:
+            self.criterion.to(pl_module.device)
+        self._settle()
+        MethodPatch.add(pl_module, "training_step", self._around_training_step)
+        if not pl_module.automatic_optimization:
+            MethodPatch.add(pl_module, "manual_backward", self._around_manual_backward)
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Decide on the step's coefficient."""
+        epoch = trainer.current_epoch
+        coefficient = check_number("coefficient_at", self.coefficient_at(epoch=epoch, step=self._steps))
+        due = coefficient != 0 and self._steps % self.every_n_steps == 0
+        self._coefficient = coefficient if due else 0.0
+        self._step = self._steps
+        self._batch = batch
+        self._due += due
+        self._steps += epoch >= self.start_epoch
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Forget the batch."""
+        self._forget_step()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the epoch's penalties were added."""
+        if self._not_finite is not None and bool(self._not_finite):
+            raise RuntimeError(
+                f"{self!r}: the loss or the penalty of a training step in epoch {trainer.current_epoch} was nan or "
+                "infinite."
+            )
+        if self._due and not self._applied:
+            raise RuntimeError(
+                f"{self!r} added no penalty in epoch {trainer.current_epoch}, because no loss that depends on the "
+                "layer went through `self.manual_backward`, or `training_step` returned None throughout."
+            )
+        self._begin_epoch()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind; `teardown` is not called after an exception."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of training steps, which warm-up, `every_n_steps` and probes go by."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the number of training steps from a checkpoint."""
+        self._steps = state_dict["steps"]
+
+    def _detach(self) -> None:
+        if self._tap is not None:
+            self._tap.close()
+            self._tap = None
+        if self._module is not None:
+            MethodPatch.remove(self._module, "training_step", self._around_training_step)
+            MethodPatch.remove(self._module, "manual_backward", self._around_manual_backward)
+            self._module = None
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._coefficient = 0.0
+        self._batch = None
+        self._records = []
+
+    def _begin_epoch(self) -> None:
+        self._due = self._applied = 0
+        self._not_finite: Tensor | None = None
+
+    def _around_training_step(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        tap, module = self._tap, self._module
+        if self._coefficient == 0 or tap is None or module is None:
+            return call(*args, **kwargs)
+        tap.start()
+        self._records = []
+        try:
+            output = call(*args, **kwargs)
+            if not module.automatic_optimization:
+                return output
+            # The shapes of output that Lightning takes; anything else it refuses itself.
+            if isinstance(output, Tensor):
+                return self._with_penalty(output)
+            if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+                return {**output, "loss": self._with_penalty(output["loss"])}
+            return output
+        finally:
+            tap.stop()
+
+    def _around_manual_backward(self, call: Callable[..., Any], /, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tap = self._tap
+        if tap is None or not tap.recording:
+            return call(loss, *args, **kwargs)
+        loss = self._with_penalty(loss)
+        tap.recording = False  # checkpointed layers run again in backward
+        try:
+            return call(loss, *args, **kwargs)
+        finally:
+            tap.recording = True
+
+    def _with_penalty(self, loss: Tensor) -> Tensor:
+        """Return the loss plus the penalty of the passes that were recorded and that it depends on."""
+        assert self._tap is not None
+        assert self._module is not None
+        self._records += self._tap.take()
+        self._settle()
+        automatic = self._module.automatic_optimization
+        if automatic:
+            self._check_records()
+        if loss.device.type == "cpu" and not bool(loss.detach().isfinite().all()):
+            raise RuntimeError(f"{self!r}: the loss of training step {self._step} is {loss.detach()}.")
+        kappa = self._kappa(loss) if self._records and loss.requires_grad else None
+        if kappa is None:
+            if automatic:
+                raise RuntimeError(
+                    f"{self!r}: the loss of `training_step` does not depend on the outputs of layer "
+                    f"{self._tap.name!r}, so that there is nothing to penalise."
+                )
+            return loss
+        penalty = self._coefficient * self.every_n_steps * kappa
+        total = loss + penalty
+        self._check_finite(penalty, total)
+        self._applied += 1
+        # Tensors made on the device: a number would have to be copied there, and the host would wait for it.
+        self._module.log(f"fam/penalty{self._suffix}", penalty.detach(), on_step=True, on_epoch=False)
+        coefficient = torch.full_like(penalty.detach(), self._coefficient)
+        self._module.log(f"fam/coefficient{self._suffix}", coefficient, on_step=True, on_epoch=False)
+        return total
+
+    def _kappa(self, loss: Tensor) -> Tensor | None:
+        assert self._module is not None
+        rank = self._module.trainer.global_rank
+        if self.criterion is None:
+            device = self._records[0].features.device
+            return record_laplacian(
+                loss,
+                self._records,
+                probes=self.probes,
+                generator=torch.Generator(device).manual_seed(probe_seed(self.seed, self._step, rank)),
+                through_hessian=self.through_hessian,
+            )
+        records, self._records = self._records, []
+        if not self._module.automatic_optimization:
+            # A named loss is penalised once, with the first loss that depends on the pass.
+            self._records = [record for record in records if not _depends(loss, record.outputs)]
+            records = [record for record in records if record not in self._records]
+        target = find_target(self._batch, self.target)
+        kappas = [
+            relative_flatness(
+                record.features if self.through_hessian else record.features.detach(),
+                record.weight,
+                record.outputs if self.through_hessian else record.outputs.detach(),
+                target,
+                loss=self.criterion,
+                class_dim=-1,
+            )
+            for record in records
+        ]
+        return torch.stack(kappas).sum() if kappas else None
+
+    def _settle(self) -> None:
+        """Say once which layer it is, and refuse one that cannot be penalised."""
+        assert self._tap is not None
+        layer, name = self._tap.layer, self._tap.name
+        if self._settled or layer is None or name is None:
+            return
+        self._settled = True
+        if self.criterion is not None and not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"Expected argument `layer` to name an nn.Linear where the loss is named, but got "
+                f"{describe(name, layer)}. Leave out `loss`: then the curvature comes from the loss itself."
+            )
+        if self._announced != name:
+            self._announced = name
+            rank_zero_info(f"{type(self).__name__}: relative flatness is penalised at layer {describe(name, layer)}.")
+
+    def _check_records(self) -> None:
+        assert self._tap is not None
+        if not self._records:
+            raise RuntimeError(
+                f"{self!r}: no penalty could be added, because {did_not_run(self._tap)} with gradients in "
+                "`training_step`. Is it used there, and outside of `torch.no_grad()`? If it lies in re-entrant "
+                "activation checkpointing, use `use_reentrant=False`. If the module was compiled and had run before "
+                "`fit`, call `torch._dynamo.reset()` first."
+            )
+        frozen = not any(record.weight.requires_grad for record in self._records)
+        if frozen and not (self.through_hessian and any(record.outputs.requires_grad for record in self._records)):
+            raise RuntimeError(
+                f"{self!r}: there is nothing to penalise, because the weight of layer {self._tap.name!r} is frozen"
+                + (" and so is all before it." if self.through_hessian else " and through_hessian=False.")
+            )
+        if frozen and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{self!r}: the weight of layer {self._tap.name!r} is frozen. The penalty reaches only what comes "
+                "before it."
+            )
+
+    def _check_finite(self, penalty: Tensor, total: Tensor) -> None:
+        finite = total.detach().isfinite().all()
+        if total.device.type == "cpu":
+            if not bool(finite):
+                raise RuntimeError(f"{self!r}: the penalty of training step {self._step} is {penalty.detach()}.")
+        else:  # reading it now would make the host wait for the device; it is read at the end of the epoch
+            self._not_finite = ~finite if self._not_finite is None else self._not_finite | ~finite
+
+
+def _depends(loss: Tensor, outputs: Tensor) -> bool:
+    if not outputs.requires_grad:
+        return False
+    gradient: Tensor | None
+    [gradient] = torch.autograd.grad(loss, [outputs], retain_graph=True, allow_unused=True)
+    return gradient is not None

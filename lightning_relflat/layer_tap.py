@@ -1,0 +1,301 @@
+"""Find the feature layer of a model and record what enters and leaves it. Needs torch alone.
+
+A tap changes nothing in the model it listens to and leaves nothing behind: no attribute, no entry in a state dict, and
+after :meth:`LayerTap.close` no hook. Several taps on one layer share one hook and one copy of the weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_relflat.functional._checks import shape_of
+from lightning_relflat.functional.feature_laplacian import is_linear_layer, layer_use, use_laplacians
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecord:
+    """One pass of data through a layer.
+
+    Attributes:
+        layer: the layer.
+        features: what entered it.
+        outputs: what left it.
+        weight: a copy of its weight at that time; in the graph where there is one, so that gradients reach the
+            parameter, which an optimizer may since have changed in place or a sharding strategy freed.
+        version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
+    """
+
+    layer: nn.Module
+    features: Tensor
+    outputs: Tensor
+    weight: Tensor
+    version: int | None
+
+    def copied(self) -> LayerRecord:
+        """Return the record cut from the graph, with its own copies of features and outputs."""
+        features, outputs = self.features.detach().clone(), self.outputs.detach().clone()
+        return replace(self, features=features, outputs=outputs, weight=self.weight.detach(), version=None)
+
+    def check_unwritten(self, name: str) -> None:
+        """Raise if the outputs were written to since they left the layer.
+
+        Args:
+            name: the layer's name, for the message.
+
+        Raises:
+            RuntimeError: if they were.
+        """
+        if self.version is not None and self.outputs._version != self.version:
+            raise RuntimeError(
+                f"The outputs of layer {name!r} were changed in place after they left it, so that the loss can no "
+                "longer be differentiated with respect to them. Use an operation that is not in place after this "
+                "layer, e.g. nn.ReLU(inplace=False)."
+            )
+
+
+class LayerTap:
+    """Listens to a layer of a model while it is recording.
+
+    Args:
+        module: the model.
+        layer: the dotted name of an ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` in it, or ``None``
+            for the last ``nn.Linear`` that runs while the tap records for the first time.
+        copies: whether records are detached copies, fit to be read at any later time, or the tensors in their graph;
+            then only passes with gradients are recorded.
+
+    Attributes:
+        recording: whether the tap listens. Set it to pause.
+
+    Raises:
+        ValueError: if there is no such layer in the model. The message lists those that there are.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.layer_tap import LayerTap
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> tap = LayerTap(net)
+        >>> tap.start()
+        >>> outputs = net(torch.ones(5, 4))
+        >>> [record] = tap.take()
+        >>> tap.name, record.features.shape, record.outputs is outputs
+        ('2', torch.Size([5, 3]), True)
+        >>> tap.close()
+    """
+
+    def __init__(self, module: nn.Module, layer: str | None = None, *, copies: bool = False) -> None:
+        self._candidates = _find_layers(module, layer)
+        self.copies = copies
+        self.recording = False
+        self._records: list[LayerRecord] = []
+        self._hooks = [_LayerHook.of(candidate) for candidate in self._candidates.values()]
+        for hook in self._hooks:
+            hook.taps.append(self)
+
+    @property
+    def name(self) -> str | None:
+        """The layer's dotted name; ``None`` as long as it is not known which layer runs last."""
+        return next(iter(self._candidates)) if len(self._candidates) == 1 else None
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """The layer, once it is known."""
+        return next(iter(self._candidates.values())) if len(self._candidates) == 1 else None
+
+    def start(self) -> None:
+        """Forget what was recorded and begin to record."""
+        self._records = []
+        self.recording = True
+
+    def stop(self) -> None:
+        """Stop recording and forget what was recorded."""
+        self._records = []
+        self.recording = False
+
+    def take(self) -> list[LayerRecord]:
+        """Hand out what was recorded since the last time, in order, and forget it.
+
+        If the layer was left open, it is settled now: the last one that ran.
+
+        Returns:
+            The records; none if no layer ran.
+
+        Raises:
+            RuntimeError: if the outputs of a record were changed in place since.
+        """
+        records, self._records = self._records, []
+        if not records:
+            return []
+        if len(self._candidates) > 1:
+            self._settle(records[-1].layer)
+        records = [record for record in records if record.layer is self.layer]
+        for record in records:
+            record.check_unwritten(self.name or "")
+        return records
+
+    def close(self) -> None:
+        """Remove the hooks. May be called again."""
+        self.stop()
+        for hook in self._hooks:
+            hook.drop(self)
+        self._hooks = []
+
+    def receive(self, record: LayerRecord) -> None:
+        """Take in what a hook recorded.
+
+        Args:
+            record: the record.
+        """
+        self._records.append(record.copied() if self.copies else record)
+
+    def _settle(self, layer: nn.Module) -> None:
+        self._candidates = {name: candidate for name, candidate in self._candidates.items() if candidate is layer}
+        for hook in self._hooks:
+            if hook.layer() is not layer:
+                hook.drop(self)
+        self._hooks = [hook for hook in self._hooks if hook.layer() is layer]
+
+
+def record_laplacian(
+    loss: Tensor,
+    records: Sequence[LayerRecord],
+    *,
+    probes: int | None = 1,
+    generator: torch.Generator | None = None,
+    through_hessian: bool = True,
+) -> Tensor | None:
+    """Return κ of a layer in a loss, over all recorded passes on which the loss depends.
+
+    Args:
+        loss: the scalar loss.
+        records: the records, not copies.
+        probes: as for :func:`~lightning_relflat.functional.layer_laplacian`.
+        generator: as for :func:`~lightning_relflat.functional.layer_laplacian`.
+        through_hessian: as for :func:`~lightning_relflat.functional.layer_laplacian`.
+
+    Returns:
+        κ, a scalar, or ``None`` if the loss depends on none of them.
+
+    Raises:
+        ValueError: as :func:`~lightning_relflat.functional.layer_laplacian` does.
+    """
+    uses = [layer_use(record.layer, record.features, record.outputs, record.weight) for record in records]
+    parts = use_laplacians(
+        loss, uses, probes=probes, generator=generator, through_hessian=through_hessian, allow_unused=True
+    )
+    sums = [part.sum() for part in parts if part is not None]
+    return torch.stack(sums).sum() if sums else None
+
+
+class _LayerHook:
+    """The one forward hook on a layer, for all taps that listen to it."""
+
+    _of_layer: ClassVar[weakref.WeakKeyDictionary[nn.Module, _LayerHook]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = weakref.ref(layer)
+        self.taps: list[LayerTap] = []
+        # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
+        self._handle = layer.register_forward_hook(self, prepend=True, with_kwargs=True)
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _LayerHook:
+        hook = cls._of_layer.get(layer)
+        if hook is None:
+            hook = cls._of_layer[layer] = cls(layer)
+        return hook
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
+        taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
+        if not taps:
+            return
+        weight = layer.weight.clone()  # type: ignore[operator]  # is_linear_layer: it has a weight
+        features = args[0] if args else kwargs["input"]
+        version = None if outputs.is_inference() else outputs._version
+        record = LayerRecord(layer, features, outputs, weight, version)
+        for tap in taps:
+            tap.receive(record)
+
+    def drop(self, tap: LayerTap) -> None:
+        """Forget a tap, and go with the last one."""
+        self.taps.remove(tap)
+        if not self.taps:
+            self._handle.remove()
+            layer = self.layer()
+            if layer is not None:
+                del self._of_layer[layer]
+
+    # Models are copied (averaging callbacks) and pickled while a tap listens; the copy has nobody to tell.
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Deaf:
+        return _Deaf()
+
+    def __reduce__(self) -> tuple[type[_Deaf], tuple[()]]:
+        return _Deaf, ()
+
+
+class _Deaf:
+    """What a hook becomes in a copy of the model."""
+
+    def __call__(self, *args: object) -> None:
+        """Do nothing."""
+
+
+def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:
+    # torch.compile wraps modules under this name, which no user has chosen.
+    modules = {found.replace("_orig_mod.", ""): child for found, child in module.named_modules(remove_duplicate=False)}
+    linear = {found: child for found, child in modules.items() if is_linear_layer(child)}
+    kind = type(module).__name__
+    if name is None:
+        candidates: dict[str, nn.Module] = {}
+        for found, child in linear.items():
+            if isinstance(child, nn.Linear) and child not in candidates.values():
+                candidates[found] = child
+        if not candidates:
+            raise ValueError(
+                f"Expected argument `layer` to name a layer of {kind}, because it has no nn.Linear, but got None. "
+                f"Layers that can be named: {_listed(linear)}."
+            )
+        return candidates
+    if name in linear:
+        return {name: linear[name]}
+    found = f"{name!r}, a {type(modules[name]).__name__}" if name in modules else f"{name!r}"
+    raise ValueError(
+        f"Expected argument `layer` to name a Linear, Conv1d, Conv2d or Conv3d layer of {kind}, one of "
+        f"{_listed(linear)}, but got {found}."
+    )
+
+
+def _listed(layers: dict[str, nn.Module]) -> str:
+    return ", ".join(repr(name) for name in layers) or "none"
+
+
+def did_not_run(tap: LayerTap) -> str:
+    """Say which layer did not run.
+
+    Args:
+        tap: the tap that recorded nothing.
+
+    Returns:
+        The beginning of a message.
+    """
+    return "no nn.Linear ran" if tap.name is None else f"layer {tap.name!r} did not run"
+
+
+def describe(name: str, layer: nn.Module) -> str:
+    """Describe a layer in a few words.
+
+    Args:
+        name: its dotted name.
+        layer: the layer.
+
+    Returns:
+        For example ``'head' (Linear, weight (10, 128))``.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return f"{name!r} ({type(layer).__name__}, weight {shape_of(weight)})"

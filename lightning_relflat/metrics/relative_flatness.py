@@ -1,0 +1,214 @@
+"""Relative flatness κ over a data set, batch by batch and on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the name everybody reads)
+from torchmetrics import Metric
+
+from lightning_relflat.functional._checks import check_floating, check_probes, shape_of
+from lightning_relflat.functional.feature_laplacian import LayerUse, probe_seed, use_laplacians
+from lightning_relflat.functional.output_hessian import has_closed_form
+from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness_sums
+
+Loss: TypeAlias = "str | nn.Module | Callable[[Tensor, Any], Tensor]"
+
+
+class RelativeFlatness(Metric):
+    r"""The relative flatness κ of a linear layer over a data set; the smaller, the flatter.
+
+    κ is a sum over samples, so the states are sums: the weighted sum of the samples' parts and the total weight that
+    the criterion's mean divides by. Batches and processes of uneven sizes give exactly the κ of their union. The sums
+    are kept in float64.
+
+    As input to ``forward`` and ``update`` the metric takes
+
+    - ``features`` (:class:`~torch.Tensor`): what enters the layer, of shape (..., m)
+    - ``weight`` (:class:`~torch.Tensor`): the layer's weight, of shape (d, m)
+    - ``outputs`` (:class:`~torch.Tensor`): what leaves the layer, of shape (..., d), or (n, d, ...)
+    - ``target``: what the criterion takes as its target; see :func:`~lightning_relflat.functional.output_hessian`
+
+    As output of ``forward`` and ``compute`` the metric returns κ as a float64 scalar, in the loss's unit.
+
+    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), Definition 3.
+
+    Args:
+        loss: the criterion that is minimised, by name or as an object of ``torch.nn``: then κ is exact, and the
+            object's reduction decides between the κ of the mean and of the sum. Or any callable
+            ``loss(outputs, target)`` that is twice differentiable: then κ is estimated with random probes. It
+            returns the mean over the batch's samples (or their sum, where it has an attribute ``reduction="sum"``), or
+            a loss for every sample, whose mean is taken.
+        class_dim: as for :func:`~lightning_relflat.functional.relative_flatness`.
+        probes: how many random probes to take for a loss without a closed form; two at least, because the standard
+            error comes from their differences. ``None`` is exact, at one Hessian-vector product for every feature.
+        seed: where the probes start; processes draw different ones.
+        kwargs: the arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if the loss is neither known nor callable or does not reduce to a mean or a sum, or if ``probes``
+            is not an integer of at least 2 or ``None``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat import RelativeFlatness
+        >>> flatness = RelativeFlatness(loss="cross_entropy")
+        >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> flatness.update(features, weight, features @ weight.T, torch.tensor([0, 1]))
+        >>> flatness.compute()
+        tensor(1.4643, dtype=torch.float64)
+
+        Any other loss, with the standard error of the estimate:
+
+        >>> def log_cosh(outputs, target):
+        ...     return (outputs - target).cosh().log().sum(dim=-1).mean()
+        >>> batch = features, weight + 1, features @ (weight + 1).T, torch.zeros(2, 3)
+        >>> flatness = RelativeFlatness(loss=log_cosh, probes=64)
+        >>> flatness.update(*batch)
+        >>> value, error = flatness.compute_with_error()
+        >>> abs(value - RelativeFlatness(loss=log_cosh, probes=None)(*batch)) < 4 * error
+        tensor(True)
+    """
+
+    is_differentiable = False  # training towards flatness is for the functional twins and for FAM
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound: float = 0.0
+
+    sums: Tensor
+
+    def __init__(
+        self,
+        loss: Loss = "cross_entropy",
+        *,
+        class_dim: int | None = None,
+        probes: int | None = 2,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        # A metric moves to its device what it holds, hence the copy.
+        self.loss: Any = loss if callable(loss) and not has_closed_form(loss) else owned_criterion(loss)
+        check_probes(probes)
+        if probes == 1:
+            raise ValueError("Expected argument `probes` to be an integer of at least 2, or None, but got 1.")
+        self.class_dim = class_dim
+        self.probes = probes
+        self.seed = seed
+        self._updates = 0  # numbers the probes; never reset, so that epochs draw afresh
+        # Weighted sum, total weight, variance of the weighted sum, and a NaN. MetricCollection merges metrics whose
+        # states are equal after the first batch, as those of two criteria can be; NaN is equal to nothing.
+        self.add_state("sums", torch.tensor([0.0, 0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
+        """Add a batch.
+
+        Args:
+            features: what enters the layer, of shape (..., m).
+            weight: the layer's weight, of shape (d, m).
+            outputs: what leaves the layer, of shape (..., d), or (n, d, ...).
+            target: what the loss takes as its target.
+
+        Raises:
+            TypeError: if features, weight or outputs are no floating point numbers.
+            ValueError: if shapes do not fit, or the target is missing or does not fit.
+        """
+        if has_closed_form(self.loss):
+            with torch.no_grad():
+                weighted_sum, total_weight = relative_flatness_sums(
+                    features, weight, outputs, target, loss=self.loss, class_dim=self.class_dim
+                )
+            variance = torch.zeros_like(weighted_sum)
+        else:
+            weighted_sum, total_weight, variance = self._estimate(features, weight, outputs, target)
+        nan = torch.full_like(weighted_sum, torch.nan)
+        self.sums = self.sums + torch.stack([weighted_sum, total_weight, variance, nan]).to(self.sums)
+        self._updates += 1
+
+    def compute(self) -> Tensor:
+        """Return κ of all data so far, over all processes."""
+        weighted_sum: Tensor
+        weighted_sum, total_weight, *_ = self.sums
+        return weighted_sum if _reduction(self.loss) == "sum" else weighted_sum / total_weight
+
+    def compute_with_error(self) -> tuple[Tensor, Tensor]:
+        """Return κ of all data so far and the standard error of its estimate, over all processes.
+
+        The error is that of the random probes, from the differences between the probes of a sample; it says nothing
+        about other data. It is zero where κ is exact.
+
+        Returns:
+            κ and its standard error, two scalars.
+        """
+        with self.sync_context(should_sync=self.sync_on_compute):
+            weighted_sum, total_weight, variance, _ = self.sums
+            divisor = torch.ones_like(total_weight) if _reduction(self.loss) == "sum" else total_weight
+            return weighted_sum / divisor, variance.sqrt() / divisor
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot a single value or several, as every metric of torchmetrics does.
+
+        Args:
+            val: a result of ``forward`` or ``compute``, or a list of them; the metric's present value if left out.
+            ax: a matplotlib axis to draw on.
+
+        Returns:
+            The figure and the axis.
+        """
+        return self._plot(val, ax)
+
+    def _estimate(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any) -> tuple[Tensor, ...]:
+        for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
+            check_floating(name, value)
+        if outputs.shape != (*features.shape[:-1], len(weight)) or features.shape[-1:] != weight.shape[1:]:
+            raise ValueError(
+                "Expected arguments `features`, `weight` and `outputs` to be of shapes (..., m), (d, m) and (..., d), "
+                f"but got {shape_of(features)}, {shape_of(weight)} and {shape_of(outputs)}."
+            )
+        # Lightning validates under inference mode, whose tensors no graph may hold: leave it, and copy.
+        with torch.inference_mode(False), torch.enable_grad():
+            features, weight, target = _copy(features), _copy(weight), _copy(target)
+            outputs = _copy(outputs).requires_grad_()
+            value = self.loss(outputs, target)
+            per_sample = value.ndim > 0
+            use = LayerUse(features, outputs, lambda probe: F.linear(probe, weight.to(probe.dtype)), features.ndim - 1)
+            generator = torch.Generator(features.device).manual_seed(self._probe_seed())
+        with torch.inference_mode(False), torch.no_grad():
+            # One probe at a time: the error comes from their differences.
+            estimates = torch.stack(
+                [
+                    part
+                    for _ in range(self.probes or 1)
+                    for part in use_laplacians(value.sum(), [use], probes=self.probes and 1, generator=generator)
+                    if part is not None
+                ]
+            )
+        samples = features.shape[:-1].numel()
+        # `value` is a mean over the batch's samples, unless it is a sum over them; the states hold sums.
+        scale = 1 if per_sample or _reduction(self.loss) == "sum" else samples
+        estimates = estimates.double().flatten(1) * scale
+        variance = estimates.var(dim=0).sum() / len(estimates) if self.probes else estimates.new_zeros(())
+        return estimates.mean(dim=0).sum(), estimates.new_full((), float(samples)), variance
+
+    def _probe_seed(self) -> int:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return probe_seed(self.seed, self._updates, torch.distributed.get_rank() if distributed else 0)
+
+
+def _reduction(loss: Any) -> str:
+    return "sum" if getattr(loss, "reduction", "mean") == "sum" else "mean"
+
+
+def _copy(value: Any) -> Any:
+    """Copy the tensors in a target, so that they are ordinary ones."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_copy(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return value
