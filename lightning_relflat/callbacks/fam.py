@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from lightning_relflat.callbacks._base import (
     find_target,
     name_suffix,
 )
-from lightning_relflat.callbacks._method_patch import MethodPatch
+from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
 from lightning_relflat.functional._checks import check_probes
 from lightning_relflat.functional.feature_laplacian import probe_seed
 from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness
@@ -150,9 +149,7 @@ class FAM(Callback):
         if self.criterion is not None:
             self.criterion.to(pl_module.device)
         self._settle()
-        MethodPatch.add(pl_module, "training_step", self._around_training_step)
-        if not pl_module.automatic_optimization:
-            MethodPatch.add(pl_module, "manual_backward", self._around_manual_backward)
+        PenalisedLoss.join(pl_module, self)
 
     def on_train_batch_start(
         self,
@@ -210,8 +207,7 @@ class FAM(Callback):
             self._tap.close()
             self._tap = None
         if self._module is not None:
-            MethodPatch.remove(self._module, "training_step", self._around_training_step)
-            MethodPatch.remove(self._module, "manual_backward", self._around_manual_backward)
+            PenalisedLoss.leave(self._module, self)
             self._module = None
         self._forget_step()
 
@@ -224,64 +220,61 @@ class FAM(Callback):
         self._due = self._applied = 0
         self._not_finite: Tensor | None = None
 
-    def _around_training_step(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def begin(self) -> None:
+        """Listen to the layer, if the training step is to be penalised. Called by the module's training step."""
+        self._records = []
+        if self._coefficient != 0 and self._tap is not None:
+            self._tap.start()
+
+    def pause(self, paused: bool) -> None:
+        """Do not listen during a backward pass: checkpointed layers run again there."""
+        if self._coefficient != 0 and self._tap is not None:
+            self._tap.recording = not paused
+
+    def end(self) -> None:
+        """Stop listening."""
+        self._records = []
+        if self._tap is not None:
+            self._tap.stop()
+
+    def of(self, loss: Tensor) -> Tensor | None:
+        """Return the penalty: λ·κ of the passes that were recorded and that the loss depends on.
+
+        Args:
+            loss: a loss of the training step.
+
+        Returns:
+            The penalty, a scalar; ``None`` if none is due, or if in manual optimization the loss does not depend on
+            the layer.
+
+        Raises:
+            RuntimeError: if it is due and cannot be computed, or if it or the loss is not finite.
+        """
         tap, module = self._tap, self._module
         if self._coefficient == 0 or tap is None or module is None:
-            return call(*args, **kwargs)
-        tap.start()
-        self._records = []
-        try:
-            output = call(*args, **kwargs)
-            if not module.automatic_optimization:
-                return output
-            # The shapes of output that Lightning takes; anything else it refuses itself.
-            if isinstance(output, Tensor):
-                return self._with_penalty(output)
-            if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-                return {**output, "loss": self._with_penalty(output["loss"])}
-            return output
-        finally:
-            tap.stop()
-
-    def _around_manual_backward(self, call: Callable[..., Any], /, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tap = self._tap
-        if tap is None or not tap.recording:
-            return call(loss, *args, **kwargs)
-        loss = self._with_penalty(loss)
-        tap.recording = False  # checkpointed layers run again in backward
-        try:
-            return call(loss, *args, **kwargs)
-        finally:
-            tap.recording = True
-
-    def _with_penalty(self, loss: Tensor) -> Tensor:
-        """Return the loss plus the penalty of the passes that were recorded and that it depends on."""
-        assert self._tap is not None
-        assert self._module is not None
-        self._records += self._tap.take()
+            return None
+        self._records += tap.take()
         self._settle()
-        automatic = self._module.automatic_optimization
+        automatic = module.automatic_optimization
         if automatic:
             self._check_records()
-        if loss.device.type == "cpu" and not bool(loss.detach().isfinite().all()):
-            raise RuntimeError(f"{self!r}: the loss of training step {self._step} is {loss.detach()}.")
+        self._check_finite("loss", loss)
         kappa = self._kappa(loss) if self._records and loss.requires_grad else None
         if kappa is None:
             if automatic:
                 raise RuntimeError(
-                    f"{self!r}: the loss of `training_step` does not depend on the outputs of layer "
-                    f"{self._tap.name!r}, so that there is nothing to penalise."
+                    f"{self!r}: the loss of `training_step` does not depend on the outputs of layer {tap.name!r}, so "
+                    "that there is nothing to penalise."
                 )
-            return loss
+            return None
         penalty = self._coefficient * self.every_n_steps * kappa
-        total = loss + penalty
-        self._check_finite(penalty, total)
+        self._check_finite("penalty", penalty)
         self._applied += 1
         # Tensors made on the device: a number would have to be copied there, and the host would wait for it.
-        self._module.log(f"fam/penalty{self._suffix}", penalty.detach(), on_step=True, on_epoch=False)
-        coefficient = torch.full_like(penalty.detach(), self._coefficient)
-        self._module.log(f"fam/coefficient{self._suffix}", coefficient, on_step=True, on_epoch=False)
-        return total
+        values = {"penalty": penalty.detach(), "coefficient": torch.full_like(penalty.detach(), self._coefficient)}
+        for name, value in values.items():
+            module.log(f"fam/{name}{self._suffix}", value, on_step=True, on_epoch=False)
+        return penalty
 
     def _kappa(self, loss: Tensor) -> Tensor | None:
         assert self._module is not None
@@ -352,13 +345,13 @@ class FAM(Callback):
                 "before it."
             )
 
-    def _check_finite(self, penalty: Tensor, total: Tensor) -> None:
-        finite = total.detach().isfinite().all()
-        if total.device.type == "cpu":
-            if not bool(finite):
-                raise RuntimeError(f"{self!r}: the penalty of training step {self._step} is {penalty.detach()}.")
-        else:  # reading it now would make the host wait for the device; it is read at the end of the epoch
+    def _check_finite(self, name: str, value: Tensor) -> None:
+        finite = value.detach().isfinite().all()
+        if value.device.type != "cpu":
+            # Reading it now would make the host wait for the device; it is read at the end of the epoch.
             self._not_finite = ~finite if self._not_finite is None else self._not_finite | ~finite
+        elif not bool(finite):
+            raise RuntimeError(f"{self!r}: the {name} of training step {self._step} is {value.detach()}.")
 
 
 def _depends(loss: Tensor, outputs: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,7 @@ def feature_laplacian(
         TypeError: if ``features`` are no floating point numbers.
         ValueError: if ``loss`` is no scalar, carries no graph or does not depend on ``features``, or if ``probes`` or
             ``sample_dims`` do not fit.
+        RuntimeError: if an operation between the features and the loss cannot be differentiated twice.
 
     Example:
         >>> import torch
@@ -137,6 +139,7 @@ def layer_laplacian(
         TypeError: if ``features`` or ``outputs`` are no floating point numbers, or the layer is not one of those.
         ValueError: if ``loss`` is no scalar, carries no graph or does not depend on ``outputs``, or ``probes`` is not
             a positive integer or ``None``.
+        RuntimeError: if an operation between the outputs and the loss cannot be differentiated twice.
 
     Example:
         >>> import torch
@@ -221,6 +224,7 @@ def use_laplacians(
 
     Raises:
         ValueError: as :func:`layer_laplacian` does.
+        RuntimeError: if an operation between the outputs and the loss cannot be differentiated twice.
     """
     check_probes(probes)
     if loss.numel() != 1:
@@ -253,8 +257,9 @@ def probe_seed(seed: int, step: int, rank: int) -> int:
     Returns:
         A 64-bit seed.
     """
-    # An odd multiplier modulo 2^64 maps different counts to different, scattered seeds.
-    return ((seed << 48) + (step << 16) + rank) * 0x9E3779B97F4A7C15 % 2**63
+    # A hash, because PyTorch's generator on the CPU looks at the lower 32 bits alone.
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def _of_one(parts: Sequence[Tensor | None]) -> Tensor:
@@ -304,14 +309,22 @@ def _hessian_products(
     curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
     if not curved:
         return [torch.zeros_like(direction) for direction in directions]
-    products = torch.autograd.grad(
-        [gradients[k] for k in curved],
-        outputs,
-        [directions[k].to(gradients[k].dtype) for k in curved],
-        create_graph=create_graph,
-        retain_graph=True,
-        materialize_grads=True,
-    )
+    try:
+        products = torch.autograd.grad(
+            [gradients[k] for k in curved],
+            outputs,
+            [directions[k].to(gradients[k].dtype) for k in curved],
+            create_graph=create_graph,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        if "double backward" not in str(error) and "not implemented" not in str(error):
+            raise
+        raise RuntimeError(
+            "What comes between the layer and the loss cannot be differentiated twice, as compiled functions and some "
+            f"of PyTorch's own operations cannot ({error}). If the loss has a closed form, name it: `loss=`."
+        ) from error
     return [product.to(direction.dtype) for product, direction in zip(products, directions, strict=True)]
 
 

@@ -174,7 +174,7 @@ class RelativeFlatness(Metric):
             features, weight, target = _copy(features), _copy(weight), _copy(target)
             outputs = _copy(outputs).requires_grad_()
             value = self.loss(outputs, target)
-            per_sample = value.ndim > 0
+            total = value.sum()
             use = LayerUse(features, outputs, lambda probe: F.linear(probe, weight.to(probe.dtype)), features.ndim - 1)
             generator = torch.Generator(features.device).manual_seed(self._probe_seed())
         with torch.inference_mode(False), torch.no_grad():
@@ -183,13 +183,13 @@ class RelativeFlatness(Metric):
                 [
                     part
                     for _ in range(self.probes or 1)
-                    for part in use_laplacians(value.sum(), [use], probes=self.probes and 1, generator=generator)
+                    for part in use_laplacians(total, [use], probes=self.probes and 1, generator=generator)
                     if part is not None
                 ]
             )
         samples = features.shape[:-1].numel()
         # `value` is a mean over the batch's samples, unless it is a sum over them; the states hold sums.
-        scale = 1 if per_sample or _reduction(self.loss) == "sum" else samples
+        scale = 1 if value.ndim > 0 or _reduction(self.loss) == "sum" else samples
         estimates = estimates.double().flatten(1) * scale
         variance = estimates.var(dim=0).sum() / len(estimates) if self.probes else estimates.new_zeros(())
         return estimates.mean(dim=0).sum(), estimates.new_full((), float(samples)), variance

@@ -1,0 +1,27 @@
+"""Every test leaves things as it found them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lightning_relflat.layer_tap import _LayerHook
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    threads = set(threading.enumerate())
+    _LayerHook._of_layer.clear()
+    yield
+    assert not _LayerHook._of_layer, f"hooks left on {list(_LayerHook._of_layer)}"
+    left = [thread for thread in set(threading.enumerate()) - threads if thread.is_alive() and not thread.daemon]
+    assert not left, f"threads left: {left}"
+    assert not (torch.distributed.is_available() and torch.distributed.is_initialized()), "process group left"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

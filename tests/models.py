@@ -1,0 +1,101 @@
+"""Small models and loaders that know nothing of flatness, and a Trainer that does little besides training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L  # noqa: N812 (Lightning's own way to write it)
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, TensorDataset
+
+Batch = list[Tensor]
+
+
+class Net(L.LightningModule):
+    """A classifier: features φ = dropout(tanh(body(x))), outputs head(φ)."""
+
+    def __init__(
+        self, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, dropout: float = 0.0, lr: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 6)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(6, 3)
+        self.criterion = criterion
+        self.lr = lr
+
+    def features(self, inputs: Tensor) -> Tensor:
+        features: Tensor = self.drop(torch.tanh(self.body(inputs)))
+        return features
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.features(inputs))
+        return outputs
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.loss(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.loss(batch)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class ManualNet(Net):
+    """The same with manual optimization."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+def make_batches(sizes: list[int], *, classes: int = 3, seed: int = 1) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [
+            torch.randn(size, 5, generator=generator, dtype=torch.float64),
+            torch.randint(0, classes, (size,), generator=generator),
+        ]
+        for size in sizes
+    ]
+
+
+def make_loader(sizes: list[int], *, dtype: torch.dtype = torch.float64, seed: int = 1) -> DataLoader[Any]:
+    """Return a loader of batches of exactly these sizes."""
+    batches = [[inputs.to(dtype), target] for inputs, target in make_batches(sizes, seed=seed)]
+    inputs = torch.cat([batch[0] for batch in batches])
+    target = torch.cat([batch[1] for batch in batches])
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    indices = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    return DataLoader(TensorDataset(inputs, target), batch_sampler=indices)
+
+
+def make_trainer(**kwargs: Any) -> L.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**(settings | kwargs))

@@ -1,0 +1,164 @@
+"""A tap records what goes through a layer and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_relflat.layer_tap import LayerTap, _LayerHook
+
+
+def make_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Conv1d(1, 1, 1))
+
+
+def run(net: nn.Sequential, inputs: Tensor | None = None) -> Tensor:
+    outputs: Tensor = net[2](net[1](net[0](torch.randn(5, 4) if inputs is None else inputs)))
+    return outputs
+
+
+def test_records_are_the_tensors_of_the_pass() -> None:
+    net = make_net()
+    tap = LayerTap(net, "0")
+    inputs = torch.randn(5, 4)
+    run(net, inputs)
+    tap.start()
+    run(net, inputs)
+    net[0](input=inputs)
+    assert all(record.features is inputs for record in tap.take())
+    assert tap.take() == []
+    tap.stop()
+    run(net, inputs)
+    assert tap.take() == []
+    tap.close()
+
+
+def test_the_weight_is_a_copy_in_the_graph() -> None:
+    net = make_net()
+    tap = LayerTap(net, "0")
+    tap.start()
+    run(net)
+    [record] = tap.take()
+    before = net[0].weight.detach().clone()
+    with torch.no_grad():
+        net[0].weight += 1
+    assert torch.equal(record.weight, before)
+    [gradient] = torch.autograd.grad(record.weight.sum(), net[0].weight)
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    tap.close()
+
+
+def test_copies_survive_what_happens_later_and_are_made_without_gradients_too() -> None:
+    net = make_net()
+    tap = LayerTap(net, "2", copies=True)
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            tap.start()
+            outputs = run(net)
+            expected = outputs.detach().clone()
+            outputs.relu_()
+            [record] = tap.take()
+        assert torch.equal(record.outputs, expected)
+        assert not record.outputs.requires_grad
+        assert not record.weight.requires_grad
+    tap.close()
+
+
+def test_without_gradients_nothing_is_recorded_for_the_graph() -> None:
+    net = make_net()
+    tap = LayerTap(net, "2")
+    tap.start()
+    with torch.no_grad():
+        run(net)
+    assert tap.take() == []
+    tap.close()
+
+
+def test_outputs_changed_in_place_are_refused() -> None:
+    net = make_net()
+    tap = LayerTap(net, "2")
+    tap.start()
+    run(net).relu_()
+    with pytest.raises(RuntimeError, match=r"The outputs of layer '2' were changed in place"):
+        tap.take()
+    tap.close()
+
+
+def test_the_last_linear_layer_that_ran() -> None:
+    net = make_net()
+    tap = LayerTap(net)
+    assert tap.name is None
+    tap.start()
+    for _ in range(2):
+        net[0](torch.randn(5, 4))
+    assert len(tap.take()) == 2
+    assert tap.name == "0"
+    assert not net[2]._forward_hooks
+    run(net)
+    assert [record.layer for record in tap.take()] == [net[0]]
+    tap.close()
+
+
+def test_taps_share_one_hook_and_one_copy_of_the_weight() -> None:
+    net = make_net()
+    taps = [LayerTap(net, "0"), LayerTap(net), LayerTap(net, "0", copies=True)]
+    assert len(net[0]._forward_hooks) == 1
+    for tap in taps:
+        tap.start()
+    run(net)
+    records = [tap.take()[-1] for tap in taps]
+    assert records[0].weight.data_ptr() == records[2].weight.data_ptr()
+    assert records[1].layer is net[2]
+    for tap in (taps[0], taps[2], taps[1]):
+        assert _LayerHook._of_layer
+        tap.close()
+        tap.close()
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_tied_and_compiled_names() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(2, 2)
+            self.second = self.first
+            self._orig_mod = nn.Sequential(nn.Linear(2, 2))
+
+    for name in ("first", "second", "0"):
+        tap = LayerTap(Tied(), name)
+        assert tap.name == name
+        tap.close()
+
+
+def test_copies_of_the_model_are_deaf() -> None:
+    net = make_net()
+    tap = LayerTap(net, "0")
+    tap.start()
+    for duplicate in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        duplicate(torch.ones(1, 4))
+    assert tap.take() == []
+    tap.close()
+
+
+class OwnForward(nn.Linear):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) ** 2
+
+
+@pytest.mark.parametrize(
+    ("net", "name", "message"),
+    [
+        (make_net(), "4", r"one of '0', '2', '3', but got '4'\."),
+        (make_net(), "1", r"one of '0', '2', '3', but got '1', a ReLU\."),
+        (nn.Sequential(OwnForward(2, 2)), "0", r"one of none, but got '0', a OwnForward\."),
+        (nn.Sequential(nn.Conv2d(1, 1, 1)), None, r"has no nn.Linear, but got None. Layers that can be named: '0'\."),
+    ],
+)
+def test_refused(net: nn.Module, name: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerTap(net, name)
+    assert not any(module._forward_hooks for module in net.modules())
