@@ -15,7 +15,7 @@ LossOfWeight = Callable[[Tensor], Tensor]
 
 def block_traces(loss: LossOfWeight, weight: Tensor, *, create_graph: bool = False) -> Tensor:
     """Return Tr(H_{s,s'}) for all pairs of rows of ``weight``, of shape (d, d)."""
-    whole: Tensor = hessian(loss, weight, create_graph=create_graph)  # type: ignore[no-untyped-call]
+    whole: Tensor = hessian(loss, weight, create_graph=create_graph)
     return whole.diagonal(dim1=1, dim2=3).sum(dim=-1)
 
 

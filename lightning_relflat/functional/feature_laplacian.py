@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (the name everybody reads)
+from torch.nn import functional as F
 
 from lightning_relflat.functional._checks import (
     check_floating,

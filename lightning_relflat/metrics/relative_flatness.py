@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (the name everybody reads)
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_floating, check_probes, shape_of

@@ -1,4 +1,4 @@
-"""A Trainer with FAM does what a plain loop with the brute-force penalty does; and what is refused is refused loudly."""
+"""A Trainer with FAM does what a plain loop with the brute-force penalty does, and refuses loudly what it cannot do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional.feature_laplacian import probe_seed
@@ -36,7 +36,7 @@ def definition(net: Net, batch: Batch, step: int) -> Tensor:
 def definition_with_constant_hessian(net: Net, batch: Batch, step: int) -> Tensor:
     features, weight = net.features(batch[0]).detach(), net.head.weight.detach()
     bias = net.head.bias.detach()
-    hessian: Tensor = torch.autograd.functional.hessian(  # type: ignore[no-untyped-call]
+    hessian: Tensor = torch.autograd.functional.hessian(
         lambda value: net.criterion(F.linear(features, value, bias), batch[1]), weight
     )
     return torch.einsum("sm,tm,sktk->", net.head.weight, net.head.weight, hessian)
@@ -48,7 +48,7 @@ def fixed_probe(net: Net, batch: Batch, step: int, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(probe_seed(seed, step, 0))
     probes = torch.randint(0, 2, features.shape, generator=generator).double() * 2 - 1
     outputs = net.head(features)
-    hessian: Tensor = torch.autograd.functional.hessian(  # type: ignore[no-untyped-call]
+    hessian: Tensor = torch.autograd.functional.hessian(
         lambda value: net.criterion(value, batch[1]), outputs, create_graph=True
     )
     pushed = probes @ net.head.weight.T
@@ -75,7 +75,7 @@ def train(net: Net, fam: FAM | None, sizes: list[int] = SIZES, **kwargs: Any) ->
 
 def assert_same_weights(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-10) -> None:
     for (name, left), right in zip(actual.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance, msg=f"{name} differs")
 
 
 def twins(kind: type[Net] = Net, **kwargs: Any) -> tuple[Net, Net]:
@@ -420,7 +420,7 @@ def test_copies_of_the_module_are_free_of_the_callback() -> None:
 def test_both_trainers(namespace: str, alone: bool) -> None:
     package: Any = pytorch_lightning if namespace == "pytorch_lightning" else L
 
-    class Either(package.LightningModule):  # type: ignore[misc, name-defined]
+    class Either(package.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Linear(5, 3)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
@@ -242,11 +242,9 @@ def test_refused_with_nothing_left_behind(
     net = kind()
     trainer = make_trainer(callbacks=[FlatnessMonitor(**options)])
     train, val = make_loader([5], dtype=torch.float32), make_loader([5], dtype=torch.float32)
+    run = (lambda: trainer.fit(net, train, val)) if fit else (lambda: trainer.validate(net, val, verbose=False))
     with pytest.raises(error, match=message):
-        if fit:
-            trainer.fit(net, train, val)
-        else:
-            trainer.validate(net, val, verbose=False)
+        run()
     assert not any(module._forward_hooks for module in net.modules())
 
 

@@ -81,7 +81,7 @@ def test_others_may_wrap_the_patch() -> None:
     def outer(*args: Any) -> Any:
         return patched(*args)
 
-    net.training_step = outer  # type: ignore[method-assign]
+    net.training_step = outer  # type: ignore[method-assign, assignment]
     other = Constant(10.0)
     PenalisedLoss.join(net, other)
     assert added(net) == pytest.approx(11.0)
