@@ -99,8 +99,15 @@ class FlatnessMonitor(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the records of the latest evaluation of the loss; a line search makes several in a batch."""
-        if pl_module.automatic_optimization and self._tap is not None:
-            self._last = self._tap.take() or self._last
+        assert self._tap is not None
+        if pl_module.automatic_optimization:
+            self._last = self._tap.take()
+        self._tap.recording = False  # checkpointed layers run again in backward
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen again."""
+        assert self._tap is not None
+        self._tap.recording = True
 
     def on_train_batch_end(
         self,

@@ -309,11 +309,12 @@ def _hessian_products(
     curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
     if not curved:
         return [torch.zeros_like(direction) for direction in directions]
+    scales = [_scale_for(gradient, direction) for gradient, direction in zip(gradients, directions, strict=True)]
     try:
         products = torch.autograd.grad(
             [gradients[k] for k in curved],
             outputs,
-            [directions[k].to(gradients[k].dtype) for k in curved],
+            [(directions[k] * scales[k]).to(gradients[k].dtype) for k in curved],
             create_graph=create_graph,
             retain_graph=True,
             materialize_grads=True,
@@ -325,7 +326,17 @@ def _hessian_products(
             "What comes between the layer and the loss cannot be differentiated twice, as compiled functions and some "
             f"of PyTorch's own operations cannot ({error}). If the loss has a closed form, name it: `loss=`."
         ) from error
-    return [product.to(direction.dtype) for product, direction in zip(products, directions, strict=True)]
+    return [
+        product.to(direction.dtype) / scale
+        for product, direction, scale in zip(products, directions, scales, strict=True)
+    ]
+
+
+def _scale_for(gradient: Tensor, direction: Tensor) -> Tensor | float:
+    """Return what to multiply a probe by, so that its product with a mean's small Hessian is no zero in float16."""
+    if gradient.dtype != torch.float16 or direction.numel() == 0:
+        return 1.0
+    return 1024 / direction.detach().abs().amax().clamp(min=1e-30)
 
 
 def _directions(
