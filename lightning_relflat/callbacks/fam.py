@@ -38,7 +38,8 @@ class FAM(Callback):
     Logged in each step: ``fam/penalty``, the term that was added, and ``fam/coefficient``, the λ of the step.
     If the Trainer has several of these callbacks, the layer's name is appended: ``fam/penalty/head``.
 
-    Source: Adilova et al., *FAM: Relative Flatness Aware Minimization* (arXiv 2307.02337), eq. 3 and Lemma 1.
+    Source: Adilova et al., *FAM: Relative Flatness Aware Minimization* (arXiv 2307.02337), the regularised
+    objective and its gradient, Lemma 1.
 
     Args:
         layer: the dotted name of the feature layer, or ``None`` for the last ``nn.Linear`` that runs in the first

@@ -31,7 +31,7 @@ class FlatnessMonitor(Callback):
 
     Nothing of the run changes: no weight, no random number, no entry of a checkpoint.
 
-    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), Definition 3.
+    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), definition of κ_Tr.
 
     Args:
         layer: the dotted name of an ``nn.Linear``, or ``None`` for the last one that runs in the first batch.

@@ -61,7 +61,7 @@ def feature_laplacian(
     view of its own) and, for ``probes=None``, that samples do not interact after it. Differentiable; costs one
     Hessian-vector product for each probe.
 
-    Source: the definition of relative flatness (arXiv 2001.00939, Definition 3) with the chain rule
+    Source: the definition of relative flatness (arXiv 2001.00939) with the chain rule
     ∇²_φ L = Wᵀ (∇²_z L) W, and Hutchinson's estimator of a trace.
 
     Args:

@@ -36,8 +36,8 @@ def relative_flatness(
     Nothing larger than n·(d + m) or d·m is made, and first-order autograd differentiates the result through
     ``features``, ``weight`` and ``outputs``.
 
-    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), Definition 3; the
-    right-hand side is the definition with H_{s,s'} = Σ_i c_i (A_i)_{s,s'} φ_i φ_iᵀ put in.
+    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), definition of κ_Tr;
+    the right-hand side is the definition with H_{s,s'} = Σ_i c_i (A_i)_{s,s'} φ_i φ_iᵀ put in.
 
     Args:
         features: what enters the layer, φ, of shape (..., m).
@@ -133,7 +133,7 @@ def relative_flatness_per_output(
 
     The d parts add up to :func:`relative_flatness`. A part may be negative, although κ is not for a convex loss.
 
-    Source: as :func:`relative_flatness`, Definition 3 before the sum over s.
+    Source: as :func:`relative_flatness`, before the sum over s.
 
     Args:
         features: as for :func:`relative_flatness`.

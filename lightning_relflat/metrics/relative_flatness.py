@@ -34,7 +34,7 @@ class RelativeFlatness(Metric):
 
     As output of ``forward`` and ``compute`` the metric returns κ as a float64 scalar, in the loss's unit.
 
-    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), Definition 3.
+    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), definition of κ_Tr.
 
     Args:
         loss: the criterion that is minimised, by name or as an object of ``torch.nn``: then κ is exact, and the
