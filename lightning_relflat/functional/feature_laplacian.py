@@ -150,14 +150,14 @@ def layer_laplacian(
         >>> torch.allclose(parts, head.weight.square().sum() * torch.tensor([5.0, 1.0]))
         True
     """
-    use = layer_use(layer, features, outputs, layer.weight if weight is None else weight)  # type: ignore[arg-type]
+    use = layer_use(layer, features, outputs, weight)
     return _of_one(use_laplacians(loss, [use], probes=probes, generator=generator, through_hessian=through_hessian))
 
 
 def is_linear_layer(layer: nn.Module) -> bool:
     """Return whether ``layer`` maps linearly (but for a bias) as an ``nn.Linear`` or ``nn.Conv1d`` to ``3d`` does.
 
-    A subclass that computes something else (its own ``forward``) does not count.
+    A subclass that computes something else does not count.
 
     Args:
         layer: any module.
@@ -165,17 +165,28 @@ def is_linear_layer(layer: nn.Module) -> bool:
     Returns:
         Whether :func:`layer_laplacian` takes it.
     """
-    return any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in LINEAR_LAYERS)
+    return any(
+        isinstance(layer, kind) and all(_method(type(layer), name) is _method(kind, name) for name in _COMPUTING)
+        for kind in LINEAR_LAYERS
+    )
 
 
-def layer_use(layer: nn.Module, features: Tensor, outputs: Tensor, weight: Tensor) -> LayerUse:
+# What a subclass can override to compute something else; PyTorch's convolutions call the second from the first.
+_COMPUTING = ("forward", "_conv_forward")
+
+
+def _method(kind: type[nn.Module], name: str) -> object:
+    return getattr(kind, name, None)
+
+
+def layer_use(layer: nn.Module, features: Tensor, outputs: Tensor, weight: Tensor | None) -> LayerUse:
     """Describe a pass of data through a linear or convolution layer.
 
     Args:
         layer: the layer.
         features: what entered it.
         outputs: what left it.
-        weight: its weight at that time.
+        weight: its weight at that time; the present one if ``None``.
 
     Returns:
         The use, for :func:`use_laplacians`.
@@ -188,12 +199,13 @@ def layer_use(layer: nn.Module, features: Tensor, outputs: Tensor, weight: Tenso
     if not is_linear_layer(layer):
         kinds = ", ".join(kind.__name__ for kind in LINEAR_LAYERS)
         raise TypeError(f"Expected argument `layer` to be one of {kinds}, but got {type(layer).__name__}.")
-    weight = weight.to(compute_dtype(features, weight))
+    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    own = layer.weight if weight is None else weight
+    matrix = own.to(compute_dtype(features, own))
     if isinstance(layer, nn.Linear):
-        return LayerUse(features, outputs, lambda probe: F.linear(probe, weight), features.ndim - 1)
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        return LayerUse(features, outputs, lambda probe: F.linear(probe, matrix), features.ndim - 1)
     return LayerUse(
-        features, outputs, lambda probe: _convolve(layer, probe, weight), features.ndim - 1 - len(layer.kernel_size)
+        features, outputs, lambda probe: _convolve(layer, probe, matrix), features.ndim - 1 - len(layer.kernel_size)
     )
 
 
@@ -309,12 +321,13 @@ def _hessian_products(
     curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
     if not curved:
         return [torch.zeros_like(direction) for direction in directions]
-    scales = [_scale_for(gradient, direction) for gradient, direction in zip(gradients, directions, strict=True)]
+    _refuse_opaque([gradients[k] for k in curved], outputs)
+    scale = _scale_for(gradients, directions)
     try:
         products = torch.autograd.grad(
             [gradients[k] for k in curved],
             outputs,
-            [(directions[k] * scales[k]).to(gradients[k].dtype) for k in curved],
+            [(directions[k] * scale).to(gradients[k].dtype) for k in curved],
             create_graph=create_graph,
             retain_graph=True,
             materialize_grads=True,
@@ -322,21 +335,43 @@ def _hessian_products(
     except RuntimeError as error:
         if "double backward" not in str(error) and "not implemented" not in str(error):
             raise
-        raise RuntimeError(
-            "What comes between the layer and the loss cannot be differentiated twice, as compiled functions and some "
-            f"of PyTorch's own operations cannot ({error}). If the loss has a closed form, name it: `loss=`."
-        ) from error
-    return [
-        product.to(direction.dtype) / scale
-        for product, direction, scale in zip(products, directions, scales, strict=True)
-    ]
+        raise _not_twice(str(error)) from error
+    return [product.to(direction.dtype) / scale for product, direction in zip(products, directions, strict=True)]
 
 
-def _scale_for(gradient: Tensor, direction: Tensor) -> Tensor | float:
-    """Return what to multiply a probe by, so that its product with a mean's small Hessian is no zero in float16."""
-    if gradient.dtype != torch.float16 or direction.numel() == 0:
+def _refuse_opaque(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Raise if a backward pass on the way was marked as differentiable once: autograd would count it as constant."""
+    seen = {tensor.grad_fn for tensor in outputs}
+    waiting = [gradient.grad_fn for gradient in gradients]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("::Error"):
+            raise _not_twice("a function is marked with @once_differentiable")
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+def _not_twice(reason: str) -> RuntimeError:
+    return RuntimeError(
+        "What comes between the layer and the loss cannot be differentiated twice, as compiled functions and some of "
+        f"PyTorch's own operations cannot ({reason}). If the loss has a closed form, name it: `loss=`."
+    )
+
+
+def _scale_for(gradients: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor | float:
+    """Return what to multiply probes by, so that their products with a mean's small Hessian are no zeros in float16.
+
+    One factor for all, because the products are joint. 64 leaves room for curvatures of 1,000, and for means over
+    10⁴ samples whose own curvature is 10⁻⁴.
+    """
+    if all(gradient.dtype != torch.float16 for gradient in gradients):
         return 1.0
-    return 1024 / direction.detach().abs().amax().clamp(min=1e-30)
+    sizes = [direction.detach().abs().amax() for direction in directions if direction.numel()]
+    if not sizes:
+        return 1.0
+    return 64 / torch.stack(sizes).amax().clamp(min=1e-30)
 
 
 def _directions(

@@ -57,13 +57,12 @@ class OutputHessian:
             return self.diagonal @ squared_norms
         if not self.annihilates_constants:
             return self.diagonal @ squared_norms - (self.root @ weight).square().sum(dim=1)
-        origin = self.diagonal.detach().argmax(dim=1)
-        others = self.diagonal.scatter(1, origin[:, None], 0.0)
+        others, origin_row, offset = self._from_origin(weight)
         mass = others.sum(dim=1)
-        origin_row = weight[origin]
-        pull = others @ weight
-        spread = others @ squared_norms - 2 * (pull * origin_row).sum(dim=1) + mass * squared_norms[origin]
-        return spread - (pull - mass[:, None] * origin_row).square().sum(dim=1)
+        # Σ_s p_s ‖w_s − w_k‖², with Σ_{s≠k} p_s w_s = offset + mass · w_k
+        cross = (offset * origin_row).sum(dim=1)
+        spread = others @ squared_norms - 2 * cross - mass * origin_row.square().sum(dim=1)
+        return spread - offset.square().sum(dim=1)
 
     def row_traces(self, weight: Tensor, sample_factor: Tensor) -> Tensor:
         r"""Return ``Σ_i f_i Σ_s' ⟨w_s, w_s'⟩ (A_i)_{s,s'}`` of every output s; they sum to Σ_i f_i Tr(Wᵀ A_i W).
@@ -75,11 +74,24 @@ class OutputHessian:
         Returns:
             The parts of the outputs, of shape (d,).
         """
-        rows = (sample_factor @ self.diagonal) * weight.square().sum(dim=1)
+        squared_norms = weight.square().sum(dim=1)
         if self.root is None:
-            return rows
-        pull = (self.root @ weight) * sample_factor[:, None]
-        return rows - (weight * (self.root.T @ pull)).sum(dim=1)
+            return (sample_factor @ self.diagonal) * squared_norms
+        factors = sample_factor[:, None]
+        if not self.annihilates_constants:
+            pull = self.root.T @ (factors * (self.root @ weight))
+            return (sample_factor @ self.diagonal) * squared_norms - (weight * pull).sum(dim=1)
+        # p_s ⟨w_s, w_s − Σ_s' p_s' w_s'⟩, where the bracket is w_s − w_k − offset, and −offset for s = k
+        others, origin_row, offset = self._from_origin(weight)
+        pull = others.T @ (factors * origin_row) + self.diagonal.T @ (factors * offset)
+        return (sample_factor @ others) * squared_norms - (weight * pull).sum(dim=1)
+
+    def _from_origin(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return p without its largest entry p_k, the row w_k, and Σ_s p_s (w_s − w_k)."""
+        origin = self.diagonal.detach().argmax(dim=1)
+        others = self.diagonal.scatter(1, origin[:, None], 0.0)
+        origin_row = weight[origin]
+        return others, origin_row, others @ weight - others.sum(dim=1, keepdim=True) * origin_row
 
 
 def output_hessian(
@@ -135,8 +147,15 @@ def output_hessian(
     check_floating("outputs", outputs)
     if outputs.ndim == 0:
         raise ValueError("Expected argument `outputs` to have at least one dimension, but got a scalar.")
-    parts = target if isinstance(target, tuple) else (target,)
-    dtype = compute_dtype(outputs, *(part for part in parts if part is not None and part.is_floating_point()))
+    if not -outputs.ndim <= class_dim < outputs.ndim:
+        raise ValueError(
+            f"Expected argument `class_dim` to be a dimension of the outputs, which are of shape {shape_of(outputs)}, "
+            f"but got {class_dim}."
+        )
+    parts = target if isinstance(target, tuple) else () if target is None else (target,)
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {target!r}.")
+    dtype = compute_dtype(outputs, *(part for part in parts if part.is_floating_point()))
     with full_precision(outputs):
         return _CLOSED_FORMS[_criterion_type(criterion)](criterion, outputs.to(dtype), target, class_dim)
 
@@ -232,15 +251,14 @@ def _elementwise(
     def closed_form(criterion: Any, outputs: Tensor, target: Target, class_dim: int) -> OutputHessian:
         target = _single(target, criterion)
         if target is not None:
-            fitted = _fit(target, outputs, class_dim).to(outputs.dtype)
-        elif needs_target(criterion):
+            called = _as_called(outputs, target, class_dim)
+            return _diagonal(curvature(criterion, called, target.to(outputs.dtype)), outputs, class_dim)
+        if needs_target(criterion):
             raise ValueError(
                 f"Expected argument `target` to be a tensor, because the curvature of {type(criterion).__name__} "
                 "depends on it, but got None."
             )
-        else:
-            fitted = outputs
-        return _diagonal(curvature(criterion, outputs, fitted), class_dim)
+        return _diagonal(curvature(criterion, outputs, outputs), outputs, class_dim)
 
     return closed_form
 
@@ -251,17 +269,18 @@ def _gaussian_nll(criterion: Any, outputs: Tensor, target: Target, class_dim: in
             "Expected argument `target` to be the tuple (target, var) of two tensors for GaussianNLLLoss, "
             f"but got {type(target).__name__}."
         )
-    _fit(target[0], outputs, class_dim)
+    called = _as_called(outputs, target[0], class_dim)
     # The shapes that nn.GaussianNLLLoss takes: one variance for every output, or one for each last dimension.
     variance = target[1].to(outputs)
-    if variance.shape == outputs.shape[:-1]:
+    if variance.shape != called.shape and variance.shape == called.shape[:-1]:
         variance = variance.unsqueeze(-1)
-    if variance.shape not in (outputs.shape, (*outputs.shape[:-1], 1)):
+    if variance.shape not in (called.shape, (*called.shape[:-1], 1)):
         raise ValueError(
-            f"Expected the variances in argument `target` to be of shape {shape_of(outputs)}, "
-            f"{shape_of((*outputs.shape[:-1], 1))} or {shape_of(outputs.shape[:-1])}, but got {shape_of(target[1])}."
+            f"Expected the variances in argument `target` to be of shape {shape_of(called)}, "
+            f"{shape_of((*called.shape[:-1], 1))} or {shape_of(called.shape[:-1])}, but got {shape_of(target[1])}."
         )
-    return _diagonal((1 / variance.detach().clamp(min=criterion.eps)).expand_as(outputs), class_dim)
+    curvature = (1 / variance.detach().clamp(min=criterion.eps)).expand_as(called)
+    return _diagonal(curvature, outputs, class_dim)
 
 
 def _single(target: Target, criterion: nn.Module) -> Tensor | None:
@@ -282,18 +301,19 @@ def _count(number: int, like: Tensor) -> Tensor:
     return like.new_full((), float(number))
 
 
-def _diagonal(curvature: Tensor, class_dim: int) -> OutputHessian:
-    diagonal = _rows(curvature, class_dim)
+def _diagonal(curvature: Tensor, outputs: Tensor, class_dim: int) -> OutputHessian:
+    diagonal = _rows(curvature.reshape(outputs.shape), class_dim)
     return OutputHessian(diagonal, None, diagonal.new_ones(len(diagonal)), _count(diagonal.numel(), diagonal))
 
 
-def _fit(target: Tensor, outputs: Tensor, class_dim: int) -> Tensor:
+def _as_called(outputs: Tensor, target: Tensor, class_dim: int) -> Tensor:
+    """Return the outputs in the shape in which the criterion is called with them, that of the target."""
     # A head with one output is trained on `outputs.squeeze(-1)`; broadcasting (n,) against (n, 1) would give (n, n).
     if outputs.shape[class_dim] == 1 and target.shape == _without(outputs, class_dim):
-        return target.unsqueeze(class_dim)
+        return outputs.squeeze(class_dim)
     if target.shape != outputs.shape:
         raise _misfit(target, outputs, f"{shape_of(outputs)}, the shape of the outputs,")
-    return target
+    return outputs
 
 
 def _misfit(target: Tensor, outputs: Tensor, expected: str) -> ValueError:

@@ -237,7 +237,12 @@ def _find_class_dim(features: Tensor, weight: Tensor, outputs: Tensor, class_dim
             f"but got {shape_of(features)} and {shape_of(weight)}."
         )
     samples, width = features.shape[:-1], weight.shape[0]
-    candidates = sorted({outputs.ndim - 1, 1}) if class_dim is None else [class_dim % max(outputs.ndim, 1)]
+    if class_dim is not None and not -outputs.ndim <= class_dim < outputs.ndim:
+        raise ValueError(
+            f"Expected argument `class_dim` to be a dimension of the outputs, which are of shape {shape_of(outputs)}, "
+            f"but got {class_dim}."
+        )
+    candidates = sorted({outputs.ndim - 1, 1}) if class_dim is None else [class_dim % outputs.ndim]
     fitting = [
         dim
         for dim in candidates
