@@ -558,6 +558,17 @@ def test_uses_of_different_sizes_have_the_same_estimate_in_half_precision(dtype:
         torch.testing.assert_close(half, reference, rtol=0.05, atol=0.05 * float(reference.abs().max()))
 
 
+def test_the_norm_of_large_features_does_not_overflow_in_float16() -> None:
+    problem = Problem()
+    problem.layer.half()
+    problem.features = (problem.features.detach().sign() * 200).half().requires_grad_()  # ‖φ‖² = 160,000
+    outputs = problem.layer(problem.features)
+    loss = (outputs.float() / 1000).square().sum()
+    expected = 2e-6 * problem.weight.detach().float().square().sum() * 4 * 200**2
+    parts = layer_laplacian(loss, problem.layer, problem.features, outputs, probes=None)
+    torch.testing.assert_close(parts, expected.expand(3), rtol=0.02, atol=0)
+
+
 def test_outputs_of_autocast_give_float32_parts() -> None:
     problem = Problem()
     expected = problem.defined_parts()
@@ -665,6 +676,25 @@ def test_an_operation_that_is_differentiable_once_is_named_with_the_way_out() ->
     with pytest.raises(RuntimeError, match=message) as caught:
         feature_laplacian(OnceDifferentiable.apply(X).square().sum(), X)
     assert "`loss=`" in str(caught.value)
+
+
+def test_an_operation_that_is_differentiable_once_is_found_beside_a_curved_loss_and_behind_an_exact_sum() -> None:
+    loss = X.pow(4).sum() + OnceDifferentiable.apply(X).square().sum()
+    for probes in (None, 1):
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            feature_laplacian(loss, X, probes=probes)
+
+
+def test_an_operation_that_is_differentiable_once_may_come_before_the_layer() -> None:
+    """Around the layer too: only what the outputs enter is differentiated twice."""
+    inputs = normal(seeded(0), 3, 2).requires_grad_()
+    before = OnceDifferentiable.apply(inputs)
+    layer = nn.Linear(2, 2).double()
+    outputs = layer(before)
+    loss = (outputs + before).pow(4).sum()
+    parts = layer_laplacian(loss, layer, before, outputs, probes=None)
+    traces = 12 * (outputs + before).square() @ layer.weight.square().sum(dim=1)
+    assert_equal(parts, before.square().sum(dim=1) * traces)
 
 
 def test_other_errors_of_the_backward_pass_come_as_they_are() -> None:

@@ -438,3 +438,21 @@ def test_a_variance_that_is_a_number_is_refused_by_name() -> None:
     """Newer ``nn.GaussianNLLLoss`` takes one; here the pair is of two tensors."""
     with pytest.raises((TypeError, ValueError), match=r"^Expected argument `target` to be .* two tensors"):
         output_hessian(Z, (Z, 0.5), loss="gaussian_nll")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("class_dim", [2, -3])
+def test_a_class_dim_that_outputs_do_not_have_is_named(class_dim: int) -> None:
+    message = (
+        "Expected argument `class_dim` to be a dimension of the outputs, which are of shape (3, 4), "
+        f"but got {class_dim}."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        output_hessian(Z, loss="mse", class_dim=class_dim)
+
+
+@pytest.mark.parametrize("target", [[0, 1, 2], 1.0, (None, None)])
+def test_a_target_that_is_no_tensor_is_named(target: Any) -> None:
+    message = f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {target!r}."
+    for loss in ("mse", "cross_entropy", "gaussian_nll"):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            output_hessian(Z, target, loss=loss)
