@@ -40,6 +40,22 @@ assert not set(sys.modules) & set({BLOCKED})
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.parametrize(
+    ("first", "logger"),
+    [
+        ("import lightning", "lightning.pytorch"),
+        ("import pytorch_lightning", "pytorch_lightning"),
+        ("", "lightning.pytorch"),
+    ],
+)
+def test_importing_the_callbacks_leaves_the_logger_to_the_users_package(first: str, logger: str) -> None:
+    found = run(
+        f"{first}\nimport lightning_relflat.callbacks\nfrom lightning_utilities.core import rank_zero\n"
+        "print(rank_zero.log.name)"
+    )
+    assert found.stdout.strip() == f"{logger}.utilities.rank_zero", found.stderr
+
+
 def test_the_metric_needs_no_lightning() -> None:
     only_trainers = BLOCKER.replace(str(BLOCKED), str(("lightning", "pytorch_lightning")))
     assert only_trainers != BLOCKER

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import lightning.pytorch
-import pytorch_lightning
+from lightning_utilities.core import rank_zero
 from torch import Tensor
+
+# The package imported last decides under which name both log; leave that to the one that the user has imported.
+_imported_by_user = {"lightning.pytorch", "pytorch_lightning"} & set(sys.modules)
+_log = rank_zero.log
+
+import lightning.pytorch  # noqa: E402
+
+if not _imported_by_user:
+    _log = rank_zero.log
+
+import pytorch_lightning  # noqa: E402
+
+rank_zero.log = _log
 
 Trainer: TypeAlias = "lightning.pytorch.Trainer | pytorch_lightning.Trainer"
 LightningModule: TypeAlias = "lightning.pytorch.LightningModule | pytorch_lightning.LightningModule"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_relflat.callbacks._base import (
@@ -40,6 +40,7 @@ class FlatnessMonitor(Callback):
         target: where in the batch the target is: an index or a key, or ``None`` if the loss needs none.
         every_n_steps: log ``train/relative_flatness_step``, the κ of the batch, every n training steps too. As every
             value logged in a step, it reaches the loggers with the Trainer's ``log_every_n_steps``.
+        prog_bar: whether the values of the epochs are shown in the progress bar.
         probes: as for :class:`~lightning_relflat.RelativeFlatness`.
         seed: as for :class:`~lightning_relflat.RelativeFlatness`.
 
@@ -61,6 +62,7 @@ class FlatnessMonitor(Callback):
         *,
         target: int | str | None = 1,
         every_n_steps: int | None = None,
+        prog_bar: bool = False,
         probes: int | None = 2,
         seed: int = 0,
     ) -> None:
@@ -70,6 +72,7 @@ class FlatnessMonitor(Callback):
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps, at_least=1)
         self.every_n_steps = every_n_steps
+        self.prog_bar = prog_bar
         self.metric = RelativeFlatness(loss, class_dim=-1, probes=probes, seed=seed)
         self._metrics: dict[tuple[str, int], RelativeFlatness] = {}
         self._tap: LayerTap | None = None
@@ -212,7 +215,7 @@ class FlatnessMonitor(Callback):
             metric.update(record.features, record.weight, record.outputs, target)
         name = f"{stage}/relative_flatness{self._suffix}"
         # Lightning computes the metric when the epoch ends, on all processes, and resets it.
-        pl_module.log(name, metric, on_step=False, on_epoch=True, metric_attribute=name)
+        pl_module.log(name, metric, prog_bar=self.prog_bar, on_step=False, on_epoch=True, metric_attribute=name)
         if log_step:
             of_batch = copy.deepcopy(self.metric).to(pl_module.device)
             of_batch.sync_on_compute = False

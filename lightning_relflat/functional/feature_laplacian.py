@@ -133,7 +133,8 @@ def layer_laplacian(
             count as constants, and only ``weight`` gets a gradient.
 
     Returns:
-        The parts, of shape ``features.shape[:-1]`` for a linear layer and (n,) for a convolution.
+        The parts, of shape ``features.shape[:-1]`` for a linear layer, and (n,) for a convolution, a scalar for a
+        single input of one.
 
     Raises:
         TypeError: if ``features`` or ``outputs`` are no floating point numbers, or the layer is not one of those.

@@ -110,7 +110,7 @@ def output_hessian(
     ``HuberLoss``              ``"huber"``                          1 where \|z − y\| < δ, none
     ``SmoothL1Loss``           ``"smooth_l1"``                      1/β where \|z − y\| < β, none
     ``PoissonNLLLoss``         ``"poisson_nll"``                    eᶻ; without log_input y / (z + eps)², none
-    ``GaussianNLLLoss``        ``"gaussian_nll"``                   1 / var, none (curvature in the mean)
+    ``GaussianNLLLoss``        ``"gaussian_nll"``                   1 / var, none (in the mean; var a constant)
     =========================  ===================================  ===========================================
 
     Source: second derivatives of the definitions in the PyTorch reference; the softmax case is the one that

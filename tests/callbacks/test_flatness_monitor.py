@@ -128,6 +128,13 @@ def test_a_line_search_counts_once() -> None:
     assert value == pytest.approx(of_union(net, make_batches(SIZES)), rel=1e-6)
 
 
+def test_the_progress_bar_shows_it_if_asked() -> None:
+    for shown in (True, False):
+        trainer = make_trainer(callbacks=[FlatnessMonitor("head", prog_bar=shown)])
+        trainer.validate(Net(), make_loader([5], dtype=torch.float32), verbose=False)
+        assert ("val/relative_flatness" in trainer.progress_bar_metrics) == shown
+
+
 def test_values_of_steps() -> None:
     class Note(Callback):
         def __init__(self) -> None:
