@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -283,7 +284,8 @@ def _of_one(parts: Sequence[Tensor | None]) -> Tensor:
 
 def _gradients(loss: Tensor, uses: Sequence[LayerUse], *, allow_unused: bool) -> list[Tensor | None]:
     connected = [use.outputs for use in uses if use.outputs.requires_grad]
-    found = iter(torch.autograd.grad(loss, connected, create_graph=True, allow_unused=True) if connected else ())
+    with _naming_what_is_not_twice_differentiable():
+        found = iter(torch.autograd.grad(loss, connected, create_graph=True, allow_unused=True) if connected else ())
     gradients = [next(found) if use.outputs.requires_grad else None for use in uses]
     if not allow_unused and any(gradient is None for gradient in gradients):
         raise ValueError(
@@ -324,7 +326,7 @@ def _hessian_products(
         return [torch.zeros_like(direction) for direction in directions]
     _refuse_opaque([gradients[k] for k in curved], outputs)
     scale = _scale_for(gradients, directions)
-    try:
+    with _naming_what_is_not_twice_differentiable():
         products = torch.autograd.grad(
             [gradients[k] for k in curved],
             outputs,
@@ -333,10 +335,6 @@ def _hessian_products(
             retain_graph=True,
             materialize_grads=True,
         )
-    except RuntimeError as error:
-        if "double backward" not in str(error) and "not implemented" not in str(error):
-            raise
-        raise _not_twice(str(error)) from error
     return [product.to(direction.dtype) / scale for product, direction in zip(products, directions, strict=True)]
 
 
@@ -352,6 +350,17 @@ def _refuse_opaque(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> No
         if node.name().endswith("::Error"):
             raise _not_twice("a function is marked with @once_differentiable")
         waiting.extend(following for following, _ in node.next_functions)
+
+
+@contextmanager
+def _naming_what_is_not_twice_differentiable() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # PyTorch's words: of compiled functions (two of them), and of operations without a second derivative
+        if not any(words in str(error) for words in ("double backward", "donated buffers", "not implemented")):
+            raise
+        raise _not_twice(str(error)) from error
 
 
 def _not_twice(reason: str) -> RuntimeError:

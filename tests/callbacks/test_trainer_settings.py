@@ -1,0 +1,265 @@
+"""FAM under the Trainer's settings does what a plain loop under the same settings does, or is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_relflat import FAM, FlatnessMonitor
+from tests.callbacks.test_fam import (
+    SIZES,
+    assert_same_weights,
+    assert_untouched,
+    definition,
+    train,
+    train_by_hand,
+    twins,
+)
+from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+
+FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]
+LOWER = {
+    "16-true": torch.float16,
+    "bf16-true": torch.bfloat16,
+    "bf16-mixed": torch.float32,
+    "32-true": torch.float32,
+}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
+@pytest.mark.parametrize("kind", [Net, ManualNet])
+@pytest.mark.parametrize("precision", LOWER)
+def test_lower_precision_stays_near_float64(precision: Any, kind: type[Net], form: dict[str, Any]) -> None:
+    dtype = LOWER[precision]
+    net, twin = twins(kind, lr=0.1)
+    net.to(dtype)
+    trainer = make_trainer(precision=precision, callbacks=[FAM("head", 0.3, **form)])
+    trainer.fit(net, make_loader(SIZES, dtype=dtype))
+    train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3)
+    tolerance = 1e-5 if precision == "32-true" else 0.02
+    assert_same_weights(net.double(), twin, tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**40], ids=["usual", "skips a step"])
+def test_a_gradient_scaler(form: dict[str, Any], scale: float) -> None:
+    net, twin = twins(lr=0.1)
+    net.float()
+    # 2^40 overflows float16: the scaler skips a step and lowers its scale.
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-30)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer = make_trainer(plugins=[plugin], callbacks=[FAM("head", 0.3, **form)])
+    trainer.fit(net, make_loader(SIZES, dtype=torch.float32))
+    skipped = int(scale > 2.0**20)
+    assert (scaler.get_scale() < scale) == bool(skipped)
+    batches = make_batches(SIZES)[skipped:]
+    train_by_hand(twin, batches, definition, [0.3] * len(batches))
+    assert_same_weights(net.double(), twin, 0.02)
+    # The scale is in neither the penalty nor the loss.
+    assert abs(trainer.callback_metrics["fam/penalty"]) < 10
+
+
+class Checkpointed(Net):
+    where = "head"
+    reentrant = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor
+        if self.where == "head":
+            features = torch.tanh(self.body(inputs))
+            outputs = checkpoint(self.head, features, use_reentrant=self.reentrant)
+        else:
+            inputs = inputs.requires_grad_()
+            outputs = self.head(checkpoint(self.features, inputs, use_reentrant=self.reentrant))
+        return outputs
+
+
+class CheckpointedManual(Checkpointed, ManualNet):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Checkpointed, CheckpointedManual])
+@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
+@pytest.mark.parametrize(("where", "reentrant"), [("head", False), ("body", False), ("body", True)])
+def test_activation_checkpointing(
+    where: str, reentrant: bool, form: dict[str, Any], kind: type[Checkpointed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpointed, "where", where)
+    monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
+    net, twin = twins(kind)
+    monitor = FlatnessMonitor("head")
+    trainer = make_trainer(precision="64-true", callbacks=[FAM("head", 0.3, **form), monitor])
+    trainer.fit(net, make_loader(SIZES))
+    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
+
+
+def test_reentrant_checkpointing_around_the_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpointed, "reentrant", True)
+    net = Checkpointed().double()
+    with pytest.raises(RuntimeError, match=r"did not run with gradients .* re-entrant activation checkpointing"):
+        train(net, FAM("head"))
+    assert_untouched(net)
+
+
+def test_clipping_comes_after_the_penalty() -> None:
+    net, twin = twins()
+    train(net, FAM("head", 0.3, loss="cross_entropy"), gradient_clip_val=0.05)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=twin.lr)
+    for batch in make_batches(SIZES):
+        optimizer.zero_grad()
+        (twin.loss(batch) + 0.3 * definition(twin, batch, 0)).backward()
+        assert nn.utils.clip_grad_norm_(twin.parameters(), 0.05) > 0.05
+        optimizer.step()
+    assert_same_weights(net, twin)
+
+
+class Tokens(Net):
+    """A head on (B, T, V) tokens, some of them ignored, whose logits the criterion takes as (B, V, T)."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        inputs, target = batch
+        outputs = self(inputs.unflatten(0, (-1, 2)))
+        return F.cross_entropy(outputs.mT, target.unflatten(0, (-1, 2)), ignore_index=0)
+
+
+@pytest.mark.parametrize("form", [{"loss": nn.CrossEntropyLoss(ignore_index=0)}, {"probes": None}])
+def test_tokens_with_ignored_positions(form: dict[str, Any]) -> None:
+    class TargetOfTokens(Tokens):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0], batch[1].unflatten(0, (-1, 2))
+
+        def loss(self, batch: Batch) -> Tensor:
+            return super().loss([batch[0], batch[1].flatten()])
+
+    net, twin = twins(TargetOfTokens)
+    train(net, FAM("head", 0.3, **form), [6, 8, 4])
+    twin.criterion = lambda outputs, target: F.cross_entropy(outputs, target, ignore_index=0)
+    assert_same_weights(net, train_by_hand(twin, make_batches([6, 8, 4]), definition, [0.3] * 3))
+
+
+def test_tied_weights() -> None:
+    class Tied(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(4, 3)
+            self.head = nn.Linear(3, 4, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.head(self.embedding(batch[0])), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    inputs, target = torch.tensor([0, 1, 2, 3, 1]), torch.tensor([1, 2, 3, 0, 0])
+    data: Any = torch.utils.data.DataLoader([(inputs, target)], batch_size=None)  # type: ignore[arg-type]
+    net = Tied().double()
+    weight = net.head.weight.detach().clone().requires_grad_()
+    make_trainer(precision="64-true", callbacks=[FAM("head", 0.5, probes=None)]).fit(net, data)
+
+    features = F.embedding(inputs, weight)
+    outputs = features @ weight.T
+    p = outputs.softmax(dim=1)
+    trace = p @ weight.square().sum(dim=1) - (p @ weight).square().sum(dim=1)
+    kappa = (features.square().sum(dim=1) * trace).mean()
+    [gradient] = torch.autograd.grad(F.cross_entropy(outputs, target) + 0.5 * kappa, weight)
+    torch.testing.assert_close(net.head.weight.detach(), weight.detach() - 0.1 * gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_averaging_callbacks() -> None:
+    class CopiesInTheMiddle(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            torch.optim.swa_utils.AveragedModel(pl_module)
+
+    plain, averaged = twins()
+    train(plain, FAM("head", 0.3, loss="cross_entropy"), max_epochs=2)
+    callbacks = [CopiesInTheMiddle(), FAM("head", 0.3, loss="cross_entropy"), CopiesInTheMiddle()]
+    make_trainer(precision="64-true", callbacks=callbacks, max_epochs=2).fit(averaged, make_loader(SIZES))
+    assert_same_weights(averaged, plain)
+    net = Net().double()
+    swa = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    make_trainer(precision="64-true", callbacks=[swa, FAM("head"), FlatnessMonitor("head")], max_epochs=3).fit(
+        net, make_loader(SIZES)
+    )
+    assert_untouched(net)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
+@pytest.mark.parametrize("part", ["head", "body", "whole"])
+def test_compiled_parts_of_the_module(part: str, form: dict[str, Any], fresh_dynamo: Any) -> None:
+    class Compiled(Net):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            if part == "whole":
+                self.compiled = [torch.compile(super().forward, backend="aot_eager")]
+            else:
+                getattr(self, part).compile(backend="aot_eager")
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = self.compiled[0](inputs) if part == "whole" else super().forward(inputs)
+            return outputs
+
+    net, twin = twins(Compiled)
+    train(net, FAM("head", 0.3, **form))
+    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_was_compiled_and_ran_before_is_right_or_refused(fresh_dynamo: Any) -> None:
+    class Compiled(Net):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.compiled = [torch.compile(super().forward, backend="aot_eager")]
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = self.compiled[0](inputs)
+            return outputs
+
+    net, twin = twins(Compiled)
+    net.loss(make_batches(SIZES)[0]).backward()
+    refused = ""
+    try:
+        train(net, FAM("head", 0.3, loss="cross_entropy"))
+    except RuntimeError as error:
+        refused = str(error)
+    if refused:
+        assert "torch._dynamo.reset()" in refused
+    else:
+        assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", ["loss", "training_step"])
+def test_a_compiled_loss_needs_a_name(step: str, fresh_dynamo: Any) -> None:
+    class Compiled(Net):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.compiled = [torch.compile(getattr(super(), step), backend="aot_eager")]
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+            return self.compiled[0](batch) if step == "loss" else self.compiled[0](batch, batch_idx)
+
+    net, twin = twins(Compiled)
+    train(net, FAM("head", 0.3, loss="cross_entropy"))
+    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
+    torch._dynamo.reset()
+    net = Compiled().double()
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice|does not depend on the outputs"):
+        train(net, FAM("head", 0.3))
+    assert_untouched(net)
