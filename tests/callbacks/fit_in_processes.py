@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.models import Net, make_batches, make_trainer
+from tests.models import Batch, Net, make_batches, make_trainer
 
 
 class Sharded(Net):
     """Every process gets its share of each batch of 8; of the validation data, uneven shares."""
 
+    def __init__(self, *, manual: bool, unused: bool, fsdp: str | None) -> None:
+        super().__init__(lr=0.2)
+        self.automatic_optimization = not manual
+        self.fsdp = fsdp
+        if unused:
+            self.unused = nn.Linear(2, 2)
+
+    def configure_model(self) -> None:
+        if self.fsdp is None or self.trainer.world_size == 1:
+            return
+        # Its first home, which the oldest PyTorch that we support knows.
+        from torch.distributed._composable.fsdp import fully_shard  # type: ignore[attr-defined]
+
+        mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
+        if self.fsdp == "unit":
+            fully_shard(self.head, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+
     def _share(self, sizes: list[int]) -> Any:
         rank, world = self.trainer.global_rank, self.trainer.world_size
         shares = [[inputs[rank::world], target[rank::world]] for inputs, target in make_batches(sizes)]
         return DataLoader(shares, batch_size=None)  # type: ignore[arg-type]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
 
     def train_dataloader(self) -> Any:
         return self._share([8, 8, 8, 8])
@@ -28,25 +60,43 @@ class Sharded(Net):
         return self._share([7, 8, 5, 3])
 
 
-def main(folder: str, world: int, loss: str | None) -> None:
+def main(
+    folder: str,
+    world: int,
+    *,
+    loss: str | None = None,
+    accumulate: int = 1,
+    manual: bool = False,
+    unused: bool = False,
+    static_graph: bool = False,
+    fsdp: str | None = None,
+) -> None:
     torch.manual_seed(0)
-    net = Sharded(lr=0.2).double()
+    net = Sharded(manual=manual, unused=unused, fsdp=fsdp).double()
+    strategy: str | Strategy = "auto"
+    if world > 1:
+        strategy = (
+            ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+            if fsdp
+            else DDPStrategy(find_unused_parameters=unused, static_graph=static_graph)
+        )
     trainer = make_trainer(
-        precision="64-true",
+        precision="32-true" if fsdp else "64-true",
         max_epochs=2,
         callbacks=[FAM("head", 0.2, loss=loss), FlatnessMonitor("head")],
         devices=world,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=strategy,
         use_distributed_sampler=False,
-        accumulate_grad_batches=2,
+        accumulate_grad_batches=accumulate,
     )
     trainer.fit(net)
-    results = {
-        "weights": dict(net.state_dict()),
-        "values": {name: value.item() for name, value in trainer.callback_metrics.items()},
-    }
-    torch.save(results, Path(folder) / f"{loss}-{world}-{trainer.global_rank}.pt")
+    assert hasattr(net.head.weight, "full_tensor") == (fsdp is not None and world > 1)
+    weights = {}
+    for name, value in net.state_dict().items():
+        weights[name] = value.full_tensor() if hasattr(value, "full_tensor") else value
+    values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    torch.save({"weights": weights, "values": values}, Path(folder) / f"{world}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+    main(sys.argv[1], int(sys.argv[2]), **json.loads(sys.argv[3]))
