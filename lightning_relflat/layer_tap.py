@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_relflat.functional._checks import shape_of
 from lightning_relflat.functional.feature_laplacian import is_linear_layer, layer_use, use_laplacians
 
 
@@ -201,7 +201,12 @@ class _LayerHook:
         self.layer = weakref.ref(layer)
         self.taps: list[LayerTap] = []
         # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
-        self._handle = layer.register_forward_hook(self, prepend=True, with_kwargs=True)
+        self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
+        # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
+        self._computed: list[Tensor] = []
+        if is_parametrized(layer, "weight"):
+            parametrization = layer.get_submodule("parametrizations.weight")
+            self._handles.append(parametrization.register_forward_hook(_Note(self._computed)))
 
     @classmethod
     def of(cls, layer: nn.Module) -> _LayerHook:
@@ -211,13 +216,15 @@ class _LayerHook:
         return hook
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
+        computed = self._computed.pop() if self._computed else None
         taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
         if not taps:
             return
-        weight = layer.weight.clone()  # type: ignore[operator]  # is_linear_layer: it has a weight
+        weight = layer.weight if computed is None else computed
+        assert isinstance(weight, Tensor)
         features = args[0] if args else kwargs["input"]
         version = None if outputs.is_inference() else outputs._version
-        record = LayerRecord(layer, features, outputs, weight, version)
+        record = LayerRecord(layer, features, outputs, weight.clone(), version)
         for tap in taps:
             tap.receive(record)
 
@@ -225,12 +232,29 @@ class _LayerHook:
         """Forget a tap, and go with the last one."""
         self.taps.remove(tap)
         if not self.taps:
-            self._handle.remove()
+            for handle in self._handles:
+                handle.remove()
             layer = self.layer()
             if layer is not None:
                 del self._of_layer[layer]
 
     # Models are copied (averaging callbacks) and pickled while a tap listens; the copy has nobody to tell.
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Deaf:
+        return _Deaf()
+
+    def __reduce__(self) -> tuple[type[_Deaf], tuple[()]]:
+        return _Deaf, ()
+
+
+class _Note:
+    """A forward hook that keeps the latest output."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        self._kept = kept
+
+    def __call__(self, *args: Any) -> None:
+        self._kept[:] = [args[-1]]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deaf:
         return _Deaf()
 
@@ -294,8 +318,6 @@ def describe(name: str, layer: nn.Module) -> str:
         layer: the layer.
 
     Returns:
-        For example ``'head' (Linear, weight (10, 128))``.
+        For example ``'head', a Linear(in_features=128, out_features=10, bias=True)``.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return f"{name!r} ({type(layer).__name__}, weight {shape_of(weight)})"
+    return f"{name!r}, a {type(layer).__name__}({layer.extra_repr()})"

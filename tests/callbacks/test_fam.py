@@ -453,8 +453,8 @@ def test_says_once_which_layer(caplog: pytest.LogCaptureFixture) -> None:
         )
     said = [message for message in caplog.messages if "relative flatness" in message]
     assert said == [
-        "FAM: relative flatness is penalised at layer 'head' (Linear, weight (3, 6)).",
-        "FlatnessMonitor: relative flatness is measured at layer 'head' (Linear, weight (3, 6)).",
+        f"{what} at layer 'head', a Linear(in_features=6, out_features=3, bias=True)."
+        for what in ("FAM: relative flatness is penalised", "FlatnessMonitor: relative flatness is measured")
     ]
 
 
@@ -550,7 +550,7 @@ REFUSED: dict[str, tuple[type[Net], Callable[[], FAM], type[BaseException], str 
         Conv,
         lambda: FAM("conv", loss="mse"),
         ValueError,
-        r"to name an nn\.Linear where the loss is named, but got 'conv' \(Conv1d, .*Leave out `loss`",
+        r"to name an nn\.Linear where the loss is named, but got 'conv', a Conv1d\(1, 2, .*Leave out `loss`",
     ),
     "did not run": (Unused, lambda: FAM("unused"), RuntimeError, r"layer 'unused' did not run with gradients"),
     "ran without gradients": (NoGrad, lambda: FAM("head"), RuntimeError, r"layer 'head' did not run with gradients"),

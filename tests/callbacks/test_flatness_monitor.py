@@ -232,7 +232,7 @@ class Interrupt(Net):
     [
         (Net, {"layer": "hed"}, ValueError, "one of 'body', 'head', but got 'hed'"),
         (Net, {"layer": "drop"}, ValueError, "but got 'drop', a Dropout"),
-        (Conv, {"layer": "conv"}, ValueError, r"to name an nn\.Linear, but got 'conv' \(Conv1d"),
+        (Conv, {"layer": "conv"}, ValueError, r"to name an nn\.Linear, but got 'conv', a Conv1d\(1, 2"),
         (Skips, {"layer": "head"}, RuntimeError, "layer 'head' did not run in a val batch"),
         (Skips, {}, RuntimeError, "(no nn.Linear ran|layer 'head' did not run) in a val batch"),
         (Net, {"target": 2}, ValueError, "batch, which is a list of 2, but got 2"),

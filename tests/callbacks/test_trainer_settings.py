@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning as L
@@ -172,6 +173,51 @@ def test_tied_weights() -> None:
     kappa = (features.square().sum(dim=1) * trace).mean()
     [gradient] = torch.autograd.grad(F.cross_entropy(outputs, target) + 0.5 * kappa, weight)
     torch.testing.assert_close(net.head.weight.detach(), weight.detach() - 0.1 * gradient, rtol=1e-10, atol=1e-10)
+
+
+PARAMETRIZATIONS: dict[str, Any] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
+def test_parametrized_weights(name: str, form: dict[str, Any]) -> None:
+    class Parametrized(Net):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.double()
+            PARAMETRIZATIONS[name](self.head)
+
+    torch.manual_seed(0)
+    net = Parametrized(lr=0.1)
+    twin = copy.deepcopy(net)
+    callbacks: list[Any] = [FlatnessMonitor("head"), FAM("head", 0.3, **form)]
+    make_trainer(precision="64-true", callbacks=callbacks).fit(net, make_loader(SIZES))
+    assert not net.get_submodule("head.parametrizations.weight")._forward_hooks
+    optimizer = torch.optim.SGD(twin.parameters(), lr=twin.lr)
+    for batch in make_batches(SIZES):
+        optimizer.zero_grad()
+        with nn.utils.parametrize.cached():  # the weight is computed once for each pass
+            (twin.loss(batch) + 0.3 * definition(twin, batch, 0)).backward()
+        optimizer.step()
+    assert_same_weights(net, twin)
+    for left, right in zip(net.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
+def test_monitoring_leaves_the_state_of_a_parametrization_alone() -> None:
+    states = []
+    for callbacks in ([], [FlatnessMonitor("head")]):
+        torch.manual_seed(0)
+        net = Net()
+        nn.utils.parametrizations.spectral_norm(net.head)
+        loader = make_loader(SIZES, dtype=torch.float32)
+        make_trainer(callbacks=callbacks, max_epochs=2).fit(net, loader, loader)
+        states.append(net.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_averaging_callbacks() -> None:
