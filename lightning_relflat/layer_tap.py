@@ -60,7 +60,16 @@ class LayerRecord:
 
 
 class LayerTap:
-    """Listens to a layer of a model while it is recording.
+    """Listens to a layer of a model while it is recording; as a context manager, from beginning to end.
+
+    In a plain training loop, or one with Fabric, three lines add the penalty λ·κ to any loss:
+
+    >>> import torch
+    >>> from lightning_relflat.layer_tap import LayerTap
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> with LayerTap(net, "2") as tap:
+    ...     loss = net(torch.ones(5, 4)).square().mean()
+    ...     (loss + 0.1 * tap.relative_flatness(loss)).backward()
 
     Args:
         module: the model.
@@ -76,9 +85,8 @@ class LayerTap:
         ValueError: if there is no such layer in the model. The message lists those that there are.
 
     Example:
-        >>> import torch
-        >>> from lightning_relflat.layer_tap import LayerTap
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        What went through the last linear layer:
+
         >>> tap = LayerTap(net)
         >>> tap.start()
         >>> outputs = net(torch.ones(5, 4))
@@ -137,6 +145,44 @@ class LayerTap:
         for record in records:
             record.check_unwritten(self.name or "")
         return records
+
+    def relative_flatness(
+        self,
+        loss: Tensor,
+        *,
+        probes: int | None = 1,
+        generator: torch.Generator | None = None,
+        through_hessian: bool = True,
+    ) -> Tensor:
+        """Return κ of the layer in a loss, differentiable, from the passes recorded since the last time.
+
+        Args:
+            loss: the scalar loss, before its backward pass.
+            probes: as for :func:`~lightning_relflat.functional.layer_laplacian`.
+            generator: as for :func:`~lightning_relflat.functional.layer_laplacian`.
+            through_hessian: as for :func:`~lightning_relflat.functional.layer_laplacian`.
+
+        Returns:
+            κ, a scalar.
+
+        Raises:
+            RuntimeError: if the layer did not run with gradients, or its outputs were changed in place since.
+            ValueError: if the loss does not depend on the layer.
+        """
+        records = self.take()
+        if not records:
+            raise RuntimeError(f"There is no flatness to compute, because {did_not_run(self)} with gradients.")
+        kappa = record_laplacian(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
+        if kappa is None:
+            raise ValueError(f"Expected argument `loss` to depend on layer {self.name!r}, but got one that does not.")
+        return kappa
+
+    def __enter__(self) -> LayerTap:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Remove the hooks. May be called again."""

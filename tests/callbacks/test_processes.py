@@ -12,6 +12,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+# Fully sharded data parallel, second version, runs on CPUs only since then.
+FSDP = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="this PyTorch shards on GPUs alone"
+)
 
 
 def fit(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
@@ -29,8 +33,8 @@ def fit(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
         {"manual": True},
         {"unused": True},
         {"static_graph": True},
-        {"fsdp": "root"},
-        {"fsdp": "unit"},
+        pytest.param({"fsdp": "root"}, marks=FSDP),
+        pytest.param({"fsdp": "unit"}, marks=FSDP),
     ],
     ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
 )
@@ -47,7 +51,7 @@ def test_two_processes_equal_one_on_the_union(tmp_path: Path, options: dict[str,
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"fsdp": "unit"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, pytest.param({"fsdp": "unit"}, marks=FSDP)])
 def test_probes_keep_the_processes_together(tmp_path: Path, options: dict[str, Any]) -> None:
     first, second = fit(tmp_path, 2, **options)
     for name, value in first["weights"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import lightning as L
@@ -87,6 +88,7 @@ class CheckpointedManual(Checkpointed, ManualNet):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # PyTorch 2.4's own
 @pytest.mark.parametrize("kind", [Checkpointed, CheckpointedManual])
 @pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
 @pytest.mark.parametrize(("where", "reentrant"), [("head", False), ("body", False), ("body", True)])
@@ -279,13 +281,17 @@ def test_a_module_that_was_compiled_and_ran_before_is_right_or_refused(fresh_dyn
 
     net, twin = twins(Compiled)
     net.loss(make_batches(SIZES)[0]).backward()
-    refused = ""
+    assert_right_or_refused(net, twin, r"torch\._dynamo\.reset\(\)", loss="cross_entropy")
+
+
+def assert_right_or_refused(net: Net, twin: Net, message: str, **form: Any) -> None:
+    """What PyTorch traces and what it leaves to Python differs between its versions; neither may be silently wrong."""
     try:
-        train(net, FAM("head", 0.3, loss="cross_entropy"))
+        train(net, FAM("head", 0.3, **form))
     except RuntimeError as error:
-        refused = str(error)
-    if refused:
-        assert "torch._dynamo.reset()" in refused
+        if re.search(message, str(error)) is None:
+            raise
+        assert_untouched(net)
     else:
         assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
 
@@ -305,7 +311,6 @@ def test_a_compiled_loss_needs_a_name(step: str, fresh_dynamo: Any) -> None:
     train(net, FAM("head", 0.3, loss="cross_entropy"))
     assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
     torch._dynamo.reset()
-    net = Compiled().double()
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice|does not depend on the outputs"):
-        train(net, FAM("head", 0.3))
-    assert_untouched(net)
+    net, twin = twins(Compiled)
+    message = "cannot be differentiated twice|does not depend on the outputs|did not run with gradients"
+    assert_right_or_refused(net, twin, message, probes=None)
