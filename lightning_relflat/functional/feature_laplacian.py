@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from lightning_relflat.functional._checks import (
     full_precision,
     shape_of,
 )
+from lightning_relflat.functional._graph import naming_the_cause, refuse_compiled, refuse_once_differentiable
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
@@ -284,9 +284,10 @@ def _of_one(parts: Sequence[Tensor | None]) -> Tensor:
 
 def _gradients(loss: Tensor, uses: Sequence[LayerUse], *, allow_unused: bool) -> list[Tensor | None]:
     connected = [use.outputs for use in uses if use.outputs.requires_grad]
-    with _naming_what_is_not_twice_differentiable():
+    with naming_the_cause():
         found = iter(torch.autograd.grad(loss, connected, create_graph=True, allow_unused=True) if connected else ())
     gradients = [next(found) if use.outputs.requires_grad else None for use in uses]
+    refuse_compiled(loss, [use.outputs for use, gradient in zip(uses, gradients, strict=True) if gradient is not None])
     if not allow_unused and any(gradient is None for gradient in gradients):
         raise ValueError(
             "Expected argument `loss` to depend on the features or outputs, but got one that does not have them in "
@@ -324,9 +325,9 @@ def _hessian_products(
     curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
     if not curved:
         return [torch.zeros_like(direction) for direction in directions]
-    _refuse_opaque([gradients[k] for k in curved], outputs)
+    refuse_once_differentiable([gradients[k] for k in curved], outputs)
     scale = _scale_for(gradients, directions)
-    with _naming_what_is_not_twice_differentiable():
+    with naming_the_cause():
         products = torch.autograd.grad(
             [gradients[k] for k in curved],
             outputs,
@@ -336,38 +337,6 @@ def _hessian_products(
             materialize_grads=True,
         )
     return [product.to(direction.dtype) / scale for product, direction in zip(products, directions, strict=True)]
-
-
-def _refuse_opaque(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Raise if a backward pass on the way was marked as differentiable once: autograd would count it as constant."""
-    seen = {tensor.grad_fn for tensor in outputs}
-    waiting = [gradient.grad_fn for gradient in gradients]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith("::Error"):
-            raise _not_twice("a function is marked with @once_differentiable")
-        waiting.extend(following for following, _ in node.next_functions)
-
-
-@contextmanager
-def _naming_what_is_not_twice_differentiable() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # PyTorch's words: of compiled functions (two of them), and of operations without a second derivative
-        if not any(words in str(error) for words in ("double backward", "donated buffers", "not implemented")):
-            raise
-        raise _not_twice(str(error)) from error
-
-
-def _not_twice(reason: str) -> RuntimeError:
-    return RuntimeError(
-        "What comes between the layer and the loss cannot be differentiated twice, as compiled functions and some of "
-        f"PyTorch's own operations cannot ({reason}). If the loss has a closed form, name it: `loss=`."
-    )
 
 
 def _scale_for(gradients: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor | float:

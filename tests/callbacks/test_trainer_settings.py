@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -296,21 +297,56 @@ def assert_right_or_refused(net: Net, twin: Net, message: str, **form: Any) -> N
         assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
 
 
+class CompiledLoss(Net):
+    """With the loss alone compiled, or all that computes it, or the whole training step."""
+
+    part = ""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        whole: dict[str, Callable[..., Any]] = {
+            "cross_entropy": lambda outputs, target: F.cross_entropy(outputs, target),
+            "loss": super().loss,
+            "training_step": super().training_step,
+        }
+        self.compiled = [torch.compile(whole[self.part], backend="aot_eager")]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        if self.part == "cross_entropy":
+            return self.compiled[0](self(batch[0]), batch[1])
+        return self.compiled[0](batch) if self.part == "loss" else self.compiled[0](batch, batch_idx)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("step", ["loss", "training_step"])
-def test_a_compiled_loss_needs_a_name(step: str, fresh_dynamo: Any) -> None:
-    class Compiled(Net):
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            self.compiled = [torch.compile(getattr(super(), step), backend="aot_eager")]
-
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
-            return self.compiled[0](batch) if step == "loss" else self.compiled[0](batch, batch_idx)
-
-    net, twin = twins(Compiled)
+@pytest.mark.parametrize("part", ["cross_entropy", "loss", "training_step"])
+def test_a_compiled_loss_needs_a_name(part: str, fresh_dynamo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompiledLoss, "part", part)
+    net, twin = twins(CompiledLoss)
     train(net, FAM("head", 0.3, loss="cross_entropy"))
     assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
     torch._dynamo.reset()
-    net, twin = twins(Compiled)
+    net, twin = twins(CompiledLoss)
     message = "cannot be differentiated twice|does not depend on the outputs|did not run with gradients"
     assert_right_or_refused(net, twin, message, probes=None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_part_that_does_not_lie_behind_the_layer_is_no_matter(fresh_dynamo: Any) -> None:
+    class Auxiliary(Net):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.compiled = [torch.compile(super().features, backend="aot_eager")]
+
+        def loss(self, batch: Batch) -> Tensor:
+            features = self.compiled[0](batch[0])
+            return self.criterion(self.head(features), batch[1]) + 0.1 * features.square().mean()
+
+    net, twin = twins(Auxiliary)
+    train(net, FAM("head", 0.3, probes=None))
+    optimizer = torch.optim.SGD(twin.parameters(), lr=twin.lr)
+    for batch in make_batches(SIZES):
+        optimizer.zero_grad()
+        auxiliary = 0.1 * twin.features(batch[0]).square().mean()
+        (twin.loss(batch) + auxiliary + 0.3 * definition(twin, batch, 0)).backward()
+        optimizer.step()
+    assert_same_weights(net, twin)
