@@ -1,6 +1,6 @@
 """Plain training beside FAM on a few MNIST digits: is the loss flatter, and does the network generalise better?
 
-    pip install "lightning-relflat[examples]"
+    pip install ".[examples]"
     python examples/mnist.py
     python examples/mnist.py --help
 
