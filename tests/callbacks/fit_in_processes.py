@@ -37,6 +37,11 @@ class Sharded(Net):
             fully_shard(self.head, mesh=mesh)
         fully_shard(self, mesh=mesh)
 
+    def on_train_start(self) -> None:
+        # A root may stay whole after its last forward pass, but it begins sharded.
+        sharded = self.fsdp is not None and self.trainer.world_size > 1
+        assert hasattr(self.head.weight, "full_tensor") == sharded
+
     def _share(self, sizes: list[int]) -> Any:
         rank, world = self.trainer.global_rank, self.trainer.world_size
         shares = [[inputs[rank::world], target[rank::world]] for inputs, target in make_batches(sizes)]
@@ -90,7 +95,6 @@ def main(
         accumulate_grad_batches=accumulate,
     )
     trainer.fit(net)
-    assert hasattr(net.head.weight, "full_tensor") == (fsdp is not None and world > 1)
     weights = {}
     for name, value in net.state_dict().items():
         weights[name] = value.full_tensor() if hasattr(value, "full_tensor") else value
