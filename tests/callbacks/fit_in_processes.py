@@ -99,6 +99,9 @@ def main(
     for name, value in net.state_dict().items():
         weights[name] = value.full_tensor() if hasattr(value, "full_tensor") else value
     values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    if world > 1:  # a process that ends while others still talk to it may abort
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     torch.save({"weights": weights, "values": values}, Path(folder) / f"{world}-{trainer.global_rank}.pt")
 
 
