@@ -110,7 +110,7 @@ class FAM(Callback):
         self._tap: LayerTap | None = None
         self._suffix = ""
         self._announced: str | None = None
-        self._settled = self._warned = False
+        self._warned = False
         self._coefficient = 0.0  # of the step; 0 also where none is due
         self._step = 0
         self._batch: Any = None
@@ -142,7 +142,7 @@ class FAM(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and wrap the module's methods."""
         self._forget_step()
-        self._settled = self._warned = False
+        self._warned = False
         self._begin_epoch()
         self._suffix = name_suffix(trainer, FAM, self.layer)
         self._tap = LayerTap(pl_module, self.layer)
@@ -312,9 +312,8 @@ class FAM(Callback):
         """Say once which layer it is, and refuse one that cannot be penalised."""
         assert self._tap is not None
         layer, name = self._tap.layer, self._tap.name
-        if self._settled or layer is None or name is None:
+        if layer is None or name is None:
             return
-        self._settled = True
         if self.criterion is not None and not isinstance(layer, nn.Linear):
             raise ValueError(
                 f"Expected argument `layer` to name an nn.Linear where the loss is named, but got "

@@ -77,7 +77,6 @@ class FlatnessMonitor(Callback):
         self._metrics: dict[tuple[str, int], RelativeFlatness] = {}
         self._tap: LayerTap | None = None
         self._last: list[LayerRecord] = []
-        self._settled = False
         self._announced: str | None = None
         self._suffix = ""
 
@@ -171,7 +170,6 @@ class FlatnessMonitor(Callback):
             return
         self._suffix = name_suffix(trainer, FlatnessMonitor, self.layer)
         self._metrics = {}
-        self._settled = False
         self._tap = LayerTap(pl_module, self.layer, copies=True)
         self._settle()
 
@@ -179,9 +177,8 @@ class FlatnessMonitor(Callback):
         """Say once which layer it is, and refuse one that cannot be measured."""
         assert self._tap is not None
         layer, name = self._tap.layer, self._tap.name
-        if self._settled or layer is None or name is None:
+        if layer is None or name is None:
             return
-        self._settled = True
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"Expected argument `layer` to name an nn.Linear, but got {describe(name, layer)}.")
         if self._announced != name:

@@ -22,6 +22,15 @@ def check_probes(probes: object) -> None:
         raise ValueError(f"Expected argument `probes` to be an integer of at least 1, or None, but got {probes!r}.")
 
 
+def check_class_dim(class_dim: int, outputs: Tensor) -> None:
+    """Raise unless ``class_dim`` is a dimension of the outputs."""
+    if not -outputs.ndim <= class_dim < outputs.ndim:
+        raise ValueError(
+            f"Expected argument `class_dim` to be a dimension of the outputs, which are of shape {shape_of(outputs)}, "
+            f"but got {class_dim}."
+        )
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype to compute in: the widest of the tensors', and float32 at least."""
     dtype = torch.float32

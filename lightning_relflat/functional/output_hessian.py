@@ -9,7 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import check_floating, compute_dtype, full_precision, shape_of
+from lightning_relflat.functional._checks import (
+    check_class_dim,
+    check_floating,
+    compute_dtype,
+    full_precision,
+    shape_of,
+)
 
 Target: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
 _ClosedForm: TypeAlias = "Callable[[Any, Tensor, Target, int], OutputHessian]"
@@ -147,11 +153,7 @@ def output_hessian(
     check_floating("outputs", outputs)
     if outputs.ndim == 0:
         raise ValueError("Expected argument `outputs` to have at least one dimension, but got a scalar.")
-    if not -outputs.ndim <= class_dim < outputs.ndim:
-        raise ValueError(
-            f"Expected argument `class_dim` to be a dimension of the outputs, which are of shape {shape_of(outputs)}, "
-            f"but got {class_dim}."
-        )
+    check_class_dim(class_dim, outputs)
     parts = target if isinstance(target, tuple) else () if target is None else (target,)
     if not all(isinstance(part, Tensor) for part in parts):
         raise TypeError(f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {target!r}.")

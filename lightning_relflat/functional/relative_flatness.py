@@ -8,7 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import check_floating, compute_dtype, full_precision, shape_of
+from lightning_relflat.functional._checks import (
+    check_class_dim,
+    check_floating,
+    compute_dtype,
+    full_precision,
+    shape_of,
+)
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion, output_hessian
 
 Reduction = Literal["mean", "sum", "none"]
@@ -237,11 +243,8 @@ def _find_class_dim(features: Tensor, weight: Tensor, outputs: Tensor, class_dim
             f"but got {shape_of(features)} and {shape_of(weight)}."
         )
     samples, width = features.shape[:-1], weight.shape[0]
-    if class_dim is not None and not -outputs.ndim <= class_dim < outputs.ndim:
-        raise ValueError(
-            f"Expected argument `class_dim` to be a dimension of the outputs, which are of shape {shape_of(outputs)}, "
-            f"but got {class_dim}."
-        )
+    if class_dim is not None:
+        check_class_dim(class_dim, outputs)
     candidates = sorted({outputs.ndim - 1, 1}) if class_dim is None else [class_dim % outputs.ndim]
     fitting = [
         dim
