@@ -193,6 +193,8 @@ class FAM(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind; `teardown` is not called after an exception."""
+        if self._batch is not None:  # the step was begun in vain, and a resumed run begins it again
+            self._steps = self._step
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -29,7 +30,9 @@ class FlatnessMonitor(Callback):
     as a logged training loss is. With several data loaders Lightning appends ``/dataloader_idx_0`` and so on; if the
     Trainer has several monitors, the layer's name is appended: ``val/relative_flatness/head``.
 
-    Nothing of the run changes: no weight, no random number, no entry of a checkpoint.
+    Nothing of the run changes: no weight, no random number. A checkpoint taken within a training epoch holds the sums
+    so far, of all processes, so that a resumed run logs what the run would have logged. A process without any
+    validation or test batch takes part with nothing.
 
     Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), definition of κ_Tr.
 
@@ -47,7 +50,8 @@ class FlatnessMonitor(Callback):
     Raises:
         ValueError: if an argument is not what it should be; before the first batch if there is no such layer, and with
             the first batch if it has no such target.
-        RuntimeError: if the layer did not run in a batch.
+        RuntimeError: if the layer did not run in a batch, or if one of several processes has no batch of one of several
+            data loaders.
 
     Example:
         >>> from lightning_relflat import FlatnessMonitor
@@ -75,6 +79,8 @@ class FlatnessMonitor(Callback):
         self.prog_bar = prog_bar
         self.metric = RelativeFlatness(loss, class_dim=-1, probes=probes, seed=seed)
         self._metrics: dict[tuple[str, int], RelativeFlatness] = {}
+        self._within_epoch = False  # whether the training sums are those of a part of an epoch
+        self._resumed: dict[str, Any] = {}
         self._tap: LayerTap | None = None
         self._last: list[LayerRecord] = []
         self._announced: str | None = None
@@ -83,9 +89,21 @@ class FlatnessMonitor(Callback):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layer={self.layer!r})"
 
+    @property
+    def state_key(self) -> str:
+        """Two of these callbacks can live side by side if their layers differ."""
+        return f"{type(self).__name__}[layer={self.layer!r}]"
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layer."""
+        """Find the layer, and take up what a checkpoint holds of the epoch."""
         self._attach(trainer, pl_module)
+        state, self._resumed = self._resumed, {}
+        metric = self._metric("train", 0, pl_module)
+        if state:
+            self._within_epoch = True
+            metric.batches = state["batches"]
+            if trainer.global_rank == 0:  # they are the sums of all processes
+                metric.sums = state["sums"].to(metric.sums)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, outside of ``fit``."""
@@ -95,9 +113,9 @@ class FlatnessMonitor(Callback):
         """Find the layer."""
         self._attach(trainer, pl_module)
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen."""
-        self._start()
+        self._start("train", trainer, pl_module, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the records of the latest evaluation of the loss; a line search makes several in a batch."""
@@ -122,11 +140,25 @@ class FlatnessMonitor(Callback):
         """Add the batch."""
         due = self.every_n_steps is not None and (batch_idx + 1) % self.every_n_steps == 0
         self._update("train", pl_module, batch, dataloader_idx=0, log_step=due)
+        self._within_epoch = True
 
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the value of the epoch."""
+        if self._within_epoch:
+            self._log("train", 0, pl_module)
+        self._within_epoch = False
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Listen, unless it is Lightning's sanity check."""
         if not trainer.sanity_checking:
-            self._start()
+            self._start("val", trainer, pl_module, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -140,10 +172,23 @@ class FlatnessMonitor(Callback):
         """Add the batch."""
         if not trainer.sanity_checking:
             self._update("val", pl_module, batch, dataloader_idx)
+            self._log("val", dataloader_idx, pl_module)
 
-    def on_test_batch_start(self, *_: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take part without a batch."""
+        if not trainer.sanity_checking:
+            self._take_part("val", trainer, pl_module, loaders=len(trainer.num_val_batches))
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Listen."""
-        self._start()
+        self._start("test", trainer, pl_module, batch_idx, dataloader_idx)
 
     def on_test_batch_end(
         self,
@@ -156,20 +201,42 @@ class FlatnessMonitor(Callback):
     ) -> None:
         """Add the batch."""
         self._update("test", pl_module, batch, dataloader_idx)
+        self._log("test", dataloader_idx, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take part without a batch."""
+        self._take_part("test", trainer, pl_module, loaders=len(trainer.num_test_batches))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind."""
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind; `teardown` is not called after an exception."""
+        """Leave nothing behind but what a checkpoint may want; `teardown` is not called after an exception."""
+        metrics = self._metrics
         self._detach()
+        self._metrics = metrics
+        # Where other processes may have failed or wait elsewhere, nothing can be summed up any more.
+        self._within_epoch &= trainer.world_size == 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far within a training epoch, over all processes; to be called on all of them."""
+        metric = self._metrics.get(("train", 0))
+        if metric is None or not self._within_epoch:
+            return {}
+        with metric.sync_context():
+            return {"sums": metric.sums.cpu().clone(), "batches": metric.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what a checkpoint holds until `fit` begins."""
+        self._resumed = state_dict
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._tap is not None:
             return
         self._suffix = name_suffix(trainer, FlatnessMonitor, self.layer)
         self._metrics = {}
+        self._within_epoch = False
         self._tap = LayerTap(pl_module, self.layer, copies=True)
         self._settle()
 
@@ -185,8 +252,16 @@ class FlatnessMonitor(Callback):
             self._announced = name
             rank_zero_info(f"{type(self).__name__}: relative flatness is measured at layer {describe(name, layer)}.")
 
-    def _start(self) -> None:
+    def _start(
+        self, stage: str, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         assert self._tap is not None
+        if batch_idx == 0:
+            metric = self._metric(stage, dataloader_idx, pl_module)
+            metric.reset()  # a checkpoint may hold an epoch that had just run out of batches
+            metric.batches = (
+                trainer.global_step
+            )  # an epoch draws other probes than the last, but the same when repeated
         self._last = []
         self._tap.start()
 
@@ -205,14 +280,9 @@ class FlatnessMonitor(Callback):
             )
         self._settle()
         target = find_target(batch, self.target)
-        metric = self._metrics.get((stage, dataloader_idx))
-        if metric is None:
-            metric = self._metrics[stage, dataloader_idx] = copy.deepcopy(self.metric).to(pl_module.device)
+        metric = self._metric(stage, dataloader_idx, pl_module)
         for record in records:
             metric.update(record.features, record.weight, record.outputs, target)
-        name = f"{stage}/relative_flatness{self._suffix}"
-        # Lightning computes the metric when the epoch ends, on all processes, and resets it.
-        pl_module.log(name, metric, prog_bar=self.prog_bar, on_step=False, on_epoch=True, metric_attribute=name)
         if log_step:
             of_batch = copy.deepcopy(self.metric).to(pl_module.device)
             of_batch.sync_on_compute = False
@@ -220,6 +290,35 @@ class FlatnessMonitor(Callback):
                 of_batch.update(record.features, record.weight, record.outputs, target)
             step_name = f"train/relative_flatness_step{self._suffix}"
             pl_module.log(step_name, of_batch.compute(), on_step=True, on_epoch=False, sync_dist=True)
+
+    def _metric(self, stage: str, dataloader_idx: int, pl_module: LightningModule) -> RelativeFlatness:
+        metric = self._metrics.get((stage, dataloader_idx))
+        if metric is None:
+            metric = self._metrics[stage, dataloader_idx] = copy.deepcopy(self.metric).to(pl_module.device)
+        return metric
+
+    def _log(self, stage: str, dataloader_idx: int, pl_module: LightningModule) -> None:
+        metric = self._metric(stage, dataloader_idx, pl_module)
+        name = f"{stage}/relative_flatness{self._suffix}"
+        # Lightning computes the metric when the epoch ends, on all processes, and resets it.
+        pl_module.log(name, metric, prog_bar=self.prog_bar, on_step=False, on_epoch=True, metric_attribute=name)
+
+    def _take_part(self, stage: str, trainer: Trainer, pl_module: LightningModule, *, loaders: int) -> None:
+        """Without a batch in this process Lightning does not ask for the metric here, and the others would wait."""
+        if trainer.world_size == 1:
+            return
+        metrics = [self._metric(stage, dataloader_idx, pl_module) for dataloader_idx in range(loaders)]
+        if all(metric.update_called for metric in metrics):
+            return
+        if loaders > 1:
+            raise RuntimeError(
+                f"{self!r}: process {trainer.global_rank} has no batch of one of the {loaders} {stage} data loaders. "
+                "Give every process one of each, or use a single data loader."
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+            metrics[0].compute()  # now, as the others do; Lightning finds the value later
+        self._log(stage, 0, pl_module)
 
     def _detach(self) -> None:
         if self._tap is not None:

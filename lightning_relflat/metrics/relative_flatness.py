@@ -99,7 +99,7 @@ class RelativeFlatness(Metric):
         self.class_dim = class_dim
         self.probes = probes
         self.seed = seed
-        self._updates = 0  # numbers the probes; never reset, so that epochs draw afresh
+        self.batches = 0  # numbers the probes; not reset, so that each use of the metric draws others
         # Weighted sum, total weight, variance of the weighted sum, and a NaN. MetricCollection merges metrics whose
         # states are equal after the first batch, as those of two criteria can be; NaN is equal to nothing.
         self.add_state("sums", torch.tensor([0.0, 0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
@@ -127,7 +127,7 @@ class RelativeFlatness(Metric):
             weighted_sum, total_weight, variance = self._estimate(features, weight, outputs, target)
         nan = torch.full_like(weighted_sum, torch.nan)
         self.sums = self.sums + torch.stack([weighted_sum, total_weight, variance, nan]).to(self.sums)
-        self._updates += 1
+        self.batches += 1
 
     def compute(self) -> Tensor:
         """Return κ of all data so far, over all processes."""
@@ -196,7 +196,7 @@ class RelativeFlatness(Metric):
 
     def _probe_seed(self) -> int:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return probe_seed(self.seed, self._updates, torch.distributed.get_rank() if distributed else 0)
+        return probe_seed(self.seed, self.batches, torch.distributed.get_rank() if distributed else 0)
 
 
 def _reduction(loss: Any) -> str:

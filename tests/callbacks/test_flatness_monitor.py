@@ -208,7 +208,7 @@ def test_checkpoints_and_early_stopping_can_go_by_it(tmp_path: Any) -> None:
     assert checkpoint.best_model_score is not None
     state = torch.load(checkpoint.best_model_path, weights_only=True)
     assert set(state["state_dict"]) == set(Net().state_dict())
-    assert not any("FlatnessMonitor" in key for key in state["callbacks"])
+    assert not any("FlatnessMonitor" in key for key in state["callbacks"])  # the training epoch was over
 
 
 class Skips(Net):
