@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_relflat.functional.feature_laplacian import is_linear_layer, layer_use, use_laplacians
+from lightning_relflat.functional.feature_laplacian import (
+    adapted_weight,
+    has_matrix,
+    is_adapted,
+    is_linear_layer,
+    layer_use,
+    use_laplacians,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +81,8 @@ class LayerTap:
     Args:
         module: the model.
         layer: the dotted name of an ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` in it, or ``None``
-            for the last ``nn.Linear`` that runs while the tap records for the first time.
+            for the last ``nn.Linear`` that runs while the tap records for the first time. A layer around an
+            ``nn.Linear`` that is called ``base_layer``, as LoRA's, counts as a whole, with the weight W + BA.
         copies: whether records are detached copies, fit to be read at any later time, or the tensors in their graph;
             then only passes with gradients are recorded.
 
@@ -266,9 +274,9 @@ class _LayerHook:
         taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
         if not taps:
             return
-        weight = layer.weight if computed is None else computed
+        weight = adapted_weight(layer) if is_adapted(layer) else layer.weight if computed is None else computed
         assert isinstance(weight, Tensor)
-        features = args[0] if args else kwargs["input"]
+        features = args[0] if args else next(iter(kwargs.values()))
         version = None if outputs.is_inference() else outputs._version
         record = LayerRecord(layer, features, outputs, weight.clone(), version)
         for tap in taps:
@@ -318,12 +326,16 @@ class _Deaf:
 def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:
     # torch.compile wraps modules under this name, which no user has chosen.
     modules = {found.replace("_orig_mod.", ""): child for found, child in module.named_modules(remove_duplicate=False)}
-    linear = {found: child for found, child in modules.items() if is_linear_layer(child)}
+    # What an adapted layer is made of does not count: no part of it computes what the layer computes.
+    adapted = tuple(f"{found}." for found, child in modules.items() if is_adapted(child))
+    linear = {
+        found: child for found, child in modules.items() if is_linear_layer(child) and not found.startswith(adapted)
+    }
     kind = type(module).__name__
     if name is None:
         candidates: dict[str, nn.Module] = {}
         for found, child in linear.items():
-            if isinstance(child, nn.Linear) and child not in candidates.values():
+            if has_matrix(child) and child not in candidates.values():
                 candidates[found] = child
         if not candidates:
             raise ValueError(
@@ -366,4 +378,6 @@ def describe(name: str, layer: nn.Module) -> str:
     Returns:
         For example ``'head', a Linear(in_features=128, out_features=10, bias=True)``.
     """
+    if is_adapted(layer):
+        return f"{name!r}, a {type(layer).__name__} around a {layer.base_layer}"
     return f"{name!r}, a {type(layer).__name__}({layer.extra_repr()})"

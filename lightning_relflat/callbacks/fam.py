@@ -20,7 +20,7 @@ from lightning_relflat.callbacks._base import (
 )
 from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
 from lightning_relflat.functional._checks import check_probes
-from lightning_relflat.functional.feature_laplacian import probe_seed
+from lightning_relflat.functional.feature_laplacian import has_matrix, probe_seed
 from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run, record_laplacian
 
@@ -316,7 +316,7 @@ class FAM(Callback):
         layer, name = self._tap.layer, self._tap.name
         if layer is None or name is None:
             return
-        if self.criterion is not None and not isinstance(layer, nn.Linear):
+        if self.criterion is not None and not has_matrix(layer):
             raise ValueError(
                 f"Expected argument `layer` to name an nn.Linear where the loss is named, but got "
                 f"{describe(name, layer)}. Leave out `loss`: then the curvature comes from the loss itself."

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_relflat.callbacks._base import (
     Callback,
@@ -18,6 +18,7 @@ from lightning_relflat.callbacks._base import (
     find_target,
     name_suffix,
 )
+from lightning_relflat.functional.feature_laplacian import has_matrix
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run
 from lightning_relflat.metrics.relative_flatness import Loss, RelativeFlatness
 
@@ -246,7 +247,7 @@ class FlatnessMonitor(Callback):
         layer, name = self._tap.layer, self._tap.name
         if layer is None or name is None:
             return
-        if not isinstance(layer, nn.Linear):
+        if not has_matrix(layer):
             raise ValueError(f"Expected argument `layer` to name an nn.Linear, but got {describe(name, layer)}.")
         if self._announced != name:
             self._announced = name

@@ -122,8 +122,8 @@ def layer_laplacian(
 
     Args:
         loss: a scalar in whose graph ``outputs`` is.
-        layer: the ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. A convolution is read as the matrix
-            that maps one whole input to one whole output.
+        layer: the ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, or a layer around an ``nn.Linear`` as
+            LoRA's. A convolution is read as the matrix that maps one whole input to one whole output.
         features: what entered the layer: (..., m) for a linear layer, where every row is a sample, and
             (n, channels, ...) or (channels, ...) for a convolution, where every input is one.
         outputs: what left the layer.
@@ -159,7 +159,7 @@ def layer_laplacian(
 def is_linear_layer(layer: nn.Module) -> bool:
     """Return whether ``layer`` maps linearly (but for a bias) as an ``nn.Linear`` or ``nn.Conv1d`` to ``3d`` does.
 
-    A subclass that computes something else does not count.
+    A subclass that computes something else does not count; adapters around an ``nn.Linear`` do.
 
     Args:
         layer: any module.
@@ -167,10 +167,68 @@ def is_linear_layer(layer: nn.Module) -> bool:
     Returns:
         Whether :func:`layer_laplacian` takes it.
     """
-    return any(
+    return is_adapted(layer) or any(
         isinstance(layer, kind) and all(_method(type(layer), name) is _method(kind, name) for name in _COMPUTING)
         for kind in LINEAR_LAYERS
     )
+
+
+def is_adapted(layer: nn.Module) -> bool:
+    """Return whether ``layer`` stands around an ``nn.Linear``, its ``base_layer``, as LoRA's layers do.
+
+    Args:
+        layer: any module.
+
+    Returns:
+        Whether it does.
+    """
+    return isinstance(getattr(layer, "base_layer", None), nn.Linear)
+
+
+def has_matrix(layer: nn.Module) -> bool:
+    """Return whether what ``layer`` does to features is one matrix: an ``nn.Linear``, with adapters or without.
+
+    Args:
+        layer: a layer that :func:`is_linear_layer`.
+
+    Returns:
+        Whether it is; a convolution is not.
+    """
+    return isinstance(layer, nn.Linear) or is_adapted(layer)
+
+
+def adapted_weight(layer: nn.Module) -> Tensor:
+    """Return the weight of an adapted layer as a whole, W + BA with LoRA, without dropout on the way.
+
+    It is the Jacobian of what the layer computes, so that every kind of adapter counts that is linear outside of
+    training. It costs a pass of min(d, m) rows through the layer.
+
+    Args:
+        layer: a layer that :func:`is_adapted`.
+
+    Returns:
+        The weight, of shape (d, m), differentiable with respect to all of the layer's parameters that train.
+    """
+    base = layer.base_layer
+    assert isinstance(base, nn.Linear)
+    d, m = base.out_features, base.in_features
+    parameter = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    training = [module for module in layer.modules() if module.training]
+    with torch.inference_mode(False), torch.enable_grad(), full_precision(parameter):
+        try:
+            layer.eval()
+            if d <= m:
+                origin = parameter.new_zeros(d, m, requires_grad=True)
+                outputs = layer.forward(origin)
+                unit = torch.eye(d, device=outputs.device, dtype=outputs.dtype)
+                [weight] = torch.autograd.grad(outputs, origin, unit, create_graph=True)
+            else:
+                rows = torch.eye(m, device=parameter.device, dtype=parameter.dtype)
+                weight = (layer.forward(rows) - layer.forward(torch.zeros_like(rows[:1]))).mT
+        finally:
+            for module in training:
+                module.training = True
+    return weight if torch.is_grad_enabled() else weight.detach()
 
 
 # What a subclass can override to compute something else; PyTorch's convolutions call the second from the first.
@@ -201,11 +259,13 @@ def layer_use(layer: nn.Module, features: Tensor, outputs: Tensor, weight: Tenso
     if not is_linear_layer(layer):
         kinds = ", ".join(kind.__name__ for kind in LINEAR_LAYERS)
         raise TypeError(f"Expected argument `layer` to be one of {kinds}, but got {type(layer).__name__}.")
-    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    own = layer.weight if weight is None else weight
-    matrix = own.to(compute_dtype(features, own))
-    if isinstance(layer, nn.Linear):
+    if weight is None:
+        weight = adapted_weight(layer) if is_adapted(layer) else layer.weight  # type: ignore[assignment]
+    assert isinstance(weight, Tensor)
+    matrix = weight.to(compute_dtype(features, weight))
+    if has_matrix(layer):
         return LayerUse(features, outputs, lambda probe: F.linear(probe, matrix), features.ndim - 1)
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return LayerUse(
         features, outputs, lambda probe: _convolve(layer, probe, matrix), features.ndim - 1 - len(layer.kernel_size)
     )

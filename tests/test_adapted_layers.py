@@ -1,0 +1,140 @@
+"""LoRA and its kin: the layer and its adapters count as one, with the weight of the whole map."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_relflat import FAM, FlatnessMonitor
+from lightning_relflat.functional import layer_laplacian
+from lightning_relflat.functional.feature_laplacian import adapted_weight
+from lightning_relflat.layer_tap import LayerTap
+from tests.callbacks.test_fam import assert_same_weights, assert_untouched
+from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.oracles import kappa
+
+SIZES = [7, 4, 6]
+ADAPTERS: dict[str, Any] = {
+    "LoRA": peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False),
+    "dropout": peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False, lora_dropout=0.5),
+    "DoRA": peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False, use_dora=True),
+    "IA3": peft.IA3Config(target_modules=["head"], feedforward_modules=["head"], init_ia3_weights=False),
+    "LoHa": peft.LoHaConfig(r=2, target_modules=["head"], init_weights=False),
+}
+
+
+def adapted(name: str, net: Net) -> Net:
+    peft.inject_adapter_in_model(ADAPTERS[name], net)
+    return net
+
+
+class OwnLoRA(nn.Module):
+    """As one writes it oneself."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        outputs: Tensor = self.base_layer(features) + 0.5 * self.up(self.down(features))
+        return outputs
+
+
+def whole_weight(layer: nn.Module) -> Tensor:
+    """W column by column, from the layer's values alone."""
+    layer = copy.deepcopy(layer).eval()
+    base: Any = layer.base_layer
+    unit = torch.eye(base.in_features, dtype=base.weight.dtype)
+    return torch.cat([layer(row[None]) - layer(torch.zeros_like(row[None])) for row in unit]).mT
+
+
+@pytest.mark.parametrize("classes", [3, 8])  # fewer and more than there are features
+@pytest.mark.parametrize("name", [*ADAPTERS, "own"])
+def test_the_weight_of_the_whole_map(name: str, classes: int) -> None:
+    net = Net()
+    net.head = nn.Linear(6, classes)
+    net.double()
+    if name == "own":
+        net.head = OwnLoRA(net.head).double()  # type: ignore[assignment]
+    else:
+        adapted(name, net)
+    weight = adapted_weight(net.head)
+    torch.testing.assert_close(weight, whole_weight(net.head))
+    assert weight.requires_grad
+    assert all(module.training for module in net.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(adapted_weight(net.head), weight.detach())
+
+
+def test_laplacian_of_an_adapted_layer() -> None:
+    net = adapted("LoRA", Net().double())
+    inputs, target = make_batches([5])[0]
+    features = net.features(inputs)
+    outputs = net.head(features)
+    loss = F.cross_entropy(outputs, target)
+    expected = kappa(
+        lambda weight: F.cross_entropy(F.linear(features, weight, net.head.base_layer.bias), target),  # type: ignore[arg-type, union-attr]
+        whole_weight(net.head).detach().requires_grad_(),
+    )
+    parts = layer_laplacian(loss, net.head, features, outputs, probes=None)
+    torch.testing.assert_close(parts.sum(), expected)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "own"])
+@pytest.mark.parametrize("layer", ["head", None])
+@pytest.mark.parametrize("kind", [Net, ManualNet])
+@pytest.mark.parametrize("form", [{"loss": "cross_entropy"}, {"probes": None}], ids=["named", "exact"])
+def test_penalised_as_by_hand(name: str, layer: str | None, form: dict[str, Any], kind: type[Net]) -> None:
+    net = kind(lr=0.1).double()
+    if name == "own":
+        net.head = OwnLoRA(net.head).double()  # type: ignore[assignment]
+    else:
+        adapted(name, net)
+    twin = copy.deepcopy(net)
+    make_trainer(precision="64-true", callbacks=[FAM(layer, 0.3, **form)]).fit(net, make_loader(SIZES))
+    assert_untouched(net)
+
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
+    for batch in make_batches(SIZES):
+        optimizer.zero_grad()
+        (twin.loss(batch) + 0.3 * by_hand(twin, batch)).backward()
+        optimizer.step()
+    assert_same_weights(net, twin)
+
+
+def by_hand(net: Net, batch: Batch) -> Tensor:
+    """Σ_i ‖φ_i‖² Tr(Wᵀ A_i W) / n with W from the layer's values and softmax's A_i written out."""
+    head: Any = net.head
+    features = net.features(batch[0])
+    unit = torch.eye(6, dtype=torch.float64)
+    weight = (head(unit) - head(torch.zeros_like(unit))).mT
+    p = head(features).softmax(dim=1)
+    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    traces = torch.einsum("sm,nst,tm->n", weight, hessians, weight)
+    return (features.square().sum(dim=1) * traces).mean()
+
+
+@pytest.mark.parametrize("layer", ["head", None])
+def test_monitored(layer: str | None) -> None:
+    net = adapted("dropout", Net().double())
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor(layer)])
+    [result] = trainer.validate(net, make_loader([5, 3]), verbose=False)
+    inputs, target = (torch.cat(parts) for parts in zip(*make_batches([5, 3]), strict=True))
+    assert result["val/relative_flatness"] == pytest.approx(by_hand(net.eval(), [inputs, target]).item())
+
+
+def test_no_part_of_an_adapted_layer_can_be_named() -> None:
+    net = adapted("LoRA", Net())
+    with pytest.raises(ValueError, match=r"one of 'body', 'head', but got 'head\.base_layer', a Linear"):
+        LayerTap(net, "head.base_layer")
+    net.head.base_layer = nn.Conv1d(1, 1, 1)
+    with pytest.raises(ValueError, match=r"'head', a Linear"):
+        LayerTap(net, "head")
