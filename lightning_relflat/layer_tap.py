@@ -6,8 +6,10 @@ after :meth:`LayerTap.close` no hook. Several taps on one layer share one hook a
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -180,7 +182,8 @@ class LayerTap:
         records = self.take()
         if not records:
             raise RuntimeError(f"There is no flatness to compute, because {did_not_run(self)} with gradients.")
-        kappa = record_laplacian(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
+        with _within_fabric():
+            kappa = record_laplacian(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
         if kappa is None:
             raise ValueError(f"Expected argument `loss` to depend on layer {self.name!r}, but got one that does not.")
         return kappa
@@ -244,6 +247,25 @@ def record_laplacian(
     )
     sums = [part.sum() for part in parts if part is not None]
     return torch.stack(sums).sum() if sums else None
+
+
+@contextmanager
+def _within_fabric() -> Iterator[None]:
+    """Let Lightning Fabric, where it is in use, pass a backward pass that is not its own.
+
+    With mixed precision it raises unless ``fabric.backward`` is called, so that nobody forgets to scale the loss. Here
+    nothing is scaled, and the penalty goes through ``fabric.backward`` with the loss.
+    """
+    modules = [sys.modules.get(f"{package}.wrappers") for package in ("lightning.fabric", "lightning_fabric")]
+    fabrics: list[Any] = [module for module in modules if hasattr(module, "_in_fabric_backward")]
+    before = [fabric._in_fabric_backward for fabric in fabrics]
+    for fabric in fabrics:
+        fabric._in_fabric_backward = True
+    try:
+        yield
+    finally:
+        for fabric, value in zip(fabrics, before, strict=True):
+            fabric._in_fabric_backward = value
 
 
 class _LayerHook:
