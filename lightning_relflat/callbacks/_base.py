@@ -65,23 +65,21 @@ def check_number(name: str, value: object) -> float:
     return float(value)
 
 
-def check_count(name: str, value: object, *, at_least: int) -> int:
-    """Return an integer.
+def check_layer(layer: object) -> str | None:
+    """Return the name of a layer.
 
     Args:
-        name: the argument's name, for the message.
-        value: the argument.
-        at_least: the smallest that is allowed.
+        layer: the argument ``layer`` of a callback.
 
     Returns:
-        The integer.
+        The name, or ``None``.
 
     Raises:
-        ValueError: if it is not an integer, or smaller.
+        ValueError: if it is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"Expected argument `{name}` to be an integer of at least {at_least}, but got {value!r}.")
-    return value
+    if layer is not None and not isinstance(layer, str):
+        raise ValueError(f"Expected argument `layer` to be the dotted name of a layer, or None, but got {layer!r}.")
+    return layer
 
 
 def check_key(target: object) -> int | str | None:

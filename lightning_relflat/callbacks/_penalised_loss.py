@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lightning_relflat.callbacks._base import LightningModule
@@ -102,6 +103,8 @@ class PenalisedLoss:
                 penalty.pause(True)
             return call(total, *args, **kwargs)
 
+    # A compiled manual training step calls this; the penalty itself is not to be traced.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(self, loss: Tensor) -> Tensor:
         total = loss
         for penalty in self.penalties:

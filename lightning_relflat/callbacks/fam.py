@@ -12,14 +12,15 @@ from lightning_relflat.callbacks._base import (
     Callback,
     LightningModule,
     Trainer,
-    check_count,
     check_key,
+    check_layer,
     check_number,
     find_target,
     name_suffix,
 )
 from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
-from lightning_relflat.functional._checks import check_probes
+from lightning_relflat.functional._checks import check_count, check_flag, check_probes
+from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional.feature_laplacian import has_matrix, probe_seed
 from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run, record_laplacian
@@ -92,12 +93,12 @@ class FAM(Callback):
     ) -> None:
         super().__init__()
         check_probes(probes)
-        self.layer = layer
+        self.layer = check_layer(layer)
         self.coefficient = check_number("coefficient", coefficient)
         self.criterion = None if loss is None else owned_criterion(loss)
         self.target = check_key(target)
         self.probes = probes
-        self.through_hessian = through_hessian
+        self.through_hessian = check_flag("through_hessian", through_hessian)
         self.every_n_steps = check_count("every_n_steps", every_n_steps, at_least=1)
         self.warmup_steps = check_count("warmup_steps", warmup_steps, at_least=0)
         self.start_epoch = check_count("start_epoch", start_epoch, at_least=0)
@@ -269,6 +270,11 @@ class FAM(Callback):
                     f"{self!r}: the loss of `training_step` does not depend on the outputs of layer {tap.name!r}, so "
                     "that there is nothing to penalise."
                 )
+            if self._records and not any(record.outputs.requires_grad for record in self._records):
+                self._warn(
+                    "and all before it are frozen for now. The penalty of a loss that comes after them is left out; "
+                    "name the loss to have it."
+                )
             return None
         penalty = self._coefficient * self.every_n_steps * kappa
         self._check_finite("penalty", penalty)
@@ -294,7 +300,7 @@ class FAM(Callback):
         records, self._records = self._records, []
         if not self._module.automatic_optimization:
             # A named loss is penalised once, with the first loss that depends on the pass.
-            self._records = [record for record in records if not _depends(loss, record.outputs)]
+            self._records = [record for record in records if not depends(loss, record.outputs)]
             records = [record for record in records if record not in self._records]
         target = find_target(self._batch, self.target)
         kappas = [
@@ -340,12 +346,14 @@ class FAM(Callback):
                 f"{self!r}: there is nothing to penalise, because the weight of layer {self._tap.name!r} is frozen"
                 + (" and so is all before it." if self.through_hessian else " and through_hessian=False.")
             )
-        if frozen and not self._warned:
+        if frozen:
+            self._warn("is frozen. The penalty reaches only what comes before it.")
+
+    def _warn(self, what: str) -> None:
+        assert self._tap is not None
+        if not self._warned:
             self._warned = True
-            rank_zero_warn(
-                f"{self!r}: the weight of layer {self._tap.name!r} is frozen. The penalty reaches only what comes "
-                "before it."
-            )
+            rank_zero_warn(f"{self!r}: the weight of layer {self._tap.name!r} {what}")
 
     def _check_finite(self, name: str, value: Tensor) -> None:
         finite = value.detach().isfinite().all()
@@ -354,11 +362,3 @@ class FAM(Callback):
             self._not_finite = ~finite if self._not_finite is None else self._not_finite | ~finite
         elif not bool(finite):
             raise RuntimeError(f"{self!r}: the {name} of training step {self._step} is {value.detach()}.")
-
-
-def _depends(loss: Tensor, outputs: Tensor) -> bool:
-    if not outputs.requires_grad:
-        return False
-    gradient: Tensor | None
-    [gradient] = torch.autograd.grad(loss, [outputs], retain_graph=True, allow_unused=True)
-    return gradient is not None

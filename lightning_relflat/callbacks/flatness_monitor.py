@@ -13,11 +13,12 @@ from lightning_relflat.callbacks._base import (
     Callback,
     LightningModule,
     Trainer,
-    check_count,
     check_key,
+    check_layer,
     find_target,
     name_suffix,
 )
+from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.functional.feature_laplacian import has_matrix
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run
 from lightning_relflat.metrics.relative_flatness import Loss, RelativeFlatness
@@ -32,8 +33,9 @@ class FlatnessMonitor(Callback):
     Trainer has several monitors, the layer's name is appended: ``val/relative_flatness/head``.
 
     Nothing of the run changes: no weight, no random number. A checkpoint taken within a training epoch holds the sums
-    so far, of all processes, so that a resumed run logs what the run would have logged. A process without any
-    validation or test batch takes part with nothing.
+    so far, of all processes, so that a resumed run logs what the run would have logged. A process whose loader yields
+    no validation or test batch takes part with nothing; but one whose loader has a length of 0 Lightning leaves out,
+    and the others wait for it until the process group's timeout.
 
     Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), definition of κ_Tr.
 
@@ -72,12 +74,12 @@ class FlatnessMonitor(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer = check_layer(layer)
         self.target = check_key(target)
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps, at_least=1)
         self.every_n_steps = every_n_steps
-        self.prog_bar = prog_bar
+        self.prog_bar = check_flag("prog_bar", prog_bar)
         self.metric = RelativeFlatness(loss, class_dim=-1, probes=probes, seed=seed)
         self._metrics: dict[tuple[str, int], RelativeFlatness] = {}
         self._within_epoch = False  # whether the training sums are those of a part of an epoch

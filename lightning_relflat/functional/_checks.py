@@ -22,6 +22,20 @@ def check_probes(probes: object) -> None:
         raise ValueError(f"Expected argument `probes` to be an integer of at least 1, or None, but got {probes!r}.")
 
 
+def check_count(name: str, value: object, *, at_least: int) -> int:
+    """Return an integer of at least ``at_least``, and raise unless it is one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"Expected argument `{name}` to be an integer of at least {at_least}, but got {value!r}.")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return a flag, and raise unless it is one."""
+    if not isinstance(value, bool):
+        raise ValueError(f"Expected argument `{name}` to be True or False, but got {value!r}.")
+    return value
+
+
 def check_class_dim(class_dim: int, outputs: Tensor) -> None:
     """Raise unless ``class_dim`` is a dimension of the outputs."""
     if not -outputs.ndim <= class_dim < outputs.ndim:

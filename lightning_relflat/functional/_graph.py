@@ -10,6 +10,21 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 
+def depends(loss: Tensor, outputs: Tensor) -> bool:
+    """Return whether the graph of a loss leads to some outputs, without differentiating anything.
+
+    Args:
+        loss: the loss.
+        outputs: what left a layer.
+
+    Returns:
+        Whether it does; ``False`` for outputs without a graph.
+    """
+    if outputs.grad_fn is not None:
+        return outputs.grad_fn in _walk([loss.grad_fn], {outputs.grad_fn})
+    return any(getattr(node, "variable", None) is outputs for node in _walk([loss.grad_fn], set()))
+
+
 def refuse_compiled(loss: Tensor, outputs: Sequence[Tensor]) -> None:
     """Raise if a compiled function lies between the outputs and the loss.
 

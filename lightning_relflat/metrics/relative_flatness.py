@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lightning_relflat.functional._checks import check_floating, check_probes, shape_of
+from lightning_relflat.functional._checks import check_count, check_floating, check_probes, shape_of
 from lightning_relflat.functional.feature_laplacian import LayerUse, probe_seed, use_laplacians
 from lightning_relflat.functional.output_hessian import has_closed_form
 from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness_sums
@@ -50,7 +50,7 @@ class RelativeFlatness(Metric):
 
     Raises:
         ValueError: if the loss is neither known nor callable or does not reduce to a mean or a sum, or if ``probes``
-            is not an integer of at least 2 or ``None``.
+            is not an integer of at least 2 or ``None``, or ``seed`` not one of at least 0.
 
     Example:
         >>> import torch
@@ -98,7 +98,7 @@ class RelativeFlatness(Metric):
             raise ValueError("Expected argument `probes` to be an integer of at least 2, or None, but got 1.")
         self.class_dim = class_dim
         self.probes = probes
-        self.seed = seed
+        self.seed = check_count("seed", seed, at_least=0)
         self.batches = 0  # numbers the probes; not reset, so that each use of the metric draws others
         # Weighted sum, total weight, variance of the weighted sum, and a NaN. MetricCollection merges metrics whose
         # states are equal after the first batch, as those of two criteria can be; NaN is equal to nothing.
