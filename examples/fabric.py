@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def main(
-    coefficient: float = 0.1, epochs: int = 50, devices: int = 1, accelerator: str = "cpu", precision: str = "32-true"
+    coefficient: float = 0.01, epochs: int = 50, devices: int = 1, accelerator: str = "cpu", precision: str = "32-true"
 ) -> None:
     """Train on some digits, with the penalty, and measure on others.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -86,6 +86,29 @@ def make_loader(sizes: list[int], *, dtype: torch.dtype = torch.float64, seed: i
     ends = torch.tensor(sizes).cumsum(0).tolist()
     indices = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
     return DataLoader(TensorDataset(inputs, target), batch_sampler=indices)
+
+
+class Resumable:
+    """A loader that goes on where it was, as Lightning asks of a loader that is resumed within an epoch."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self.position = self.position, 0
+        for number, batch in enumerate(self.batches[start:], start + 1):
+            self.position = number % len(self.batches)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
 
 
 def make_trainer(**kwargs: Any) -> L.Trainer:

@@ -1,30 +1,66 @@
-"""Fit and validate on a number of processes and write what came out; run as a script by ``test_processes``."""
+"""Fit and validate on a number of processes and write what came out; run as a script by the tests beside it."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.models import Batch, Net, make_batches, make_trainer
+from tests.models import Batch, Net, Resumable, make_batches, make_trainer
+from tests.processes import COEFFICIENT, LR
+
+TRAINING = [8, 8, 8, 8]
+VALIDATION = [7, 8, 5, 3]
+# For three processes: of the samples of a training batch, and of the validation batches.
+UNEVEN_SAMPLES = [slice(0, 4), slice(4, 7), slice(7, 8)]
+UNEVEN_BATCHES = [slice(0, 3), slice(3, 4), slice(4, 4)]
+
+
+def share_of(batch: Batch, rank: int, world: int, share: str = "even") -> Batch:
+    part = {"even": slice(rank, None, world), "uneven": UNEVEN_SAMPLES[rank % 3], "same": slice(None)}[share]
+    return [value[part] for value in batch]
+
+
+class Stream(IterableDataset[Batch]):
+    """Batches without a length: Lightning skips validation altogether in a process whose loader has length 0."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
 
 
 class Sharded(Net):
     """Every process gets its share of each batch of 8; of the validation data, uneven shares."""
 
-    def __init__(self, *, manual: bool, unused: bool, fsdp: str | None) -> None:
-        super().__init__(lr=0.2)
+    def __init__(
+        self,
+        *,
+        manual: bool = False,
+        unused: bool = False,
+        fsdp: str | None = None,
+        norm: bool = False,
+        share: str = "even",
+    ) -> None:
+        super().__init__(lr=LR)
         self.automatic_optimization = not manual
         self.fsdp = fsdp
+        self.share = share
         if unused:
             self.unused = nn.Linear(2, 2)
+        if norm:
+            self.drop = nn.BatchNorm1d(6)  # type: ignore[assignment]
 
     def configure_model(self) -> None:
         if self.fsdp is None or self.trainer.world_size == 1:
@@ -42,11 +78,6 @@ class Sharded(Net):
         sharded = self.fsdp is not None and self.trainer.world_size > 1
         assert hasattr(self.head.weight, "full_tensor") == sharded
 
-    def _share(self, sizes: list[int]) -> Any:
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        shares = [[inputs[rank::world], target[rank::world]] for inputs, target in make_batches(sizes)]
-        return DataLoader(shares, batch_size=None)  # type: ignore[arg-type]
-
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         loss = self.loss(batch)
         if self.automatic_optimization:
@@ -58,51 +89,87 @@ class Sharded(Net):
         optimizer.step()
         return None
 
+    def _shares(self, sizes: list[int]) -> list[Batch]:
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return [share_of(batch, rank, world, self.share) for batch in make_batches(sizes)]
+
     def train_dataloader(self) -> Any:
-        return self._share([8, 8, 8, 8])
+        return Resumable(self._shares(TRAINING))
 
     def val_dataloader(self) -> Any:
-        return self._share([7, 8, 5, 3])
+        if self.share == "uneven":
+            batches = make_batches(VALIDATION)[UNEVEN_BATCHES[self.trainer.global_rank]]
+            return DataLoader(Stream(batches), batch_size=None)
+        return DataLoader(self._shares(VALIDATION), batch_size=None)  # type: ignore[arg-type]
+
+
+class Penalties(Callback):
+    """Keeps what the penalty was in every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.seen.append(float(trainer.callback_metrics["fam/penalty"]))
 
 
 def main(
     folder: str,
     world: int,
     *,
+    nodes: int = 1,
     loss: str | None = None,
     accumulate: int = 1,
-    manual: bool = False,
-    unused: bool = False,
+    epochs: int = 2,
     static_graph: bool = False,
-    fsdp: str | None = None,
+    sync_norm: bool = False,
+    keep_all: bool = False,
+    ckpt_path: str | None = None,
+    timeout: int = 300,
+    **options: Any,
 ) -> None:
     torch.manual_seed(0)
-    net = Sharded(manual=manual, unused=unused, fsdp=fsdp).double()
+    net = Sharded(**options).double()
+    fsdp, unused = net.fsdp, options.get("unused", False)
     strategy: str | Strategy = "auto"
     if world > 1:
         strategy = (
             ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
             if fsdp
-            else DDPStrategy(find_unused_parameters=unused, static_graph=static_graph)
+            else DDPStrategy(
+                find_unused_parameters=unused,
+                static_graph=static_graph,
+                process_group_backend="gloo",
+                timeout=datetime.timedelta(seconds=timeout),
+            )
         )
+    penalties = Penalties()
+    callbacks: list[Callback] = [FAM("head", COEFFICIENT, loss=loss), FlatnessMonitor("head"), penalties]
+    if keep_all:
+        callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1))
     trainer = make_trainer(
         precision="32-true" if fsdp else "64-true",
-        max_epochs=2,
-        callbacks=[FAM("head", 0.2, loss=loss), FlatnessMonitor("head")],
-        devices=world,
+        accelerator="cuda" if sync_norm else "cpu",
+        max_epochs=epochs,
+        callbacks=callbacks,
+        enable_checkpointing=keep_all,
+        devices=world // nodes,
+        num_nodes=nodes,
         strategy=strategy,
         use_distributed_sampler=False,
         accumulate_grad_batches=accumulate,
+        sync_batchnorm=sync_norm,
     )
-    trainer.fit(net)
+    trainer.fit(net, ckpt_path=ckpt_path)
     weights = {}
     for name, value in net.state_dict().items():
-        weights[name] = value.full_tensor() if hasattr(value, "full_tensor") else value
+        weights[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
     values = {name: value.item() for name, value in trainer.callback_metrics.items()}
     if world > 1:  # a process that ends while others still talk to it may abort
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    torch.save({"weights": weights, "values": values}, Path(folder) / f"{world}-{trainer.global_rank}.pt")
+    result = {"weights": weights, "values": values, "penalties": penalties.seen}
+    torch.save(result, Path(folder) / f"{world}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

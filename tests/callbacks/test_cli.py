@@ -1,4 +1,4 @@
-"""LightningCLI builds the callbacks from plain values, as YAML says them."""
+"""LightningCLI and Hydra build the callbacks from plain values, as YAML says them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.cli import LightningCLI
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.models import Net
+from tests.callbacks.test_fam import SIZES, assert_same_weights, train_by_hand, twins
+from tests.callbacks.test_flatness_monitor import of_union
+from tests.models import Batch, Net, make_batches, make_loader
+from tests.oracles import kappa
 
 
 class PlainNet(Net):
@@ -42,6 +44,8 @@ trainer:
 
 
 def build(*args: str) -> tuple[FAM, FlatnessMonitor]:
+    from lightning.pytorch.cli import LightningCLI  # Lightning 2.4 warns of the present jsonargparse as it is imported
+
     cli = LightningCLI(PlainNet, args=list(args), run=False, save_config_callback=None)
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     [fam] = [callback for callback in callbacks if isinstance(callback, FAM)]
@@ -77,3 +81,134 @@ def test_bad_values_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         build("--config", str(config))
     assert "coefficient" in capsys.readouterr().err
+
+
+HYDRA = """
+trainer:
+  _target_: lightning.pytorch.Trainer
+  max_epochs: 1
+  accelerator: cpu
+  precision: 64-true
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - _target_: lightning_relflat.FAM
+      layer: head
+      coefficient: 3e-1
+      loss:
+        _target_: torch.nn.CrossEntropyLoss
+        label_smoothing: 0.1
+        weight:
+          _target_: torch.tensor
+          data: [0.5, 1.0, 2.0]
+      probes: null
+      stop_epoch: null
+      through_hessian: ${flag}
+    - _target_: lightning_relflat.FlatnessMonitor
+      layer: head
+      loss: cross_entropy
+      target: 1
+      every_n_steps: null
+flag: true
+"""
+
+
+@pytest.mark.parametrize("convert", ["none", "partial", "object", "all"])
+@pytest.mark.parametrize("plain", [True, False], ids=["dict", "node"])
+def test_hydra_builds_a_trainer_that_trains(plain: bool, convert: str) -> None:
+    pytest.importorskip("hydra")
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.create(HYDRA)
+    OmegaConf.resolve(config)
+    config = OmegaConf.to_container(config) if plain else config
+    callbacks = instantiate(config["trainer"]["callbacks"], _convert_=convert)
+    settings = {name: value for name, value in config["trainer"].items() if name != "callbacks"}
+    trainer: Any = instantiate(settings, callbacks=list(callbacks))
+    check_training(trainer)
+
+
+def test_hydra_builds_trainer_and_callbacks_at_once() -> None:
+    pytest.importorskip("hydra")
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    check_training(instantiate(OmegaConf.create(HYDRA).trainer, _convert_="partial"))
+
+
+def check_training(trainer: Any) -> None:
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.tensor([0.5, 1.0, 2.0]).double())
+
+    def definition(net: Net, batch: Batch, step: int) -> torch.Tensor:
+        features, bias = net.features(batch[0]), net.head.bias
+        return kappa(
+            lambda weight: criterion(torch.nn.functional.linear(features, weight, bias), batch[1]),
+            net.head.weight,
+            create_graph=True,
+        )
+
+    net, twin = twins()
+    trainer.fit(net, make_loader(SIZES))
+    train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3)
+    assert_same_weights(net, twin)
+    [result] = trainer.validate(net, make_loader([5, 2], seed=2), verbose=False)
+    assert result["val/relative_flatness"] == pytest.approx(of_union(twin, make_batches([5, 2], seed=2)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("written", "value"), [("1e-1", 0.1), ("-5E-1", -0.5), ("1", 1.0), ("0", 0.0), ("2.5", 2.5)])
+def test_numbers_as_hydra_reads_them(written: str, value: float) -> None:
+    pytest.importorskip("hydra")
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    fam = instantiate(OmegaConf.create(f"_target_: lightning_relflat.FAM\ncoefficient: {written}"))
+    assert fam.coefficient == value
+    assert type(fam.coefficient) is float
+
+
+NO_LOSS = r"`loss` to be one of 'cross_entropy', .* but got \{'label_smoothing': 0\.1\}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "message"),
+    [
+        ("FAM", "coefficient: '1e-1'", "`coefficient` to be a finite number, but got '1e-1'"),
+        ("FAM", "coefficient: null", "`coefficient` to be a finite number, but got None"),
+        ("FAM", "coefficient: yes", "`coefficient` to be a finite number, but got True"),
+        ("FAM", "coefficient: .inf", "`coefficient` to be a finite number, but got inf"),
+        ("FAM", "probes: none", "`probes` to be an integer of at least 1, or None, but got 'none'"),
+        ("FAM", "probes: 2.0", r"`probes` to be an integer of at least 1, or None, but got 2\.0"),
+        ("FAM", "warmup_steps: 1e3", r"`warmup_steps` to be an integer of at least 0, but got 1000\.0"),
+        ("FAM", "target: [label]", r"`target` to be an index or key of the batch, or None, but got \['label'\]"),
+        (
+            "FAM",
+            "loss: {label_smoothing: 0.1}",
+            NO_LOSS,
+        ),
+        (
+            "FlatnessMonitor",
+            "loss: {label_smoothing: 0.1}",
+            NO_LOSS,
+        ),
+        ("FlatnessMonitor", "probes: 1", "`probes` to be an integer of at least 2, or None, but got 1"),
+        ("FlatnessMonitor", "every_n_steps: 0", "`every_n_steps` to be an integer of at least 1, but got 0"),
+    ],
+)
+def test_what_hydra_hands_over_is_refused_by_name(kind: str, written: str, message: str) -> None:
+    pytest.importorskip("hydra")
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(f"_target_: lightning_relflat.{kind}\n{written}")
+    with pytest.raises(InstantiationException, match=f"Expected argument {message}"):
+        instantiate(config)
+
+
+def test_a_number_that_plain_yaml_reads_as_a_string_is_refused_by_name() -> None:
+    # YAML 1.1 wants a point in the mantissa; OmegaConf and LightningCLI do not.
+    with pytest.raises(ValueError, match="Expected argument `coefficient` to be a finite number, but got '1e-1'"):
+        FAM(**yaml.safe_load("coefficient: 1e-1"))

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional.feature_laplacian import probe_seed
@@ -654,6 +655,8 @@ def test_a_frozen_head_is_said_and_what_comes_before_is_penalised() -> None:
             "`loss` to reduce to a mean or a sum, .* MSELoss with reduction='none'",
         ),
         ({"seed": -1}, "`seed` to be an integer of at least 0, but got -1"),
+        ({"through_hessian": "no"}, "`through_hessian` to be True or False, but got 'no'"),
+        ({"layer": ["head"]}, r"`layer` to be the dotted name of a layer, or None, but got \['head'\]"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
@@ -674,3 +677,31 @@ def test_only_in_fit() -> None:
     trainer = make_trainer(callbacks=[FAM("no such layer")])
     trainer.validate(Net(), make_loader([4], dtype=torch.float32), verbose=False)
     assert "fam/penalty" not in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("form", [{}, {"loss": "cross_entropy"}, {"through_hessian": False}], ids=str)
+def test_a_step_reads_no_value_but_to_check_that_it_is_finite(form: dict[str, Any]) -> None:
+    # On a GPU every such reading makes the host wait; there these two are read when the epoch ends.
+    class Count(TorchDispatchMode):
+        read = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.read += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    class Watch(Callback):
+        def __init__(self) -> None:
+            self.count = Count()
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.count.__enter__()
+
+        def on_before_backward(self, *_: Any) -> None:
+            self.count.__exit__(None, None, None)
+
+    read = []
+    for fams in ([], [FAM("head", **form)]):
+        watch = Watch()
+        make_trainer(callbacks=[*fams, watch]).fit(Net(), make_loader(SIZES, dtype=torch.float32))
+        read.append(watch.count.read)
+    assert read[1] - read[0] == 2 * len(SIZES)

@@ -263,6 +263,9 @@ def test_refused_with_nothing_left_behind(
         ({"target": 1.0}, "`target` to be an index or key of the batch, or None, but got 1.0"),
         ({"every_n_steps": 0}, "`every_n_steps` to be an integer of at least 1, but got 0"),
         ({"probes": 1}, "`probes` to be an integer of at least 2, or None, but got 1"),
+        ({"seed": 1.0}, "`seed` to be an integer of at least 0, but got 1.0"),
+        ({"layer": 3}, "`layer` to be the dotted name of a layer, or None, but got 3"),
+        ({"prog_bar": "yes"}, "`prog_bar` to be True or False, but got 'yes'"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

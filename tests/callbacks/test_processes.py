@@ -1,34 +1,68 @@
-"""Several processes do what one does on the union of their data."""
+"""Several processes do what one does on the union of their data, or what a plain loop over their shares does."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-ROOT = Path(__file__).parents[2]
+from tests.callbacks.fit_in_processes import TRAINING, VALIDATION, Sharded, main, share_of
+from tests.models import make_batches
+from tests.oracles import kappa
+from tests.processes import free_port, run, train_by_hand
+
 # Fully sharded data parallel, second version, runs on CPUs only since then.
 FSDP = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="this PyTorch shards on GPUs alone"
 )
 
 
-def fit(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+def fit(folder: Path, world: int, *, nodes: int = 1, **options: Any) -> list[dict[str, Any]]:
+    command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
+    if world == 1:
+        main(str(folder), world, **options)
+    elif nodes == 1:
+        run(folder, command)
+    else:
+        endpoint = f"127.0.0.1:{free_port()}"
+        torchrun = ["torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(world // nodes)]
+        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1", "-m", *command]
+        run(folder, *[torchrun] * nodes)
     return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def assert_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    for other in ranks[1:]:
+        for name, value in ranks[0]["weights"].items():
+            assert torch.equal(value, other["weights"][name]), name
+        for name in ("train/relative_flatness", "val/relative_flatness"):
+            assert ranks[0]["values"][name] == other["values"][name]
+
+
+def fit_by_hand(world: int, *, share: str = "even", **options: Any) -> tuple[Sharded, float]:
+    """Return the net, and κ over the last epoch."""
+    torch.manual_seed(0)
+    net = Sharded(**options).double()
+    steps = [[share_of(batch, rank, world, share) for rank in range(world)] for batch in make_batches(TRAINING)]
+    values = [train_by_hand(net, net.features, net.head, steps) for _ in range(2)]
+    return net.eval(), values[-1]
+
+
+def assert_equal_by_hand(result: dict[str, Any], net: Sharded, value: float) -> None:
+    for name, expected in net.state_dict().items():
+        torch.testing.assert_close(result["weights"][name], expected, rtol=1e-10, atol=1e-10, msg=f"{name} differs")
+    assert result["values"]["train/relative_flatness"] == pytest.approx(value, rel=1e-10)
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize(
     "options",
     [
+        {"world": 4},
         {"accumulate": 2},
         {"manual": True},
         {"unused": True},
@@ -38,23 +72,71 @@ def fit(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
     ],
     ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
 )
-def test_two_processes_equal_one_on_the_union(tmp_path: Path, options: dict[str, Any]) -> None:
-    first, second = fit(tmp_path, 2, loss="cross_entropy", **options)
-    [one] = fit(tmp_path, 1, loss="cross_entropy", **options)
+def test_processes_equal_one_on_the_union(tmp_path: Path, options: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"world": 2, "loss": "cross_entropy"} | options
+    ranks = fit(tmp_path, **settings)
+    [one] = fit(tmp_path, **settings | {"world": 1})
+    assert_same_on_all_ranks(ranks)
     for name, value in one["weights"].items():
-        assert torch.equal(first["weights"][name], second["weights"][name])
-        torch.testing.assert_close(first["weights"][name], value, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-10, atol=1e-10)
     for name in ("train/relative_flatness", "val/relative_flatness"):
-        assert first["values"][name] == second["values"][name] == pytest.approx(one["values"][name])
+        assert ranks[0]["values"][name] == pytest.approx(one["values"][name])
     # A process's penalty is that of its own share.
-    assert first["values"]["fam/penalty"] != second["values"]["fam/penalty"]
+    assert len({tuple(rank["penalties"]) for rank in ranks}) == len(ranks)
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, pytest.param({"fsdp": "unit"}, marks=FSDP)])
 def test_probes_keep_the_processes_together(tmp_path: Path, options: dict[str, Any]) -> None:
-    first, second = fit(tmp_path, 2, **options)
-    for name, value in first["weights"].items():
-        assert torch.equal(value, second["weights"][name])
-    again, _ = fit(tmp_path, 2, **options)
-    assert again["values"] == first["values"]
+    # On the same data it is the probes alone by which the processes' penalties, and gradients, differ.
+    options = options | {"share": "same", "epochs": 13}
+    ranks = fit(tmp_path, 2, **options)
+    assert_same_on_all_ranks(ranks)
+    first, second = (rank["penalties"] for rank in ranks)
+    assert len(first) == 52
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    again = fit(tmp_path, 2, **options)
+    for before, after in zip(ranks, again, strict=True):
+        assert after["values"] == before["values"]
+        assert after["penalties"] == before["penalties"]
+    assert_same_on_all_ranks([ranks[0], again[0]])
+
+
+@pytest.mark.ddp
+def test_resumed_within_an_epoch(tmp_path: Path) -> None:
+    whole = fit(tmp_path, 2, keep_all=True)
+    resumed = fit(tmp_path, 2, ckpt_path=str(tmp_path / "step=6.ckpt"))
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["values"] == before["values"]
+        assert after["penalties"] == before["penalties"][6:]
+    assert_same_on_all_ranks([whole[0], *resumed])
+
+
+@pytest.mark.ddp
+def test_batch_norm_takes_the_statistics_of_each_share(tmp_path: Path) -> None:
+    ranks = fit(tmp_path, 2, loss="cross_entropy", norm=True)
+    assert_same_on_all_ranks(ranks)
+    assert_equal_by_hand(ranks[0], *fit_by_hand(2, norm=True))
+
+
+@pytest.mark.ddp
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.nn.SyncBatchNorm trains on GPUs alone")
+def test_synchronised_batch_norm_equals_one_process_on_the_union(tmp_path: Path) -> None:
+    # Two nodes may share one GPU.
+    ranks = fit(tmp_path, 2, nodes=2, loss="cross_entropy", norm=True, sync_norm=True)
+    assert_same_on_all_ranks(ranks)
+    assert_equal_by_hand(ranks[0], *fit_by_hand(1, norm=True))
+
+
+@pytest.mark.ddp
+def test_uneven_shares(tmp_path: Path) -> None:
+    ranks = fit(tmp_path, 3, loss="cross_entropy", share="uneven")
+    assert_same_on_all_ranks(ranks)
+    net, value = fit_by_hand(3, share="uneven")
+    assert_equal_by_hand(ranks[0], net, value)
+
+    net.load_state_dict(ranks[0]["weights"])
+    inputs, target = (torch.cat(parts) for parts in zip(*make_batches(VALIDATION), strict=True))
+    features, bias = net.features(inputs).detach(), net.head.bias
+    union = kappa(lambda weight: F.cross_entropy(F.linear(features, weight, bias), target), net.head.weight)
+    assert ranks[0]["values"]["val/relative_flatness"] == pytest.approx(union.item(), rel=1e-12)

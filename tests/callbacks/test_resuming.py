@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 
 from lightning_relflat import FAM, FlatnessMonitor
 from tests.callbacks.test_fam import assert_same_weights, definition
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.models import ManualNet, Net, Resumable, make_batches, make_loader, make_trainer
 
 SIZES = [7, 4, 6, 5]
 LAST_BATCH = pytest.mark.skipif(
     tuple(map(int, L.__version__.split(".")[:2])) < (2, 6),
     reason="this Lightning itself repeats a batch after a checkpoint taken near an epoch's end",
 )
-
-
-class Resumable:
-    """A loader that goes on where it was, as Lightning asks of a loader that is resumed within an epoch."""
-
-    def __init__(self) -> None:
-        self.position = 0
-
-    def __len__(self) -> int:
-        return len(SIZES)
-
-    def __iter__(self) -> Iterator[Batch]:
-        start, self.position = self.position, 0
-        for number, batch in enumerate(make_batches(SIZES)[start:], start + 1):
-            self.position = number % len(SIZES)
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
 
 class Momentum(Net):
@@ -97,7 +74,7 @@ def fit(net: Net, folder: Path, *others: Callback, ckpt_path: str | None = None,
         *others,
     ]
     trainer = make_trainer(precision="64-true", callbacks=callbacks, max_epochs=3, **options)
-    trainer.fit(net, Resumable(), make_loader([3, 4], seed=2), ckpt_path=ckpt_path)
+    trainer.fit(net, Resumable(make_batches(SIZES)), make_loader([3, 4], seed=2), ckpt_path=ckpt_path)
     return diary
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +24,7 @@ from tests.callbacks.test_fam import (
     twins,
 )
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.oracles import kappa
 
 FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]
 LOWER = {
@@ -223,130 +221,218 @@ def test_monitoring_leaves_the_state_of_a_parametrization_alone() -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_averaging_callbacks() -> None:
-    class CopiesInTheMiddle(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            torch.optim.swa_utils.AveragedModel(pl_module)
+class TwoOptimizers(ManualNet):
+    """One optimizer for the body and one for the head, which take turns or step together."""
 
-    plain, averaged = twins()
-    train(plain, FAM("head", 0.3, loss="cross_entropy"), max_epochs=2)
-    callbacks = [CopiesInTheMiddle(), FAM("head", 0.3, loss="cross_entropy"), CopiesInTheMiddle()]
-    make_trainer(precision="64-true", callbacks=callbacks, max_epochs=2).fit(averaged, make_loader(SIZES))
-    assert_same_weights(averaged, plain)
-    net = Net().double()
-    swa = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
-    make_trainer(precision="64-true", callbacks=[swa, FAM("head"), FlatnessMonitor("head")], max_epochs=3).fit(
-        net, make_loader(SIZES)
-    )
+    turns = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=lr) for part, lr in ((self.body, 0.2), (self.head, 0.5))]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        if self.turns:
+            for optimizer in optimizers:
+                self.toggle_optimizer(optimizer)
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+        else:
+            self.zero_grad()
+            self.manual_backward(self.loss(batch))
+            for optimizer in optimizers:
+                optimizer.step()
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
+def test_two_optimizers(form: dict[str, Any], turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In the body's turn the layer is frozen; the penalty then reaches the body through the features.
+    monkeypatch.setattr(TwoOptimizers, "turns", turns)
+    net, twin = twins(TwoOptimizers)
+    train(net, FAM("head", 0.3, **form))
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert_untouched(net)
+    parts = [([twin.body.weight, twin.body.bias], 0.2), ([twin.head.weight, twin.head.bias], 0.5)]
+    for batch in make_batches(SIZES):
+        gradients = penalised_gradients(twin, batch)
+        for parameters, lr in parts:
+            descend(parameters, gradients, lr)
+            if turns:
+                gradients = penalised_gradients(twin, batch)
+    assert_same_weights(net, twin)
+
+
+def penalised_gradients(net: Net, batch: Batch) -> dict[Tensor, Tensor]:
+    parameters = list(net.parameters())
+    objective = net.loss(batch) + 0.3 * definition(net, batch, 0)
+    return dict(zip(parameters, torch.autograd.grad(objective, parameters), strict=True))
+
+
+def descend(parameters: list[Any], gradients: dict[Tensor, Tensor], lr: float) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter -= lr * gradients[parameter]
+
+
+class Adversaries(L.LightningModule):
+    """A generator, and a critic that tells its samples from real ones."""
+
+    lrs = 0.2, 0.3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5))
+        self.body = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+        self.head = nn.Linear(4, 1)
+        self.critic = nn.ModuleList([self.body, self.head])
+
+    def judge(self, samples: Tensor, real: bool) -> Tensor:
+        verdict = self.head(self.body(samples))
+        return F.binary_cross_entropy_with_logits(verdict, torch.full_like(verdict, real))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        noise, real = batch[0], batch[0].flip(0) + 1
+        optimizers: Any = self.optimizers()
+        of_generator, of_critic = optimizers
+
+        self.toggle_optimizer(of_generator)
+        of_generator.zero_grad()
+        self.manual_backward(self.judge(self.generator(noise), True))
+        of_generator.step()
+        self.untoggle_optimizer(of_generator)
+
+        self.toggle_optimizer(of_critic)
+        of_critic.zero_grad()
+        self.manual_backward(self.judge(real, True) + self.judge(self.generator(noise).detach(), False))
+        of_critic.step()
+        self.untoggle_optimizer(of_critic)
+
+    def configure_optimizers(self) -> Any:
+        parts = self.generator, self.critic
+        return [torch.optim.SGD(part.parameters(), lr=lr) for part, lr in zip(parts, self.lrs, strict=True)]
+
+    def penalised(self, *samples: tuple[Tensor, bool]) -> Tensor:
+        """Return the loss of judging samples, with the κ that the definition says."""
+
+        def loss(weight: Tensor) -> Tensor:
+            verdicts = [F.linear(self.body(some), weight, self.head.bias) for some, _ in samples]
+            terms = [
+                F.binary_cross_entropy_with_logits(verdict, torch.full_like(verdict, real))
+                for verdict, (_, real) in zip(verdicts, samples, strict=True)
+            ]
+            return torch.stack(terms).sum()
+
+        return loss(self.head.weight) + 0.4 * kappa(loss, self.head.weight, create_graph=True)
+
+
+def test_a_penalty_of_what_comes_after_a_frozen_layer_is_left_out_with_a_warning() -> None:
+    class Scaled(ManualNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.requires_grad_(False)
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.scale * super().forward(inputs)
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            assert not isinstance(optimizer, list)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    net = Scaled().double()
+    with (
+        pytest.warns(UserWarning, match="and all before it are frozen for now"),
+        pytest.raises(RuntimeError, match="added no penalty in epoch 0"),
+    ):
+        train(net, FAM("head", 0.3, probes=None))
     assert_untouched(net)
 
 
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def test_generator_and_critic() -> None:
+    net = Adversaries().double()
+    twin = copy.deepcopy(net)
+    trainer = make_trainer(precision="64-true", callbacks=[FAM("head", 0.4, probes=None)])
+    trainer.fit(net, make_loader(SIZES))
+    assert_untouched(net)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    generator, critic = list(twin.generator.parameters()), list(twin.critic.parameters())
+    for batch in make_batches(SIZES):
+        noise, real = batch[0], batch[0].flip(0) + 1
+        objective = twin.penalised((twin.generator(noise), True))
+        descend(generator, dict(zip(generator, torch.autograd.grad(objective, generator), strict=True)), 0.2)
+        objective = twin.penalised((real, True), (twin.generator(noise).detach(), False))
+        descend(critic, dict(zip(critic, torch.autograd.grad(objective, critic), strict=True)), 0.3)
+    assert_same_weights(net, twin)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
-@pytest.mark.parametrize("part", ["head", "body", "whole"])
-def test_compiled_parts_of_the_module(part: str, form: dict[str, Any], fresh_dynamo: Any) -> None:
-    class Compiled(Net):
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            if part == "whole":
-                self.compiled = [torch.compile(super().forward, backend="aot_eager")]
-            else:
-                getattr(self, part).compile(backend="aot_eager")
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            outputs: Tensor = self.compiled[0](inputs) if part == "whole" else super().forward(inputs)
-            return outputs
-
-    net, twin = twins(Compiled)
-    train(net, FAM("head", 0.3, **form))
-    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_module_that_was_compiled_and_ran_before_is_right_or_refused(fresh_dynamo: Any) -> None:
-    class Compiled(Net):
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            self.compiled = [torch.compile(super().forward, backend="aot_eager")]
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            outputs: Tensor = self.compiled[0](inputs)
-            return outputs
-
-    net, twin = twins(Compiled)
-    net.loss(make_batches(SIZES)[0]).backward()
-    assert_right_or_refused(net, twin, r"torch\._dynamo\.reset\(\)", loss="cross_entropy")
-
-
-def assert_right_or_refused(net: Net, twin: Net, message: str, **form: Any) -> None:
-    """What PyTorch traces and what it leaves to Python differs between its versions; neither may be silently wrong."""
-    try:
-        train(net, FAM("head", 0.3, **form))
-    except RuntimeError as error:
-        if re.search(message, str(error)) is None:
-            raise
-        assert_untouched(net)
-    else:
-        assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
-
-
-class CompiledLoss(Net):
-    """With the loss alone compiled, or all that computes it, or the whole training step."""
-
-    part = ""
+class ConvNet(Net):
+    """A convolution as feature layer, on inputs of 2×2 and one channel."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        whole: dict[str, Callable[..., Any]] = {
-            "cross_entropy": lambda outputs, target: F.cross_entropy(outputs, target),
-            "loss": super().loss,
-            "training_step": super().training_step,
-        }
-        self.compiled = [torch.compile(whole[self.part], backend="aot_eager")]
+        self.body = nn.Linear(5, 9)
+        self.conv = nn.Conv2d(1, 2, 2, padding=1, stride=2)
+        self.head = nn.Linear(8, 3)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Any:
-        if self.part == "cross_entropy":
-            return self.compiled[0](self(batch[0]), batch[1])
-        return self.compiled[0](batch) if self.part == "loss" else self.compiled[0](batch, batch_idx)
+    def features(self, inputs: Tensor) -> Tensor:
+        return torch.tanh(self.body(inputs)).reshape(-1, 1, 3, 3)
 
+    def after(self, features: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(features)).flatten(1))
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", ["cross_entropy", "loss", "training_step"])
-def test_a_compiled_loss_needs_a_name(part: str, fresh_dynamo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CompiledLoss, "part", part)
-    net, twin = twins(CompiledLoss)
-    train(net, FAM("head", 0.3, loss="cross_entropy"))
-    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
-    torch._dynamo.reset()
-    net, twin = twins(CompiledLoss)
-    message = "cannot be differentiated twice|does not depend on the outputs|did not run with gradients"
-    assert_right_or_refused(net, twin, message, probes=None)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.after(self.features(inputs))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_part_that_does_not_lie_behind_the_layer_is_no_matter(fresh_dynamo: Any) -> None:
-    class Auxiliary(Net):
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            self.compiled = [torch.compile(super().features, backend="aot_eager")]
+def laplacian_definition(net: Any, batch: Batch) -> Tensor:
+    """Return Σ_i ‖φ_i‖² times the Laplacian of the loss in the layer's input, from the dense Hessian."""
+    features = net.features(batch[0])
+    hessian: Tensor = torch.autograd.functional.hessian(
+        lambda value: net.criterion(net.after(value.reshape(features.shape)), batch[1]),
+        features.flatten(1),
+        create_graph=True,
+    )
+    return torch.einsum("n,nini->", features.flatten(1).square().sum(dim=1), hessian)
 
-        def loss(self, batch: Batch) -> Tensor:
-            features = self.compiled[0](batch[0])
-            return self.criterion(self.head(features), batch[1]) + 0.1 * features.square().mean()
 
-    net, twin = twins(Auxiliary)
-    train(net, FAM("head", 0.3, probes=None))
-    optimizer = torch.optim.SGD(twin.parameters(), lr=twin.lr)
+def test_a_convolution() -> None:
+    net = ConvNet(lr=0.2).double()
+    twin = copy.deepcopy(net)
+    train(net, FAM("conv", 0.05, probes=None))
+    assert_untouched(net)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.2)
     for batch in make_batches(SIZES):
         optimizer.zero_grad()
-        auxiliary = 0.1 * twin.features(batch[0]).square().mean()
-        (twin.loss(batch) + auxiliary + 0.3 * definition(twin, batch, 0)).backward()
+        (twin.loss(batch) + 0.05 * laplacian_definition(twin, batch)).backward()
         optimizer.step()
+    assert_same_weights(net, twin)
+
+
+@pytest.mark.parametrize("form", [{}, {"probes": None}], ids=["probes", "exact"])
+def test_a_layer_in_a_frozen_backbone_is_refused_before_the_first_step(form: dict[str, Any]) -> None:
+    net = ConvNet().double()
+    net.body.requires_grad_(False)
+    net.conv.requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="the weight of layer 'conv' is frozen and so is all before it"):
+        train(net, FAM("conv", 0.1, **form))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert_untouched(net)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
+def test_the_head_on_a_frozen_backbone(form: dict[str, Any]) -> None:
+    net, twin = twins()
+    net.body.requires_grad_(False)
+    before = net.body.weight.clone()
+    train(net, FAM("head", 0.3, **form))
+    assert torch.equal(net.body.weight, before)
+    for batch in make_batches(SIZES):
+        descend([twin.head.weight, twin.head.bias], penalised_gradients(twin, batch), twin.lr)
     assert_same_weights(net, twin)
