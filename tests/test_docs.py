@@ -1,0 +1,70 @@
+"""What the documents say about tests and messages is so."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ROOT / "docs" / "trainer_settings.md"
+
+
+def rows() -> list[list[str]]:
+    lines = [line for line in SETTINGS.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    return [row for row in cells if row[0] not in {"---", "Setting", "What"}]
+
+
+def functions_in(path: Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def said_by_the_package() -> str:
+    """Return all of its string literals, those of one message joined."""
+    texts = []
+    for path in (ROOT / "lightning_relflat").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_every_row_names_tests_that_there_are(row: list[str]) -> None:
+    assert len(row) == 3
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", row[2])
+    assert named
+    for path, function in named:
+        assert function in functions_in(ROOT / "tests" / path)
+
+
+def test_messages_are_those_of_the_package() -> None:
+    said = said_by_the_package()
+    messages = [message for row in rows() for message in re.findall(r'^"(.+)"$', row[1])]
+    assert len(messages) >= 10
+    for message in messages:
+        assert message in said, message
+
+
+def test_every_test_of_a_trainer_is_in_the_table() -> None:
+    named = set(re.findall(r"::(\w+)`", SETTINGS.read_text()))
+    for name in ("trainer_settings", "compiled", "beside_others", "entry_points", "processes", "nodes_and_kills"):
+        path = ROOT / "tests" / "callbacks" / f"test_{name}.py"
+        tests = {test for test in functions_in(path) if test.startswith("test_")}
+        assert not tests - named - DETAILS, path.name
+
+
+# Further tests of rows that name others.
+DETAILS = {
+    "test_a_compiled_lightning_module_is_compiled",
+    "test_a_module_that_was_compiled_and_ran_before_is_right_or_refused",
+    "test_copies_of_the_module_in_the_middle_of_training",
+    "test_monitoring_what_is_compiled_within_fit",
+    "test_without_validation",
+}
