@@ -62,7 +62,7 @@ def train(rank: int, world: int, folder: str) -> None:
 @pytest.mark.ddp
 def test_two_processes_equal_one_on_the_union(tmp_path: Path) -> None:
     spawn(train, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     net = small_net()
     train_by_hand(net, net[:2], net[2], [[batch] for batch in small_batches(SIZES)])
     assert list(first) == list(second) == CASES

@@ -38,7 +38,9 @@ def train(rank: int, world: int, folder: str) -> None:
 @pytest.mark.ddp
 def test_a_process_that_runs_out_of_batches_counts_as_zero(tmp_path: Path) -> None:
     spawn(train, (2, str(tmp_path)), nprocs=2)
-    (value, *weights), (other_value, *other_weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (value, *weights), (other_value, *other_weights) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
+    )
     net = small_net()
     first, second = (small_batches(sizes, seed=rank) for rank, sizes in enumerate(SIZES))
     steps = [*zip(first, [*second, None, None, None], strict=True)]
