@@ -345,14 +345,30 @@ class _Deaf:
         """Do nothing."""
 
 
-def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:
-    # torch.compile wraps modules under this name, which no user has chosen.
-    modules = {found.replace("_orig_mod.", ""): child for found, child in module.named_modules(remove_duplicate=False)}
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that a tap can listen to.
+
+    Args:
+        module: the model.
+
+    Returns:
+        The layers by their dotted names; one that has several names stands under each.
+    """
+    modules = _named(module)
     # What an adapted layer is made of does not count: no part of it computes what the layer computes.
     adapted = tuple(f"{found}." for found, child in modules.items() if is_adapted(child))
-    linear = {
+    return {
         found: child for found, child in modules.items() if is_linear_layer(child) and not found.startswith(adapted)
     }
+
+
+def _named(module: nn.Module) -> dict[str, nn.Module]:
+    # torch.compile wraps modules under this name, which no user has chosen.
+    return {found.replace("_orig_mod.", ""): child for found, child in module.named_modules(remove_duplicate=False)}
+
+
+def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:
+    modules, linear = _named(module), linear_layers(module)
     kind = type(module).__name__
     if name is None:
         candidates: dict[str, nn.Module] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -18,9 +19,11 @@ from lightning_relflat.callbacks._base import (
     find_target,
     name_suffix,
 )
+from lightning_relflat.callbacks._every_layer import EveryLayer
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.functional.feature_laplacian import has_matrix
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run
+from lightning_relflat.metrics.layers_flatness import Entry, LayersFlatness
 from lightning_relflat.metrics.relative_flatness import Loss, RelativeFlatness
 
 
@@ -46,6 +49,11 @@ class FlatnessMonitor(Callback):
         target: where in the batch the target is: an index or a key, or ``None`` if the loss needs none.
         every_n_steps: log ``train/relative_flatness_step``, the κ of the batch, every n training steps too. As every
             value logged in a step, it reaches the loggers with the Trainer's ``log_every_n_steps``.
+        layers: patterns of the dotted names of linear and convolution layers, e.g. ``"*"``: their κ is logged too, over
+            validation and test data, as ``val/layer_flatness/<name>`` and ``val/network_flatness``, their sum, each
+            estimated by random probes, with ``val/layer_flatness_error/<name>`` and ``val/network_flatness_error``, the
+            standard errors. The loss is the one named here, of the outputs of ``layer``. It costs a training step's
+            memory, and for each probe about the time of two backward passes.
         prog_bar: whether the values of the epochs are shown in the progress bar.
         probes: as for :class:`~lightning_relflat.RelativeFlatness`.
         seed: as for :class:`~lightning_relflat.RelativeFlatness`.
@@ -69,6 +77,7 @@ class FlatnessMonitor(Callback):
         *,
         target: int | str | None = 1,
         every_n_steps: int | None = None,
+        layers: str | Sequence[str] | None = None,
         prog_bar: bool = False,
         probes: int | None = 2,
         seed: int = 0,
@@ -79,9 +88,12 @@ class FlatnessMonitor(Callback):
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps, at_least=1)
         self.every_n_steps = every_n_steps
+        self.layers = _check_patterns(layers)
         self.prog_bar = check_flag("prog_bar", prog_bar)
         self.metric = RelativeFlatness(loss, class_dim=-1, probes=probes, seed=seed)
         self._metrics: dict[tuple[str, int], RelativeFlatness] = {}
+        self._every: EveryLayer | None = None
+        self._layer_metrics: dict[tuple[str, int], tuple[LayersFlatness, dict[str, Entry]]] = {}
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
         self._resumed: dict[str, Any] = {}
         self._tap: LayerTap | None = None
@@ -242,6 +254,13 @@ class FlatnessMonitor(Callback):
         self._within_epoch = False
         self._tap = LayerTap(pl_module, self.layer, copies=True)
         self._settle()
+        if self.layers:
+            others: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
+            if sum(isinstance(other, FlatnessMonitor) and bool(other.layers) for other in others) > 1:
+                raise ValueError(
+                    "Expected argument `layers` to be given to one FlatnessMonitor, but got it in several."
+                )
+            self._every = EveryLayer(pl_module, self.layers, self.layer, self.metric, self.target)
 
     def _settle(self) -> None:
         """Say once which layer it is, and refuse one that cannot be measured."""
@@ -262,9 +281,14 @@ class FlatnessMonitor(Callback):
         if batch_idx == 0:
             metric = self._metric(stage, dataloader_idx, pl_module)
             metric.reset()  # a checkpoint may hold an epoch that had just run out of batches
-            metric.batches = (
-                trainer.global_step
-            )  # an epoch draws other probes than the last, but the same when repeated
+            # An epoch draws other probes than the last, but the same when it is repeated.
+            metric.batches = trainer.global_step
+        if self._every is not None and stage != "train":
+            of_layers, _ = self._of_layers(stage, dataloader_idx)
+            if batch_idx == 0:
+                of_layers.reset()
+                of_layers.batches = trainer.global_step
+            self._every.start(of_layers)
         self._last = []
         self._tap.start()
 
@@ -305,6 +329,18 @@ class FlatnessMonitor(Callback):
         name = f"{stage}/relative_flatness{self._suffix}"
         # Lightning computes the metric when the epoch ends, on all processes, and resets it.
         pl_module.log(name, metric, prog_bar=self.prog_bar, on_step=False, on_epoch=True, metric_attribute=name)
+        if self._every is not None and stage != "train":
+            _, entries = self._of_layers(stage, dataloader_idx)
+            for label, entry in entries.items():
+                entry.update()
+                name = f"{stage}/{label}"
+                pl_module.log(name, entry, on_step=False, on_epoch=True, metric_attribute=name)
+
+    def _of_layers(self, stage: str, dataloader_idx: int) -> tuple[LayersFlatness, dict[str, Entry]]:
+        assert self._every is not None
+        if (stage, dataloader_idx) not in self._layer_metrics:
+            self._layer_metrics[stage, dataloader_idx] = self._every.new_metric()
+        return self._layer_metrics[stage, dataloader_idx]
 
     def _take_part(self, stage: str, trainer: Trainer, pl_module: LightningModule, *, loaders: int) -> None:
         """Without a batch in this process Lightning does not ask for the metric here, and the others would wait."""
@@ -321,11 +357,26 @@ class FlatnessMonitor(Callback):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The ``compute`` method of metric")
             metrics[0].compute()  # now, as the others do; Lightning finds the value later
+            if self._every is not None:
+                self._of_layers(stage, 0)[0].compute()
         self._log(stage, 0, pl_module)
 
     def _detach(self) -> None:
         if self._tap is not None:
             self._tap.close()
             self._tap = None
+        if self._every is not None:
+            self._every.close()
+            self._every = None
+        self._layer_metrics = {}
         self._metrics = {}
         self._last = []
+
+
+def _check_patterns(layers: str | Sequence[str] | None) -> list[str]:
+    patterns = [layers] if isinstance(layers, str) else list(layers or [])
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            f"Expected argument `layers` to be one or more patterns of names, or None, but got {layers!r}."
+        )
+    return patterns

@@ -161,6 +161,41 @@ class RelativeFlatness(Metric):
         """
         return self._plot(val, ax)
 
+    @property
+    def takes_mean(self) -> bool:
+        """Whether the loss is a mean over samples, and not their sum."""
+        return _reduction(self.loss) == "mean"
+
+    def loss_of(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch, in the graph of the outputs, and its total weight.
+
+        Args:
+            features: as for :meth:`update`.
+            weight: as for :meth:`update`.
+            outputs: what leaves the layer, of shape (..., d).
+            target: as for :meth:`update`.
+
+        Returns:
+            Two scalars: the loss, and what it divides by where it is a mean.
+
+        Raises:
+            ValueError: as :meth:`update`.
+        """
+        if not has_closed_form(self.loss):
+            samples = outputs.new_full((), features.shape[:-1].numel(), dtype=torch.float64)
+            value: Tensor = self.loss(outputs, target)
+            if value.ndim == 0:
+                return value, samples
+            return value.sum() / samples.to(value) if self.takes_mean else value.sum(), samples
+        with torch.no_grad():
+            _, total = relative_flatness_sums(features, weight, outputs, target, loss=self.loss, class_dim=-1)
+        # The criterion itself wants classes where PyTorch has them.
+        laid_out = (
+            outputs.movedim(-1, 1) if isinstance(self.loss, nn.CrossEntropyLoss) and outputs.ndim > 1 else outputs
+        )
+        targets = target if isinstance(target, tuple) else (target,)
+        return self.loss(laid_out, *targets), total
+
     def _estimate(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any) -> tuple[Tensor, ...]:
         for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
             check_floating(name, value)

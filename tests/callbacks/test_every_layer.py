@@ -1,0 +1,219 @@
+"""The monitor estimates the κ of every layer over validation and test data, without bias and with honest errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_relflat import FAM, FlatnessMonitor
+from tests.models import Batch, Net, make_batches, make_loader, make_trainer
+
+SIZES = [6, 3]
+
+
+class Deep(Net):
+    """A convolution, two linear layers, and a head; one layer runs twice."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.conv = nn.Conv1d(1, 2, 2)
+        self.body = nn.Linear(8, 6)
+        self.twice = nn.Linear(6, 6)
+        self.unused = nn.Linear(2, 2)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(torch.tanh(self.conv(inputs[:, None])).flatten(1)))
+        features: Tensor = torch.tanh(self.twice(torch.tanh(self.twice(hidden))))
+        return features
+
+
+def of_input(net: nn.Module, name: str, inputs: Tensor, target: Tensor) -> float:
+    """κ of a layer that runs once: Σ_i ‖φ_i‖² Tr(∇²_{φ_i} L), from the dense Hessian in its input."""
+    captured: list[Tensor] = []
+    handle = net.get_submodule(name).register_forward_pre_hook(lambda _, args: captured.append(args[0].detach()))
+    net(inputs)
+    handle.remove()
+    [features] = captured
+
+    def loss(value: Tensor) -> Tensor:
+        replaced = net.get_submodule(name).register_forward_pre_hook(lambda *_: (value,))
+        try:
+            return F.cross_entropy(net(inputs), target)
+        finally:
+            replaced.remove()
+
+    size = features.numel()
+    hessian = torch.autograd.functional.hessian(loss, features).reshape(size, size)
+    squares = features.flatten(1).square().sum(dim=1).repeat_interleave(size // len(features))
+    return (squares * hessian.diagonal()).sum().item()
+
+
+def of_twice(net: Net, inputs: Tensor, target: Tensor) -> float:
+    """Both runs of a layer, each with a weight of its own."""
+    runs: list[Tensor] = []
+    handle = net.get_submodule("twice").register_forward_pre_hook(lambda _, args: runs.append(args[0].detach()))
+    net(inputs)
+    handle.remove()
+    total = 0.0
+    for number in range(2):
+
+        def loss(value: Tensor, number: int = number) -> Tensor:
+            count = [0]
+
+            def hook(_: Any, args: Any) -> Any:
+                count[0] += 1
+                return (value,) if count[0] == number + 1 else args
+
+            replaced = net.get_submodule("twice").register_forward_pre_hook(hook)
+            try:
+                return F.cross_entropy(net(inputs), target)
+            finally:
+                replaced.remove()
+
+        features = runs[number]
+        hessian = torch.autograd.functional.hessian(loss, features).reshape(features.numel(), features.numel())
+        squares = features.square().sum(dim=1).repeat_interleave(features.shape[1])
+        total += (squares * hessian.diagonal()).sum().item()
+    return total
+
+
+def expected(net: Net, batches: list[Batch]) -> dict[str, float]:
+    inputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    net.eval()
+    values = {name: of_input(net, name, inputs, target) for name in ("conv", "body", "head")}
+    return values | {"twice": of_twice(net, inputs, target), "unused": 0.0}
+
+
+def measured(net: Net, *, repeats: int = 1, **options: Any) -> list[Mapping[str, float]]:
+    results: list[Mapping[str, float]] = []
+    for seed in range(repeats):
+        monitor = FlatnessMonitor("head", layers="*", seed=seed, **options)
+        trainer = make_trainer(precision="64-true", callbacks=[monitor])
+        [result] = trainer.validate(net, make_loader(SIZES), verbose=False)
+        results.append(result)
+    return results
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_estimates_lie_around_the_definition_as_their_errors_say(frozen: bool) -> None:
+    net = Deep().double()
+    truth = expected(net, make_batches(SIZES))
+    net.requires_grad_(not frozen)
+    [result] = measured(net, probes=400)
+    for name, value in truth.items():
+        error = result[f"val/layer_flatness_error/{name}"]
+        assert abs(result[f"val/layer_flatness/{name}"] - value) <= 4 * error
+        assert error <= 0.05 * max(map(abs, truth.values()))
+    assert abs(result["val/network_flatness"] - sum(truth.values())) <= 4 * result["val/network_flatness_error"]
+    values = [result[f"val/layer_flatness/{name}"] for name in truth]
+    assert result["val/network_flatness"] == pytest.approx(sum(values))
+    assert all(parameter.requires_grad != frozen and parameter.grad is None for parameter in net.parameters())
+    assert "validation_step" not in net.__dict__
+
+
+def test_errors_are_the_spread_over_seeds() -> None:
+    net = Deep().double()
+    results = measured(net, repeats=60, probes=4)
+    for name in ("layer_flatness{}/conv", "layer_flatness{}/body", "network_flatness{}"):
+        values = torch.tensor([result[f"val/{name.format('')}"] for result in results])
+        errors = torch.tensor([result[f"val/{name.format('_error')}"] for result in results])
+        assert 0.6 < errors.square().mean().sqrt() / values.std() < 1.6
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_in_fit_beside_a_penalty_and_in_test(inference_mode: bool) -> None:
+    runs = []
+    for layers in (None, "*"):
+        torch.manual_seed(1)
+        net = Deep(dropout=0.3).double()
+        callbacks: list[Any] = [FlatnessMonitor("head", layers=layers), FAM("head", 0.1)]
+        trainer = make_trainer(
+            precision="64-true",
+            callbacks=callbacks,
+            max_epochs=2,
+            num_sanity_val_steps=1,
+            inference_mode=inference_mode,
+        )
+        trainer.fit(net, make_loader(SIZES), [make_loader([4], seed=2), make_loader([3], seed=3)])
+        runs.append(
+            (net.state_dict(), torch.get_rng_state(), {k: v.item() for k, v in trainer.callback_metrics.items()})
+        )
+    (before, stream, plain), (after, stream_after, values) = runs
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(stream, stream_after)
+    assert {name: values[name] for name in plain} == plain
+    assert {f"val/layer_flatness/conv/dataloader_idx_{k}" for k in (0, 1)} <= set(values)
+    assert not any(name.startswith("train/layer") for name in values)
+    [result] = trainer.test(net, make_loader([4]), verbose=False)
+    assert "test/layer_flatness/body" in result
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_patterns_choose_layers() -> None:
+    trainer = make_trainer(callbacks=[FlatnessMonitor(layers=["bod*", "conv"])])
+    [result] = trainer.validate(Deep(), make_loader([4], dtype=torch.float32), verbose=False)
+    found = {name.removeprefix("val/layer_flatness/") for name in result if name.startswith("val/layer_flatness/")}
+    assert found == {"body", "conv"}
+
+
+class Tokens(Net):
+    """(B, T, V) logits, which the criterion wants as (B, V, T)."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        return F.cross_entropy(self(batch[0].unflatten(0, (-1, 2))).mT, batch[1].unflatten(0, (-1, 2)))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0], batch[1].unflatten(0, (-1, 2))
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.loss([batch[0], batch[1].flatten()])
+
+
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", nn.CrossEntropyLoss(ignore_index=0), nn.CrossEntropyLoss(reduction="sum")]
+)
+def test_the_heads_estimate_agrees_with_its_exact_value(loss: Any) -> None:
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", loss, layers="head", probes=400)])
+    [result] = trainer.validate(Tokens().double(), make_loader([6, 4]), verbose=False)
+    error = result["val/layer_flatness_error/head"]
+    assert 0 < error < 0.1 * result["val/relative_flatness"]
+    assert abs(result["val/layer_flatness/head"] - result["val/relative_flatness"]) < 4 * error
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda z, y: F.cross_entropy(z, y), lambda z, y: F.cross_entropy(z, y, reduction="none")]
+)
+def test_any_loss(loss: Any) -> None:
+    net = Deep().double()
+    truth = expected(net, make_batches(SIZES))
+    monitor = FlatnessMonitor("head", loss, layers="body", probes=400)
+    [result] = make_trainer(precision="64-true", callbacks=[monitor]).validate(net, make_loader(SIZES), verbose=False)
+    error = result["val/layer_flatness_error/body"]
+    assert abs(result["val/layer_flatness/body"] - truth["body"]) < 4 * error < 0.1 * max(truth.values())
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (
+            lambda: [FlatnessMonitor("head", layers="hed*")],
+            "`layers` to match layers of Net, which are 'body', 'head', but",
+        ),
+        (
+            lambda: [FlatnessMonitor("head", layers="*"), FlatnessMonitor("body", layers="*")],
+            "given to one FlatnessMonitor",
+        ),
+        (lambda: [FlatnessMonitor("head", layers=[3])], "patterns of names, or None, but got"),  # type: ignore[list-item]
+    ],
+)
+def test_refused_with_nothing_left_behind(callbacks: Any, message: str) -> None:
+    net = Net()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(callbacks=callbacks()).validate(net, make_loader([4], dtype=torch.float32), verbose=False)
+    assert "validation_step" not in net.__dict__
+    assert not any(module._forward_hooks for module in net.modules())
