@@ -74,3 +74,12 @@ def test_fabric(tmp_path: Path, options: list[str]) -> None:
         numbers(run(tmp_path, "fabric.py", *few))[1]
         < numbers(run(tmp_path, "fabric.py", *few, "--coefficient", "0"))[1] / 2
     )
+
+
+@pytest.mark.slow
+def test_wrong_labels(tmp_path: Path) -> None:
+    rows = re.findall(r"(\d+) +│ (\d+)% +│ (\d+)% +│ (\d+)% +│ (\d+)%", run(tmp_path, "mislabelled.py"))
+    assert [int(epoch) for epoch, *_ in rows] == [40, 80, 120, 160]
+    _, learnt, sharpest, _, random = map(int, rows[-1])
+    assert learnt > 50
+    assert sharpest > 5 * random
