@@ -14,7 +14,8 @@ from lightning_relflat.callbacks._base import LightningModule, find_target
 from lightning_relflat.callbacks._penalised_loss import MethodPatch
 from lightning_relflat.functional.feature_laplacian import layer_use
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, linear_layers
-from lightning_relflat.metrics.layers_flatness import Entry, LayersFlatness
+from lightning_relflat.metrics.entry import Entry
+from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from lightning_relflat.metrics.relative_flatness import RelativeFlatness
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lightning_relflat.functional._checks import (
 )
 from lightning_relflat.functional._graph import naming_the_cause, refuse_compiled, refuse_once_differentiable
 
+Measure: TypeAlias = Literal["relative_flatness", "trace"]
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
     nn.Conv2d: F.conv2d,
@@ -34,14 +36,23 @@ class LayerUse:
     Attributes:
         features: what entered, of shape (samples..., features...).
         outputs: what left, of shape (samples..., outputs...); the loss is differentiated with respect to it.
-        push: the map without its bias, from tensors like ``features`` to tensors like ``outputs``.
+        push: from probes, which are like ``probed``, to tensors like ``outputs``: the map without its bias.
         sample_dims: how many leading dimensions index samples.
+        squared_weight: ``None`` for κ; ‖W‖_F² for the layer-wise trace, whose probes are like ``outputs``.
+        normalized: whether every ‖φ_i‖² counts as 1.
     """
 
     features: Tensor
     outputs: Tensor
     push: Callable[[Tensor], Tensor]
     sample_dims: int
+    squared_weight: Tensor | None = None
+    normalized: bool = False
+
+    @property
+    def probed(self) -> Tensor:
+        """What a probe is like."""
+        return self.features if self.squared_weight is None else self.outputs
 
 
 def feature_laplacian(
@@ -239,7 +250,15 @@ def _method(kind: type[nn.Module], name: str) -> object:
     return getattr(kind, name, None)
 
 
-def layer_use(layer: nn.Module, features: Tensor, outputs: Tensor, weight: Tensor | None) -> LayerUse:
+def layer_use(
+    layer: nn.Module,
+    features: Tensor,
+    outputs: Tensor,
+    weight: Tensor | None,
+    *,
+    measure: Measure = "relative_flatness",
+    normalize_features: bool = False,
+) -> LayerUse:
     """Describe a pass of data through a linear or convolution layer.
 
     Args:
@@ -247,12 +266,15 @@ def layer_use(layer: nn.Module, features: Tensor, outputs: Tensor, weight: Tenso
         features: what entered it.
         outputs: what left it.
         weight: its weight at that time; the present one if ``None``.
+        measure: ``"relative_flatness"`` for κ, or ``"trace"`` for ‖W‖_F² Tr(H), of a layer that is one matrix.
+        normalize_features: whether every ‖φ_i‖² counts as 1.
 
     Returns:
         The use, for :func:`use_laplacians`.
 
     Raises:
         TypeError: if tensors are no floating point numbers, or the layer is not linear.
+        ValueError: if the trace of a convolution is asked for.
     """
     check_floating("features", features)
     check_floating("outputs", outputs)
@@ -263,11 +285,28 @@ def layer_use(layer: nn.Module, features: Tensor, outputs: Tensor, weight: Tenso
         weight = adapted_weight(layer) if is_adapted(layer) else layer.weight  # type: ignore[assignment]
     assert isinstance(weight, Tensor)
     matrix = weight.to(compute_dtype(features, weight))
+    if measure == "trace":
+        if not has_matrix(layer):
+            raise ValueError(f"Expected argument `layer` to be an nn.Linear for a trace, but got {layer}.")
+        squared_weight = matrix.square().sum()
+        return LayerUse(
+            features, outputs, lambda probe: probe, features.ndim - 1, squared_weight, normalized=normalize_features
+        )
     if has_matrix(layer):
-        return LayerUse(features, outputs, lambda probe: F.linear(probe, matrix), features.ndim - 1)
+        return LayerUse(
+            features,
+            outputs,
+            lambda probe: F.linear(probe, matrix),
+            features.ndim - 1,
+            normalized=normalize_features,
+        )
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return LayerUse(
-        features, outputs, lambda probe: _convolve(layer, probe, matrix), features.ndim - 1 - len(layer.kernel_size)
+        features,
+        outputs,
+        lambda probe: _convolve(layer, probe, matrix),
+        features.ndim - 1 - len(layer.kernel_size),
+        normalized=normalize_features,
     )
 
 
@@ -373,9 +412,7 @@ def _parts(
             # The gradient of uᵀHu with H held constant is 2Hu.
             along = direction if through_hessian else 2 * direction - direction.detach()
             totals[k] = totals[k] + (along * curvature).flatten(use.sample_dims).sum(dim=-1)
-    return [
-        total / count * _squared_norms(use, detach=not through_hessian) for total, use in zip(totals, uses, strict=True)
-    ]
+    return [total / count * _factor(use, detach=not through_hessian) for total, use in zip(totals, uses, strict=True)]
 
 
 def _hessian_products(
@@ -421,23 +458,29 @@ def _directions(
     if probes is not None:
         for _ in range(probes):
             signs = [
-                torch.randint(0, 2, use.features.shape, generator=generator, device=use.features.device) for use in uses
+                torch.randint(0, 2, use.probed.shape, generator=generator, device=use.features.device) for use in uses
             ]
             yield [use.push(sign.to(dtype) * 2 - 1) for use, sign, dtype in zip(uses, signs, dtypes, strict=True)]
         return
     for k, use in enumerate(uses):
-        shape = use.features.shape[use.sample_dims :]
+        shape = use.probed.shape[use.sample_dims :]
         zeros = [torch.zeros_like(other.outputs, dtype=dtype) for other, dtype in zip(uses, dtypes, strict=True)]
         for coordinate in range(shape.numel()):
             unit = use.features.new_zeros(shape.numel(), dtype=dtypes[k])
             unit[coordinate] = 1
-            zeros[k] = use.push(unit.reshape(shape).expand(use.features.shape))
+            zeros[k] = use.push(unit.reshape(shape).expand(use.probed.shape))
             yield list(zeros)
 
 
-def _squared_norms(use: LayerUse, *, detach: bool) -> Tensor:
-    features = use.features.detach() if detach else use.features
-    return features.to(compute_dtype(use.features, use.outputs)).flatten(use.sample_dims).square().sum(dim=-1)
+def _factor(use: LayerUse, *, detach: bool) -> Tensor:
+    """Return what every sample's curvature is multiplied by; detached but for the weight in it."""
+    dtype = compute_dtype(use.features, use.outputs)
+    if use.normalized:
+        factor = use.features.new_ones(use.features.shape[: use.sample_dims], dtype=dtype)
+    else:
+        features = use.features.detach() if detach else use.features
+        factor = features.to(dtype).flatten(use.sample_dims).square().sum(dim=-1)
+    return factor if use.squared_weight is None else factor * use.squared_weight
 
 
 def _convolve(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, probe: Tensor, weight: Tensor) -> Tensor:

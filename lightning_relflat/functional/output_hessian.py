@@ -70,6 +70,21 @@ class OutputHessian:
         spread = others @ squared_norms - 2 * cross - mass * origin_row.square().sum(dim=1)
         return spread - offset.square().sum(dim=1)
 
+    def diagonals(self) -> Tensor:
+        """Return the diagonals (A_i)_ss of every sample, without the sample's weight.
+
+        Returns:
+            The diagonals a − r², of shape (n, d).
+        """
+        if self.root is None:
+            return self.diagonal
+        if not self.annihilates_constants:
+            return self.diagonal - self.root.square()
+        # p (1 − p), where 1 − p of the most probable output is the sum of the others: no digit is lost near one.
+        origin = self.diagonal.detach().argmax(dim=1, keepdim=True)
+        others = self.diagonal.scatter(1, origin, 0.0).sum(dim=1, keepdim=True)
+        return self.diagonal * (1 - self.diagonal).scatter(1, origin, others)
+
     def row_traces(self, weight: Tensor, sample_factor: Tensor) -> Tensor:
         r"""Return ``Σ_i f_i Σ_s' ⟨w_s, w_s'⟩ (A_i)_{s,s'}`` of every output s; they sum to Σ_i f_i Tr(Wᵀ A_i W).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from lightning_relflat.functional._checks import (
     full_precision,
     shape_of,
 )
+from lightning_relflat.functional.feature_laplacian import Measure
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion, output_hessian
 
 Reduction = Literal["mean", "sum", "none"]
@@ -29,6 +31,9 @@ def relative_flatness(
     loss: str | nn.Module,
     reduction: Reduction | None = None,
     class_dim: int | None = None,
+    measure: Measure = "relative_flatness",
+    temperature: float = 1.0,
+    normalize_features: bool = False,
 ) -> Tensor:
     r"""Return the relative flatness κ of a linear layer, exactly.
 
@@ -57,6 +62,10 @@ def relative_flatness(
             ``"sum"``. ``None`` takes the criterion's own.
         class_dim: the dimension of ``outputs`` that holds the d outputs of a sample. Needed only where the shapes
             leave it open: (n, T, d) and (n, d, T) with T = d.
+        measure: ``"relative_flatness"``, or ``"trace"`` for the layer-wise trace ‖W‖_F² Tr(H) in its place, which
+            has Tr(A_i) for Tr(Wᵀ A_i W) (arXiv 1912.00058) and is not smaller where the loss is convex.
+        temperature: τ, for the κ of the criterion at z/τ: A_i there, divided by τ². For cross-entropies alone.
+        normalize_features: whether every ‖φ_i‖² counts as 1, with A_i at the outputs as they are.
 
     Returns:
         κ as a scalar, or of the shape of ``features`` without its last dimension for ``reduction="none"``. In the
@@ -64,7 +73,8 @@ def relative_flatness(
 
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
-        ValueError: if shapes do not fit, the criterion is not known, or the target is missing or does not fit.
+        ValueError: if shapes do not fit, the criterion is not known or knows no temperature, the target is missing or
+            does not fit, or ``measure`` or ``temperature`` is not what it should be.
 
     Example:
         >>> import torch
@@ -82,7 +92,19 @@ def relative_flatness(
     """
     criterion = as_criterion(loss)
     kind = check_reduction(reduction, criterion)
-    parts, hessian = _parts(features, weight, outputs, target, criterion, class_dim)
+    check_measure(measure)
+    check_temperature(temperature, criterion)
+    parts, hessian = _parts(
+        features,
+        weight,
+        outputs,
+        target,
+        criterion,
+        class_dim,
+        measure=measure,
+        temperature=temperature,
+        normalize_features=normalize_features,
+    )
     if kind == "none":
         return parts.reshape(features.shape[:-1])
     return parts.sum() / hessian.total_weight if kind == "mean" else parts.sum()
@@ -195,6 +217,49 @@ def check_reduction(reduction: str | None, criterion: nn.Module) -> str:
     return str(kind)
 
 
+def check_measure(measure: object) -> Measure:
+    """Return the name of a measure.
+
+    Args:
+        measure: the argument.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: if there is no such measure.
+    """
+    if measure == "relative_flatness":
+        return "relative_flatness"
+    if measure == "trace":
+        return "trace"
+    raise ValueError(f"Expected argument `measure` to be 'relative_flatness' or 'trace', but got {measure!r}.")
+
+
+def check_temperature(temperature: object, criterion: nn.Module | None) -> float:
+    """Return a temperature that a criterion can have.
+
+    Args:
+        temperature: the argument.
+        criterion: the criterion, or ``None`` where the loss is not named.
+
+    Returns:
+        The temperature.
+
+    Raises:
+        ValueError: if it is no positive number, or is not 1 for a loss that does not begin with a softmax or sigmoid.
+    """
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"Expected argument `temperature` to be a finite number above 0, but got {temperature!r}.")
+    if temperature != 1 and not isinstance(criterion, nn.CrossEntropyLoss | nn.BCEWithLogitsLoss):
+        loss = None if criterion is None else type(criterion).__name__
+        raise ValueError(
+            "Expected argument `temperature` to be 1 unless `loss` names a cross-entropy, 'cross_entropy' or "
+            f"'binary_cross_entropy', but got {temperature!r} with loss {loss}."
+        )
+    return float(temperature)
+
+
 def owned_criterion(loss: object) -> nn.Module:
     """Return a copy of the criterion that ``loss`` names or is, for those who keep it and move it to a device.
 
@@ -217,21 +282,45 @@ def owned_criterion(loss: object) -> nn.Module:
 
 
 def _parts(
-    features: Tensor, weight: Tensor, outputs: Tensor, target: Target, criterion: nn.Module, class_dim: int | None
+    features: Tensor,
+    weight: Tensor,
+    outputs: Tensor,
+    target: Target,
+    criterion: nn.Module,
+    class_dim: int | None,
+    *,
+    measure: Measure = "relative_flatness",
+    temperature: float = 1.0,
+    normalize_features: bool = False,
 ) -> tuple[Tensor, OutputHessian]:
-    flat_features, flat_weight, hessian = _flatten(features, weight, outputs, target, criterion, class_dim)
+    flat_features, flat_weight, hessian = _flatten(
+        features, weight, outputs, target, criterion, class_dim, temperature=temperature
+    )
     with full_precision(flat_features):
-        return hessian.weight * flat_features.square().sum(dim=1) * hessian.trace_through(flat_weight), hessian
+        if measure == "trace":
+            curvature = hessian.diagonals().sum(dim=1) * flat_weight.square().sum()
+        else:
+            curvature = hessian.trace_through(flat_weight)
+        if not normalize_features:
+            curvature = curvature * flat_features.square().sum(dim=1)
+        return hessian.weight * curvature / temperature**2, hessian
 
 
 def _flatten(
-    features: Tensor, weight: Tensor, outputs: Tensor, target: Target, criterion: nn.Module, class_dim: int | None
+    features: Tensor,
+    weight: Tensor,
+    outputs: Tensor,
+    target: Target,
+    criterion: nn.Module,
+    class_dim: int | None,
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, OutputHessian]:
     for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
         check_floating(name, value)
     dim = _find_class_dim(features, weight, outputs, class_dim)
     dtype = compute_dtype(features, weight, outputs)
-    hessian = output_hessian(outputs.to(dtype), target, loss=criterion, class_dim=dim)
+    hessian = output_hessian(outputs.to(dtype) / temperature, target, loss=criterion, class_dim=dim)
     dtype = hessian.diagonal.dtype  # a float64 target makes float64 outputs, as in the criterion itself
     return features.reshape(-1, features.shape[-1]).to(dtype), weight.to(dtype), hessian
 

@@ -126,35 +126,3 @@ class LayersFlatness(Metric):
     def _probe_seed(self) -> int:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return probe_seed(self.seed, self.batches, torch.distributed.get_rank() if distributed else 0)
-
-
-class Entry(Metric):
-    """One of the values, or errors, of another metric: for those who log metrics one by one.
-
-    Args:
-        whole: the metric whose ``compute`` returns tensors.
-        row: which of them.
-        column: which number of it.
-        kwargs: the arguments of :class:`torchmetrics.Metric`.
-    """
-
-    full_state_update = False
-
-    def __init__(self, whole: Metric, row: int, column: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._whole = (whole,)  # in a tuple, so that it is no submodule of each entry
-        self._place = row, column
-
-    def update(self) -> None:
-        """Take notice that the other metric was updated."""
-
-    def compute(self) -> Tensor:
-        """Return the number; the other metric is computed, on all processes, with the first that is asked for."""
-        row, column = self._place
-        value: Tensor = self._whole[0].compute()[row][column]
-        return value
-
-    def reset(self) -> None:
-        """Reset the other metric too."""
-        super().reset()
-        self._whole[0].reset()

@@ -1,0 +1,151 @@
+"""Every entry of a report equals its definition by the dense Hessian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_relflat.functional.flatness_report import flatness_report, report_from_sums, report_sums
+from tests.functional.cases import LOSSES, Case, cases
+from tests.oracles import block_traces, kappa, weight_trace
+
+
+def assert_close(found: Tensor, expected: Tensor | float, scale: float = 1.0) -> None:
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11 * (1 + abs(scale)), equal_nan=True)
+
+
+def report_on(case: Case, kind: Any, **options: Any) -> dict[str, Tensor]:
+    return flatness_report(
+        case.features,
+        case.weight,
+        case.outputs(),
+        case.given_target,
+        loss=case.criterion,
+        reduction=kind,
+        class_dim=case.given_class_dim,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_entries_equal_their_definitions(loss: str, data: st.DataObject) -> None:
+    case = data.draw(cases(loss))
+    kind = data.draw(st.sampled_from(["mean", "sum"]))
+    report = report_on(case, kind, neuron_pairs=True)
+    weight = case.weight
+
+    def loss_of(value: Tensor) -> Tensor:
+        return case.loss(value, kind)
+
+    traces = block_traces(loss_of, weight)
+    expected = (weight @ weight.T) * traces
+    size = float(expected.abs().sum())
+    assert_close(report["neuron_pairs"], expected, size)
+    assert_close(report["relative_flatness"], expected.sum(), size)
+    assert_close(report["weight_norm"], weight.square().sum())
+    assert_close(report["hessian_trace"], weight_trace(loss_of, weight), size)
+    assert_close(report["layer_trace"], weight.square().sum() * weight_trace(loss_of, weight), size)
+    hessian = torch.autograd.functional.hessian(loss_of, weight)
+    rho = torch.stack([weight[:, j] @ hessian[:, j, :, j] @ weight[:, j] for j in range(weight.shape[1])])
+    assert_close(report["column_flatness_max"], rho.max(), size)
+    assert_close(report["column_flatness_sum"], rho.sum(), size)
+    product = report["curvature"] * report["weight_norm"] * report["feature_norm"]
+    if torch.isfinite(product):
+        assert_close(product, report["relative_flatness"], size)
+
+
+def softmax_problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    features[:, 1] = 0  # dead
+    weight = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    weight[2] = 0
+    features[0] *= 100  # saturated
+    return features, weight, features @ weight.T, torch.tensor([0, 1, 3, 1, 0, 3, 3, 1])
+
+
+def test_signs_that_flatness_means_nothing() -> None:
+    features, weight, outputs, target = softmax_problem()
+    report = flatness_report(features, weight, outputs, target, loss="cross_entropy")
+    flat = (1 - outputs.softmax(dim=1).square().sum(dim=1) < 1e-3).double().mean()
+    assert 0 < flat < 1
+    assert_close(report["flat_samples"], flat)
+    assert_close(report["dead_features"], 0.2)
+    assert_close(report["zero_rows"], 0.25)
+    assert_close(report["feature_norm"], features.square().sum(dim=1).mean())
+
+
+def test_ignored_samples_count_nowhere() -> None:
+    features, weight, outputs, target = softmax_problem()
+    kept = target != 3
+    options: dict[str, Any] = {"loss": nn.CrossEntropyLoss(ignore_index=3), "num_classes": 4, "neuron_pairs": True}
+    report = flatness_report(features, weight, outputs, target, **options)
+    expected = flatness_report(features[kept], weight, outputs[kept], target[kept], **options)
+    for name, value in expected.items():
+        assert_close(report[name], value)
+
+
+def test_classes() -> None:
+    features, weight, _, target = softmax_problem()
+    class_weight = torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64)
+    criterion = nn.CrossEntropyLoss(class_weight)
+    report = flatness_report(features, weight, features @ weight.T, target, loss=criterion, num_classes=4)
+    for label in range(4):
+        own = target == label
+        if not own.any():
+            assert report["per_class"][label].isnan()
+            continue
+        loss = kappa(lambda value, own=own: F.cross_entropy(features[own] @ value.T, target[own], class_weight), weight)  # type: ignore[misc]
+        assert_close(report["per_class"][label], loss)
+    sums = flatness_report(
+        features, weight, features @ weight.T, target, loss=criterion, num_classes=4, reduction="sum"
+    )
+    assert_close(sums["per_class"].nansum(), sums["relative_flatness"])
+
+
+def test_standardized_is_kappa_of_features_of_unit_variance() -> None:
+    features, weight, _, target = softmax_problem()
+    features[:, 1] = torch.linspace(1, 2, 8)
+    deviation = features.std(dim=0)
+    scaled, matrix = features / deviation, weight * deviation
+    expected = kappa(lambda value: F.cross_entropy(scaled @ value.T, target), matrix)
+    report = flatness_report(features, weight, features @ weight.T, target, loss="cross_entropy")
+    assert_close(report["standardized"], expected)
+
+
+def test_batches_add_up() -> None:
+    features, weight, outputs, target = softmax_problem()
+    options: dict[str, Any] = {"loss": "cross_entropy", "num_classes": 4, "neuron_pairs": True}
+    parts = [
+        report_sums(features[part], weight, outputs[part], target[part], **options)
+        for part in (slice(0, 5), slice(5, 6), slice(6, 8))
+    ]
+    added = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
+    whole = flatness_report(features, weight, outputs, target, **options)
+    for name, value in report_from_sums(added, mean=True).items():
+        assert_close(value, whole[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "`num_classes` to be an integer of at least 1, but got 0"),
+        ({"reduction": "none"}, "`reduction` to be 'mean' or 'sum' for a report, but got 'none'"),
+        ({"loss": "mse", "num_classes": 4}, "`target` to hold a class index for every sample"),
+        ({"loss": "hinge"}, "`loss` to be one of 'cross_entropy'"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    features, weight, outputs, target = softmax_problem()
+    given_target = outputs if options.get("loss") == "mse" else target
+    with pytest.raises(ValueError, match=message):
+        flatness_report(features, weight, outputs, given_target, **{"loss": "cross_entropy"} | options)

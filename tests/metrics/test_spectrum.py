@@ -1,0 +1,216 @@
+"""The metric over batches is the eigenvalue of their union, in one process and in several."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, multiprocessing, nn
+from torch.autograd.functional import hessian
+from torchmetrics import Metric, MetricCollection
+
+from lightning_relflat.functional.layer_measures import Scale
+from lightning_relflat.functional.output_hessian import output_hessian
+from lightning_relflat.functional.spectrum import largest_eigenvalue, largest_eigenvalue_bounds, layer_hessian
+from lightning_relflat.metrics.spectrum import LargestEigenvalue
+from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
+
+SCALES: tuple[Scale, ...] = ("none", "layer", "neuron")
+assert_equal = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-13, equal_nan=True)
+make_metric = partial(LargestEigenvalue, in_features=WIDTH, out_features=CLASSES)
+
+
+def of_union(batches: list[Batch], criterion: Any, scale: str) -> Tensor:
+    """Return the eigenvalue of the dense matrix."""
+    features, _, _, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    weight = batches[0][1]
+    whole = hessian(lambda value: criterion(features @ value.T, target), weight)
+    if not whole.isfinite().all():
+        return torch.tensor(torch.nan).double()
+    if scale == "neuron":
+        blocks = torch.stack([whole[s, :, s] for s in range(len(weight))])
+        return weight.square().sum(dim=1) @ torch.linalg.eigvalsh(blocks)[:, -1]
+    value = torch.linalg.eigvalsh(whole.reshape(weight.numel(), -1))[-1]
+    return value * weight.square().sum() if scale == "layer" else value
+
+
+def accumulated(metric: Metric, batches: list[Batch]) -> Tensor:
+    for batch in batches:
+        metric.update(*batch)
+    return metric.compute()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    criterion=st.sampled_from(CRITERIA),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    columns=st.sampled_from([2, 5, 128]),
+)
+def test_batches_add_up_to_their_union(
+    scale: Scale, criterion: nn.Module, sizes: list[int], seed: int, columns: int
+) -> None:
+    batches = make_batches(sizes, criterion, seed)
+    expected = of_union(batches, criterion, scale)
+    metric = make_metric(criterion, scale=scale, columns=columns)
+    value = accumulated(metric, batches)
+    lower, upper = metric.compute_bounds()
+    assert_equal(value, lower)
+    if columns == 128:
+        assert_equal(lower, expected)
+        assert_equal(upper, expected)
+    elif not expected.isnan():
+        assert lower * (1 - 1e-9) - 1e-13 <= expected <= upper * (1 + 1e-9) + 1e-13
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_metric_knows_which_losses_have_blocks(criterion: nn.Module) -> None:
+    [(features, weight, outputs, target)] = make_batches([3], criterion)
+    for scale in SCALES:
+        expected = layer_hessian(features, weight, outputs, target, loss=criterion, scale=scale).blocks
+        assert make_metric(criterion, scale=scale).blocks == expected
+    assert make_metric(criterion).blocks == (output_hessian(outputs, target, loss=criterion).root is None)
+
+
+def large_batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 40, generator=generator)
+    features = [torch.randn(size, 40, generator=generator).relu() for size in (30, 7, 60)]
+    return [(phi, weight, phi @ weight.T, torch.randint(5, (len(phi),), generator=generator)) for phi in features]
+
+
+@pytest.mark.parametrize("columns", [16, 128])
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_sketch_over_batches_is_that_of_the_union_and_bounds_the_eigenvalue(scale: Scale, columns: int) -> None:
+    batches = large_batches()
+    features, _, outputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    metric = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=columns)
+    found = accumulated(metric, batches), metric.compute_bounds()[1]
+    expected = largest_eigenvalue_bounds(
+        features, batches[0][1], outputs, target, loss="cross_entropy", scale=scale, columns=columns
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    exact = largest_eigenvalue(batches, loss="cross_entropy", scale=scale)
+    assert found[0] <= exact * (1 + 1e-6)
+    assert exact <= found[1] * (1 + 1e-6)
+    if columns == 128:
+        assert abs(found[0] / exact - 1) < 0.01
+
+
+def test_forward_reset_clone_pickle_and_merge() -> None:
+    batches = large_batches()
+    make = partial(LargestEigenvalue, in_features=40, out_features=5, columns=16)
+    expected = accumulated(make(), batches)
+    metric = make()
+    assert_equal(metric(*batches[0]), accumulated(make(), batches[:1]))
+    for other in (metric.clone(), pickle.loads(pickle.dumps(metric))):
+        assert_equal(accumulated(other, batches[1:]), expected)
+    if hasattr(Metric, "merge_state"):
+        second = make()
+        second.update(*batches[1])
+        second.merge_state(metric)
+        assert_equal(accumulated(second, batches[2:]), expected)
+    assert_equal(accumulated(metric, batches[1:]), expected)
+    metric.reset()
+    assert_equal(accumulated(metric, batches[1:]), accumulated(make(), batches[1:]))
+    with torch.inference_mode():
+        metric.update(*(part.clone() for part in batches[0]))
+    metric.update(*batches[1])
+
+
+def test_collections_keep_apart_what_begins_alike() -> None:
+    criteria = {"all": nn.CrossEntropyLoss(), "but_one": nn.CrossEntropyLoss(ignore_index=1)}
+    batches = make_batches([3, 5], criteria["all"])
+    batches[0] = (*batches[0][:3], torch.tensor([0, 2, 3]))
+    batches[1] = (*batches[1][:3], torch.tensor([1, 1, 0, 2, 1]))
+    metrics = MetricCollection({name: make_metric(criterion) for name, criterion in criteria.items()})
+    for batch in batches:
+        metrics.update(*batch)
+    for name, value in metrics.compute().items():
+        assert_equal(value, of_union(batches, criteria[name], "none"))
+
+
+def test_a_changing_weight_gives_the_eigenvalue_of_the_average() -> None:
+    batches = [make_batches([size], nn.MSELoss(), seed)[0] for seed, size in enumerate([5, 2])]
+    criterion = nn.CrossEntropyLoss(reduction="sum")
+    whole = torch.zeros(CLASSES * WIDTH, CLASSES * WIDTH).double()
+    metric = make_metric("cross_entropy", scale="layer")
+    values = []
+    for features, weight, outputs, _ in batches:
+        target = torch.zeros(len(features), dtype=torch.long)
+        part = hessian(lambda value, phi=features, y=target: criterion(phi @ value.T, y), weight)
+        part = part.reshape(weight.numel(), -1) * weight.square().sum()
+        whole += part
+        values.append(torch.linalg.eigvalsh(part)[-1])
+        metric.update(features, weight, outputs, target)
+    assert_equal(metric.compute(), torch.linalg.eigvalsh(whole)[-1] / 7)
+    assert metric.compute() < (values[0] + values[1]) / 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "hinge"}, "`loss` to be one of 'cross_entropy'"),
+        ({"scale": "row"}, "`scale` to be 'none', 'layer' or 'neuron', but got 'row'"),
+        ({"in_features": 0}, "`in_features` to be an integer of at least 1, but got 0"),
+        ({"out_features": None}, "`out_features` to be an integer of at least 1, but got None"),
+        ({"columns": 0}, "`columns` to be an integer of at least 1, but got 0"),
+        ({"seed": -1}, "`seed` to be an integer of at least 0, but got -1"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected argument {message}"):
+        make_metric(**options)
+
+
+def test_a_weight_of_another_shape_is_refused_and_changes_nothing() -> None:
+    metric = LargestEigenvalue(in_features=4, out_features=3)
+    [batch] = make_batches([5], nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"`weight` to be of shape \(3, 4\), as the metric was made for, but got"):
+        metric.update(*batch)
+    assert metric.totals[0] == 0
+
+
+def _worker(rank: int, folder: str, world: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    results: dict[str, Any] = {}
+
+    def share(batches: list[Batch]) -> list[Batch]:
+        """Give the first process one batch, the second the others, and a third none."""
+        return batches[:1] if rank == 0 else batches[1:] if rank == 1 else []
+
+    for scale in SCALES:
+        metric = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=16)
+        for batch in share(large_batches()):
+            metric.update(*batch)
+        metric._update_count = max(metric._update_count, 1)  # no warning about the process without a batch
+        results[f"sketch {scale}"] = torch.stack([metric.compute(), *metric.compute_bounds()])
+        for number, criterion in enumerate(CRITERIA):
+            metric = make_metric(criterion, scale=scale)
+            for batch in share(make_batches([5, 2, 3, 1, 4], criterion)):
+                metric.update(*batch)
+            metric._update_count = max(metric._update_count, 1)
+            results[f"{number} {scale}"] = metric.compute()
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_path: Any) -> None:
+    multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    for scale in SCALES:
+        one = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=16)
+        expected = torch.stack([accumulated(one, large_batches()), *one.compute_bounds()])
+        for result in results:
+            torch.testing.assert_close(result[f"sketch {scale}"], expected, rtol=1e-8, atol=0)
+            for number, criterion in enumerate(CRITERIA):
+                batches = make_batches([5, 2, 3, 1, 4], criterion)
+                assert_equal(result[f"{number} {scale}"], of_union(batches, criterion, scale))
