@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_relflat.callbacks._base import (
     Callback,
@@ -22,9 +23,27 @@ from lightning_relflat.callbacks._base import (
 from lightning_relflat.callbacks._every_layer import EveryLayer
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.functional.feature_laplacian import has_matrix
+from lightning_relflat.functional.output_hessian import has_closed_form
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run
-from lightning_relflat.metrics.layers_flatness import Entry, LayersFlatness
+from lightning_relflat.metrics.entry import Entry
+from lightning_relflat.metrics.flatness_report import FlatnessReport
+from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from lightning_relflat.metrics.relative_flatness import Loss, RelativeFlatness
+
+# What of a report is a number, besides κ itself.
+REPORTED = (
+    "weight_norm",
+    "feature_norm",
+    "curvature",
+    "hessian_trace",
+    "layer_trace",
+    "column_flatness_max",
+    "column_flatness_sum",
+    "standardized",
+    "flat_samples",
+    "dead_features",
+    "zero_rows",
+)
 
 
 class FlatnessMonitor(Callback):
@@ -54,6 +73,10 @@ class FlatnessMonitor(Callback):
             estimated by random probes, with ``val/layer_flatness_error/<name>`` and ``val/network_flatness_error``, the
             standard errors. The loss is the one named here, of the outputs of ``layer``. It costs a training step's
             memory, and for each probe about the time of two backward passes.
+        report: whether to log too, over validation and test data, what κ is made of, its neighbours and the signs that
+            it means nothing, as ``val/flatness/weight_norm`` and so on; see
+            :func:`~lightning_relflat.functional.flatness_report.flatness_report`. It needs a named layer and a loss
+            with a closed form. A warning says, once, where most samples are saturated or most features dead.
         prog_bar: whether the values of the epochs are shown in the progress bar.
         probes: as for :class:`~lightning_relflat.RelativeFlatness`.
         seed: as for :class:`~lightning_relflat.RelativeFlatness`.
@@ -78,6 +101,7 @@ class FlatnessMonitor(Callback):
         target: int | str | None = 1,
         every_n_steps: int | None = None,
         layers: str | Sequence[str] | None = None,
+        report: bool = False,
         prog_bar: bool = False,
         probes: int | None = 2,
         seed: int = 0,
@@ -92,6 +116,14 @@ class FlatnessMonitor(Callback):
         self.prog_bar = check_flag("prog_bar", prog_bar)
         self.metric = RelativeFlatness(loss, class_dim=-1, probes=probes, seed=seed)
         self._metrics: dict[tuple[str, int], RelativeFlatness] = {}
+        self.report = check_flag("report", report)
+        if report and (layer is None or not has_closed_form(self.metric.loss)):
+            raise ValueError(
+                "Expected argument `report` to be given with the name of a layer and a loss with a closed form, "
+                f"but got layer={layer!r} and loss={loss!r}."
+            )
+        self._reports: dict[tuple[str, int], tuple[FlatnessReport, dict[str, Entry]]] = {}
+        self._warned = False
         self._every: EveryLayer | None = None
         self._layer_metrics: dict[tuple[str, int], tuple[LayersFlatness, dict[str, Entry]]] = {}
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
@@ -112,6 +144,7 @@ class FlatnessMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and take up what a checkpoint holds of the epoch."""
         self._attach(trainer, pl_module)
+        self._warned = False
         state, self._resumed = self._resumed, {}
         metric = self._metric("train", 0, pl_module)
         if state:
@@ -193,6 +226,15 @@ class FlatnessMonitor(Callback):
         """Take part without a batch."""
         if not trainer.sanity_checking:
             self._take_part("val", trainer, pl_module, loaders=len(trainer.num_val_batches))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where the values mean little."""
+        if not trainer.sanity_checking:
+            self._warn_of_degenerate("val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where the values mean little."""
+        self._warn_of_degenerate("test")
 
     def on_test_batch_start(
         self,
@@ -283,6 +325,8 @@ class FlatnessMonitor(Callback):
             metric.reset()  # a checkpoint may hold an epoch that had just run out of batches
             # An epoch draws other probes than the last, but the same when it is repeated.
             metric.batches = trainer.global_step
+        if self.report and stage != "train" and batch_idx == 0:
+            self._report(stage, dataloader_idx, pl_module)[0].reset()
         if self._every is not None and stage != "train":
             of_layers, _ = self._of_layers(stage, dataloader_idx)
             if batch_idx == 0:
@@ -310,6 +354,10 @@ class FlatnessMonitor(Callback):
         metric = self._metric(stage, dataloader_idx, pl_module)
         for record in records:
             metric.update(record.features, record.weight, record.outputs, target)
+            if self.report and stage != "train":
+                self._report(stage, dataloader_idx, pl_module)[0].update(
+                    record.features, record.weight, record.outputs, target
+                )
         if log_step:
             of_batch = copy.deepcopy(self.metric).to(pl_module.device)
             of_batch.sync_on_compute = False
@@ -329,12 +377,53 @@ class FlatnessMonitor(Callback):
         name = f"{stage}/relative_flatness{self._suffix}"
         # Lightning computes the metric when the epoch ends, on all processes, and resets it.
         pl_module.log(name, metric, prog_bar=self.prog_bar, on_step=False, on_epoch=True, metric_attribute=name)
-        if self._every is not None and stage != "train":
-            _, entries = self._of_layers(stage, dataloader_idx)
+        for _, entries in self._groups(stage, dataloader_idx, pl_module):
             for label, entry in entries.items():
                 entry.update()
                 name = f"{stage}/{label}"
                 pl_module.log(name, entry, on_step=False, on_epoch=True, metric_attribute=name)
+
+    def _groups(
+        self, stage: str, dataloader_idx: int, pl_module: LightningModule
+    ) -> Iterator[tuple[Metric, dict[str, Entry]]]:
+        """Yield the metrics that are logged by their entries."""
+        if self.report and stage != "train":
+            yield self._report(stage, dataloader_idx, pl_module)
+        if self._every is not None and stage != "train":
+            yield self._of_layers(stage, dataloader_idx)
+
+    def _report(
+        self, stage: str, dataloader_idx: int, pl_module: LightningModule
+    ) -> tuple[FlatnessReport, dict[str, Entry]]:
+        if (stage, dataloader_idx) not in self._reports:
+            assert self._tap is not None
+            layer = getattr(self._tap.layer, "base_layer", self._tap.layer)
+            assert isinstance(layer, nn.Linear)
+            whole = FlatnessReport(
+                self.metric.loss, in_features=layer.in_features, out_features=layer.out_features, class_dim=-1
+            ).to(pl_module.device)
+            entries = {f"flatness/{name}{self._suffix}": Entry(whole, name) for name in REPORTED}
+            self._reports[stage, dataloader_idx] = whole, entries
+        return self._reports[stage, dataloader_idx]
+
+    def _warn_of_degenerate(self, stage: str) -> None:
+        """Say once that κ means little where most samples are saturated, most features dead, or most rows zero."""
+        reasons = {
+            "flat_samples": "the loss is saturated for {:.0%} of the samples",
+            "dead_features": "{:.0%} of the features are zero for all samples",
+            "zero_rows": "{:.0%} of the weight's rows are zero",
+        }
+        for (of_stage, _), (whole, _) in self._reports.items():
+            if of_stage != stage or self._warned or not whole.update_called:
+                continue
+            values = {name: whole.compute()[name].item() for name in reasons}
+            found = [reasons[name].format(value) for name, value in values.items() if value > 0.5]
+            if found:
+                self._warned = True
+                rank_zero_warn(
+                    f"{self!r}: relative flatness on {stage} data says little about the solution, because "
+                    f"{' and '.join(found)}."
+                )
 
     def _of_layers(self, stage: str, dataloader_idx: int) -> tuple[LayersFlatness, dict[str, Entry]]:
         assert self._every is not None
@@ -357,8 +446,8 @@ class FlatnessMonitor(Callback):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The ``compute`` method of metric")
             metrics[0].compute()  # now, as the others do; Lightning finds the value later
-            if self._every is not None:
-                self._of_layers(stage, 0)[0].compute()
+            for whole, _ in self._groups(stage, 0, pl_module):
+                whole.compute()
         self._log(stage, 0, pl_module)
 
     def _detach(self) -> None:
@@ -369,6 +458,7 @@ class FlatnessMonitor(Callback):
             self._every.close()
             self._every = None
         self._layer_metrics = {}
+        self._reports = {}
         self._metrics = {}
         self._last = []
 
