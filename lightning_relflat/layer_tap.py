@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_relflat.functional.feature_laplacian import (
+    Measure,
     adapted_weight,
     has_matrix,
     is_adapted,
@@ -225,6 +226,8 @@ def record_laplacian(
     probes: int | None = 1,
     generator: torch.Generator | None = None,
     through_hessian: bool = True,
+    measure: Measure = "relative_flatness",
+    normalize_features: bool = False,
 ) -> Tensor | None:
     """Return κ of a layer in a loss, over all recorded passes on which the loss depends.
 
@@ -234,6 +237,8 @@ def record_laplacian(
         probes: as for :func:`~lightning_relflat.functional.layer_laplacian`.
         generator: as for :func:`~lightning_relflat.functional.layer_laplacian`.
         through_hessian: as for :func:`~lightning_relflat.functional.layer_laplacian`.
+        measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace in its place.
+        normalize_features: whether every ‖φ_i‖² counts as 1.
 
     Returns:
         κ, a scalar, or ``None`` if the loss depends on none of them.
@@ -241,7 +246,17 @@ def record_laplacian(
     Raises:
         ValueError: as :func:`~lightning_relflat.functional.layer_laplacian` does.
     """
-    uses = [layer_use(record.layer, record.features, record.outputs, record.weight) for record in records]
+    uses = [
+        layer_use(
+            record.layer,
+            record.features,
+            record.outputs,
+            record.weight,
+            measure=measure,
+            normalize_features=normalize_features,
+        )
+        for record in records
+    ]
     parts = use_laplacians(
         loss, uses, probes=probes, generator=generator, through_hessian=through_hessian, allow_unused=True
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_relflat import functional, metrics
+
 ROOT = Path(__file__).parents[1]
 SETTINGS = ROOT / "docs" / "trainer_settings.md"
 
@@ -44,6 +46,19 @@ def test_every_row_names_tests_that_there_are(row: list[str]) -> None:
         assert function in functions_in(ROOT / "tests" / path)
 
 
+def test_measures_name_tests_and_functions_that_there_are() -> None:
+    text = (ROOT / "docs" / "measures.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 30
+    for path, function in named:
+        assert function in functions_in(ROOT / "tests" / path)
+    rows = [line.split(" | ")[2] for line in text.splitlines() if line.startswith("| ") and ".py::" in line]
+    exported = {*functional.__all__, *metrics.__all__}
+    measures = [name for row in rows[:13] for name in re.findall(r"`(\w+)`", row)]
+    assert set(measures) <= exported
+    assert exported - set(measures) == DETAILS_OF_FUNCTIONS
+
+
 def test_messages_are_those_of_the_package() -> None:
     said = said_by_the_package()
     messages = [message for row in rows() for message in re.findall(r'^"(.+)"$', row[1])]
@@ -60,6 +75,19 @@ def test_every_test_of_a_trainer_is_in_the_table() -> None:
         assert not tests - named - DETAILS, path.name
 
 
+# Parts of what the table lists.
+DETAILS_OF_FUNCTIONS = {
+    "LayerHessian",
+    "OutputHessian",
+    "RobustnessEstimate",
+    "center_mismatches",
+    "column_flatness_sums",
+    "hessian_trace_sums",
+    "layer_hessian",
+    "output_hessian",
+    "relative_flatness_per_output",
+    "relative_flatness_sums",
+}
 # Further tests of rows that name others.
 DETAILS = {
     "test_a_compiled_lightning_module_is_compiled",

@@ -18,11 +18,18 @@ from lightning_relflat.callbacks._base import (
     find_target,
     name_suffix,
 )
+from lightning_relflat.callbacks._loss_ratio import LossRatio
 from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
+from lightning_relflat.callbacks._weight_cap import Norm, WeightCap, check_max_norm, check_norm
 from lightning_relflat.functional._checks import check_count, check_flag, check_probes
 from lightning_relflat.functional._graph import depends
-from lightning_relflat.functional.feature_laplacian import has_matrix, probe_seed
-from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness
+from lightning_relflat.functional.feature_laplacian import Measure, has_matrix, probe_seed
+from lightning_relflat.functional.relative_flatness import (
+    check_measure,
+    check_temperature,
+    owned_criterion,
+    relative_flatness,
+)
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run, record_laplacian
 
 
@@ -61,10 +68,32 @@ class FAM(Callback):
         start_epoch: the first epoch with the penalty.
         stop_epoch: the first epoch without it again.
         seed: where the probes start; every step and every process draws others.
+        relative: whether ``coefficient`` is relative to the loss: λ = coefficient · loss / κ, both sizes averaged over
+            the steps before (exponentially, 0.9 of the old ones kept) and over processes, and the smallest such ratio
+            so far. It never rises, or small κ would be rewarded without end. So the penalty is at most about
+            ``coefficient`` times the loss, whatever the scale of κ. λ is 0 in the first step, and until κ exceeds a
+            millionth of the loss. κ is small at the beginning, and λ large: use ``warmup_steps``, or the network may
+            stay undecided. Schedules act on ``coefficient``; ``fam/coefficient`` is the λ that they come to. Costs an
+            all-reduce of two numbers after a penalised step.
+        measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace ‖W‖_F² Tr(H) in its place, of an
+            ``nn.Linear``; its probes lie in the space of the outputs.
+        temperature: τ, to penalise the κ that the loss has at z/τ, which is that of z but for 1/τ² and softer
+            probabilities. For a named cross-entropy or binary cross-entropy alone.
+        normalize_features: whether ‖φ_i‖² counts as 1 in κ for every sample, with the curvature at the outputs as they
+            are: features can then neither be shrunk for a smaller κ nor, with a negative λ, grow without end.
+        max_norm: a cap on the norm of the layer's weight, which is multiplied by min(1, max_norm / ‖W‖) when training
+            starts and after every step of the optimizer that holds it; up to rounding. Needs a named layer whose weight
+            is one tensor: no parametrization, no adapters. If the weight is tied to another layer's, that one is
+            capped with it. The cap holds as long as ``fit`` runs, also before ``start_epoch`` and from ``stop_epoch``.
+        norm: what ``max_norm`` caps: ``"frobenius"``, the root of the sum of squares, of a convolution's kernel too;
+            or ``"spectral"``, the largest singular value, of an ``nn.Linear`` (gathered whole if it is sharded).
+
+    A negative λ has no bound from below, and training can diverge. ``max_norm`` with ``normalize_features`` bounds the
+    κ of a cross-entropy; without ``max_norm`` there is a warning.
 
     Raises:
         ValueError: if an argument is not what it should be; in ``fit`` before the first step if there is no such
-            layer, or the batch has no such target.
+            layer, the batch has no such target, or the layer's weight cannot be capped.
         RuntimeError: in ``fit``, if a penalty could not be added: the layer did not run, carries no graph, or is
             frozen with nothing else to penalise; or if the loss or the penalty is not finite.
 
@@ -90,6 +119,12 @@ class FAM(Callback):
         start_epoch: int = 0,
         stop_epoch: int | None = None,
         seed: int = 0,
+        relative: bool = False,
+        measure: Measure = "relative_flatness",
+        temperature: float = 1.0,
+        normalize_features: bool = False,
+        max_norm: float | None = None,
+        norm: Norm = "frobenius",
     ) -> None:
         super().__init__()
         check_probes(probes)
@@ -106,9 +141,22 @@ class FAM(Callback):
             check_count("stop_epoch", stop_epoch, at_least=start_epoch + 1)
         self.stop_epoch = stop_epoch
         self.seed = check_count("seed", seed, at_least=0)
+        self.relative = check_flag("relative", relative)
+        self.measure = check_measure(measure)
+        self.temperature = check_temperature(temperature, self.criterion)
+        self.normalize_features = check_flag("normalize_features", normalize_features)
+        self.max_norm = check_max_norm(max_norm)
+        self.norm = check_norm(norm)
+        if self.max_norm is not None and layer is None:
+            raise ValueError(
+                "Expected argument `layer` to name the layer whose weight `max_norm` caps, because it is capped before "
+                "any layer has run, but got None."
+            )
         self._steps = 0  # training steps begun since start_epoch
         self._module: LightningModule | None = None
         self._tap: LayerTap | None = None
+        self._cap: WeightCap | None = None
+        self._ratio = LossRatio()
         self._suffix = ""
         self._announced: str | None = None
         self._warned = False
@@ -134,7 +182,7 @@ class FAM(Callback):
             step: how many training steps came before this one since ``start_epoch``.
 
         Returns:
-            λ; at 0 nothing is computed.
+            λ, with ``relative`` the factor before loss / κ; at 0 nothing is computed.
         """
         if epoch < self.start_epoch or (self.stop_epoch is not None and epoch >= self.stop_epoch):
             return 0.0
@@ -151,7 +199,22 @@ class FAM(Callback):
         if self.criterion is not None:
             self.criterion.to(pl_module.device)
         self._settle()
+        if self.coefficient < 0 and self.max_norm is None:
+            rank_zero_warn(
+                f"{self!r}: a negative coefficient trains away from flatness, which nothing bounds, so that training "
+                "can diverge. `max_norm` caps the layer's weight; `normalize_features` leaves the features' length out."
+            )
         PenalisedLoss.join(pl_module, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cap the weight, whose values a checkpoint may just have brought."""
+        if self.max_norm is not None:
+            assert self._tap is not None
+            assert self._tap.layer is not None
+            if self._cap is not None:
+                self._cap.close()
+            name = self._tap.name or ""
+            self._cap = WeightCap(name, self._tap.layer, self.max_norm, self.norm, trainer.optimizers)
 
     def on_train_batch_start(
         self,
@@ -167,11 +230,18 @@ class FAM(Callback):
         self._coefficient = coefficient if due else 0.0
         self._step = self._steps
         self._batch = batch
+        self._ratio.begin()
         self._due += due
         self._steps += epoch >= self.start_epoch
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Forget the batch."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take in the sizes of loss and κ, and forget the batch."""
+        # Here, where every process comes once for each batch, whatever its training step has done; the next step uses
+        # it, so that the reduction holds up no backward pass, and a line search keeps one λ.
+        if self.relative and self._coefficient != 0:
+            self._ratio.end(pl_module.device, trainer.world_size)
         self._forget_step()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,12 +269,13 @@ class FAM(Callback):
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of training steps, which warm-up, `every_n_steps` and probes go by."""
-        return {"steps": self._steps}
+        """Return the number of training steps, which warm-up, `every_n_steps` and probes go by, and the sizes."""
+        return {"steps": self._steps} | ({"sizes": self._ratio.state()} if self.relative else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the number of training steps from a checkpoint."""
+        """Take up from a checkpoint what `state_dict` put there."""
         self._steps = state_dict["steps"]
+        self._ratio.load(state_dict.get("sizes", []))
 
     def _detach(self) -> None:
         if self._tap is not None:
@@ -213,6 +284,9 @@ class FAM(Callback):
         if self._module is not None:
             PenalisedLoss.leave(self._module, self)
             self._module = None
+        if self._cap is not None:
+            self._cap.close()
+            self._cap = None
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -242,7 +316,7 @@ class FAM(Callback):
             self._tap.stop()
 
     def of(self, loss: Tensor) -> Tensor | None:
-        """Return the penalty: λ·κ of the passes that were recorded and that the loss depends on.
+        """Return the penalty: λ·κ, or what stands for κ, of the passes that were recorded and that the loss depends on.
 
         Args:
             loss: a loss of the training step.
@@ -276,11 +350,15 @@ class FAM(Callback):
                     "name the loss to have it."
                 )
             return None
-        penalty = self._coefficient * self.every_n_steps * kappa
+        # Made on the device: a number that is logged would have to be copied there, and the host would wait for it.
+        coefficient = torch.full_like(kappa.detach(), self._coefficient)
+        if self.relative:
+            coefficient = coefficient * self._ratio.ratio(kappa)
+            self._ratio.measure(loss, kappa)
+        penalty = coefficient * self.every_n_steps * kappa
         self._check_finite("penalty", penalty)
         self._applied += 1
-        # Tensors made on the device: a number would have to be copied there, and the host would wait for it.
-        values = {"penalty": penalty.detach(), "coefficient": torch.full_like(penalty.detach(), self._coefficient)}
+        values = {"penalty": penalty.detach(), "coefficient": coefficient}
         for name, value in values.items():
             module.log(f"fam/{name}{self._suffix}", value, on_step=True, on_epoch=False)
         return penalty
@@ -296,6 +374,8 @@ class FAM(Callback):
                 probes=self.probes,
                 generator=torch.Generator(device).manual_seed(probe_seed(self.seed, self._step, rank)),
                 through_hessian=self.through_hessian,
+                measure=self.measure,
+                normalize_features=self.normalize_features,
             )
         records, self._records = self._records, []
         if not self._module.automatic_optimization:
@@ -311,6 +391,9 @@ class FAM(Callback):
                 target,
                 loss=self.criterion,
                 class_dim=-1,
+                measure=self.measure,
+                temperature=self.temperature,
+                normalize_features=self.normalize_features,
             )
             for record in records
         ]
@@ -326,6 +409,10 @@ class FAM(Callback):
             raise ValueError(
                 f"Expected argument `layer` to name an nn.Linear where the loss is named, but got "
                 f"{describe(name, layer)}. Leave out `loss`: then the curvature comes from the loss itself."
+            )
+        if self.measure == "trace" and not has_matrix(layer):
+            raise ValueError(
+                f"Expected argument `layer` to name an nn.Linear for measure='trace', but got {describe(name, layer)}."
             )
         if self._announced != name:
             self._announced = name

@@ -108,9 +108,15 @@ class Penalties(Callback):
 
     def __init__(self) -> None:
         self.seen: list[float] = []
+        self.coefficients: list[float] = []
+        self.norms: list[list[float]] = []  # Frobenius' and the spectral one, of the head
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.seen.append(float(trainer.callback_metrics["fam/penalty"]))
+        self.coefficients.append(float(trainer.callback_metrics["fam/coefficient"]))
+        weight = pl_module.head.weight.detach()
+        values = torch.linalg.svdvals(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
+        self.norms.append([values.norm().item(), values[0].item()])
 
 
 def main(
@@ -126,6 +132,7 @@ def main(
     keep_all: bool = False,
     ckpt_path: str | None = None,
     timeout: int = 300,
+    fam: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
     torch.manual_seed(0)
@@ -144,7 +151,11 @@ def main(
             )
         )
     penalties = Penalties()
-    callbacks: list[Callback] = [FAM("head", COEFFICIENT, loss=loss), FlatnessMonitor("head"), penalties]
+    callbacks: list[Callback] = [
+        FAM("head", **{"coefficient": COEFFICIENT, "loss": loss} | (fam or {})),
+        FlatnessMonitor("head"),
+        penalties,
+    ]
     if keep_all:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1))
     trainer = make_trainer(
@@ -169,6 +180,7 @@ def main(
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     result = {"weights": weights, "values": values, "penalties": penalties.seen}
+    result |= {"coefficients": penalties.coefficients, "norms": penalties.norms}
     torch.save(result, Path(folder) / f"{world}-{trainer.global_rank}.pt")
 
 

@@ -116,6 +116,7 @@ def test_the_penalty_moves_the_weights() -> None:
     assert not torch.allclose(net.head.weight, twin.head.weight, rtol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*a negative coefficient")
 @pytest.mark.parametrize("kind", [Net, ManualNet])
 def test_three_steps_with_fixed_probes_equal_the_dense_hessian(kind: type[Net]) -> None:
     net, twin = twins(kind)

@@ -103,6 +103,61 @@ def test_probes_keep_the_processes_together(tmp_path: Path, options: dict[str, A
 
 
 @pytest.mark.ddp
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"manual": True}, pytest.param({"fsdp": "root"}, marks=FSDP), pytest.param({"fsdp": "unit"}, marks=FSDP)],
+    ids=str,
+)
+def test_a_cap_holds_for_the_whole_weight(tmp_path: Path, options: dict[str, Any], norm: str) -> None:
+    cap = 0.3
+    fam = {"coefficient": -0.5, "max_norm": cap, "norm": norm}
+    settings: dict[str, Any] = {"loss": "cross_entropy", "fam": fam} | options
+    ranks = fit(tmp_path, 2, **settings)
+    [one] = fit(tmp_path, 1, **settings)
+    assert_same_on_all_ranks(ranks)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-10, atol=1e-10)
+    reached = [norms[norm == "spectral"] / cap for norms in ranks[0]["norms"]]
+    assert 0.999 < max(reached) <= 1 + 1e-12
+
+
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:.*a negative coefficient")
+@pytest.mark.parametrize(
+    "options",
+    [{"accumulate": 2}, {"manual": True}, pytest.param({"fsdp": "unit"}, marks=FSDP), {"coefficient": -0.1}],
+    ids=str,
+)
+def test_a_relative_coefficient_is_that_of_the_union(tmp_path: Path, options: dict[str, Any]) -> None:
+    fam = {"relative": True, "coefficient": options.pop("coefficient", 0.2)}
+    settings: dict[str, Any] = {"loss": "cross_entropy", "fam": fam} | options
+    ranks = fit(tmp_path, 2, **settings)
+    [one] = fit(tmp_path, 1, **settings)
+    assert_same_on_all_ranks(ranks)
+    assert ranks[0]["coefficients"] == ranks[1]["coefficients"]
+    assert len(set(ranks[0]["coefficients"])) >= 3
+    assert ranks[0]["coefficients"] == pytest.approx(one["coefficients"], rel=1e-10)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-10, atol=1e-10)
+    assert ranks[0]["penalties"] != ranks[1]["penalties"]
+
+
+@pytest.mark.ddp
+def test_a_relative_coefficient_resumes_on_all_ranks(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"share": "uneven", "fam": {"relative": True}}
+    whole = fit(tmp_path, 3, keep_all=True, **settings)
+    resumed = fit(tmp_path, 3, ckpt_path=str(tmp_path / "step=3.ckpt"), **settings)
+    for before, after in zip(whole, resumed, strict=True):
+        assert before["coefficients"] == whole[0]["coefficients"]
+        # Gradients of three processes are added up in another order after DDP's first step.
+        assert after["coefficients"] == pytest.approx(before["coefficients"][3:], rel=1e-9)
+        assert after["penalties"] == pytest.approx(before["penalties"][3:], rel=1e-9)
+    assert len(set(whole[0]["coefficients"][3:])) > 1
+    assert_same_on_all_ranks(resumed)
+
+
+@pytest.mark.ddp
 def test_resumed_within_an_epoch(tmp_path: Path) -> None:
     whole = fit(tmp_path, 2, keep_all=True)
     resumed = fit(tmp_path, 2, ckpt_path=str(tmp_path / "step=6.ckpt"))

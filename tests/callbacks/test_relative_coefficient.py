@@ -1,0 +1,360 @@
+"""A coefficient relative to the loss does what a plain loop does that measures loss and κ as it goes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_relflat import FAM
+from lightning_relflat.callbacks._loss_ratio import LossRatio
+from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, fixed_probe, train, twins
+from tests.models import Batch, ManualNet, Net, Resumable, make_batches, make_loader, make_trainer
+
+WARNS = "ignore:.*a negative coefficient"
+
+
+def train_by_hand(
+    net: Net, batches: list[Batch], factors: list[float], penalty: Any = definition
+) -> tuple[Net, list[float]]:
+    """Descend along L + λκ, λ = c · the smallest yet of mean loss / mean κ over the penalised steps before."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=net.lr)
+    seen: list[tuple[float, float]] = []
+    coefficients = []
+    ratio = math.inf
+    for step, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
+        optimizer.zero_grad()
+        loss = net.loss(batch)
+        if factor:
+            kappa = penalty(net, batch, step)
+            weights = [0.1 * 0.9 ** (len(seen) - 1 - k) for k in range(len(seen))]
+            # bias-corrected averages, unlike the library, which leaves out what cancels
+            correction = sum(weights) or 1
+            means = [sum(w * pair[k] for w, pair in zip(weights, seen, strict=True)) / correction for k in (0, 1)]
+            ratio = min(ratio, means[0] / means[1]) if seen else math.inf
+            coefficient = factor * ratio if seen else 0.0
+            coefficients.append(coefficient)
+            seen.append((abs(loss.item()), abs(kappa.item())))
+            loss = loss + coefficient * kappa
+        loss.backward()
+        optimizer.step()
+    return net, coefficients
+
+
+class Coefficients(Callback):
+    """Keeps the coefficient of every step in which it was logged."""
+
+    def __init__(self, fam: FAM) -> None:  # before it among the callbacks, or it has forgotten the step
+        self.fam = fam
+        self.seen: list[float] = []
+        self.penalties: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        metrics = trainer.callback_metrics
+        if self.fam._coefficient != 0:  # else an earlier step's value stands there
+            self.seen.append(float(metrics["fam/coefficient"]))
+            self.penalties.append(float(metrics["fam/penalty"]))
+
+
+def fit(net: Net, fam: FAM, batches: list[Batch], *others: Callback, **options: Any) -> list[float]:
+    diary = Coefficients(fam)
+    loader: Any = Resumable(batches)
+    make_trainer(precision="64-true", callbacks=[diary, fam, *others], **options).fit(net, loader)
+    return diary.seen
+
+
+@pytest.mark.filterwarnings(WARNS)
+@pytest.mark.parametrize("factor", [0.05, -0.05])
+@pytest.mark.parametrize("kind", [Net, ManualNet])
+def test_eight_steps_equal_the_definition(kind: type[Net], factor: float) -> None:
+    net, twin = twins(kind, lr=1.0)
+    for one in (net, twin):
+        one.head.weight.data *= 0.3  # so that κ rises
+    batches = make_batches([7, 4, 6, 5])
+    coefficients = fit(net, FAM("head", factor, loss="cross_entropy", relative=True), batches, max_epochs=2)
+    _, expected = train_by_hand(twin, batches * 2, [factor] * 8)
+    assert coefficients == pytest.approx(expected, rel=1e-10)
+    assert coefficients[0] == 0
+    assert all(coefficient * factor > 0 for coefficient in coefficients[1:])
+    assert len(set(coefficients)) >= 5
+    assert_same_weights(net, twin)
+
+
+def test_probes() -> None:
+    net, twin = twins(lr=0.1)
+    batches = make_batches(SIZES)
+    fit(net, FAM("head", 0.3, relative=True), batches)
+    train_by_hand(twin, batches, [0.3] * 3, fixed_probe)
+    assert_same_weights(net, twin)
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({"warmup_steps": 4}, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]),
+        ({"start_epoch": 1, "stop_epoch": 2}, [0, 0, 0.4, 0.4, 0, 0]),
+        ({"every_n_steps": 2}, [0.4, 0, 0.4, 0, 0.4, 0]),
+    ],
+    ids=str,
+)
+def test_schedules_act_on_the_factor(options: dict[str, Any], factors: list[float]) -> None:
+    net, twin = twins(lr=0.1)
+    batches = make_batches([5, 6])
+    fam = FAM("head", 0.4, loss="cross_entropy", relative=True, **options)
+    coefficients = fit(net, fam, batches, max_epochs=3)
+    n = options.get("every_n_steps", 1)  # λ is logged, and n·λ·κ is added
+
+    def repeated(net: Net, batch: Batch, step: int) -> Tensor:
+        return n * definition(net, batch, step)
+
+    _, expected = train_by_hand(twin, batches * 3, [n * factor for factor in factors], repeated)
+    assert coefficients == pytest.approx(expected, rel=1e-10)
+    assert_same_weights(net, twin)
+
+
+def test_accumulation_measures_each_batch() -> None:
+    net, twin = twins(lr=0.1)
+    batches = make_batches([4, 4, 4, 4])
+    coefficients = fit(net, FAM("head", 0.3, loss="cross_entropy", relative=True), batches, accumulate_grad_batches=2)
+    sizes = torch.zeros(2, dtype=torch.float64)
+    ratio = math.inf
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step, batch in enumerate(batches):
+        loss, kappa = twin.loss(batch), definition(twin, batch, step)
+        ratio = min(ratio, float(sizes[0] / sizes[1])) if step else math.inf
+        coefficient = 0.3 * ratio if step else 0.0
+        assert coefficients[step] == pytest.approx(coefficient, rel=1e-10)
+        ((loss + coefficient * kappa) / 2).backward()
+        sizes = 0.9 * sizes + torch.stack([loss, kappa]).detach()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_weights(net, twin)
+
+
+def test_a_line_search_keeps_one_coefficient() -> None:
+    class WithLBFGS(Net):
+        seen: list[float] = []  # noqa: RUF012
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=4, line_search_fn="strong_wolfe")
+
+        def log(self, name: str, value: Any, **kwargs: Any) -> None:  # type: ignore[override]
+            if name == "fam/coefficient":
+                self.seen.append(float(value))
+            super().log(name, value, **kwargs)
+
+    torch.manual_seed(0)
+    net = WithLBFGS().double()
+    fit(net, FAM("head", 0.1, loss="cross_entropy", relative=True), make_batches(SIZES))
+    assert len(net.seen) > 2 * len(SIZES)
+    assert 1 < len(set(net.seen)) <= len(SIZES)
+    assert net.seen == sorted(net.seen, key=list(dict.fromkeys(net.seen)).index)
+
+
+def test_the_scale_of_kappa_does_not_matter() -> None:
+    class Scaled(FAM):
+        def _kappa(self, loss: Tensor) -> Any:
+            kappa = super()._kappa(loss)
+            assert kappa is not None
+            return 1000 * kappa
+
+    nets = []
+    for kind in (FAM, Scaled):
+        torch.manual_seed(0)
+        net = Net(lr=0.1).double()
+        fit(net, kind("head", 0.2, loss="cross_entropy", relative=True), make_batches(SIZES), max_epochs=3)
+        nets.append(net)
+    assert_same_weights(nets[0], nets[1])
+
+
+class Dead(Net):
+    """Its features, and with them κ, are 0 where a batch has four samples."""
+
+    def features(self, inputs: Tensor) -> Tensor:
+        features = super().features(inputs)
+        return 0 * features if len(inputs) == 4 else features
+
+
+@pytest.mark.parametrize("begins", ["alive", "dead"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kappa_of_zero_is_no_reason_to_raise_the_coefficient(dtype: torch.dtype, begins: str) -> None:
+    net = Dead(lr=0.1).to(dtype)
+    batches = [
+        [inputs.to(dtype), target]
+        for inputs, target in make_batches(([7] if begins == "alive" else []) + [4] * 400 + [7, 5])
+    ]
+    loader: Any = Resumable(batches)
+    precision: Any = "64-true" if dtype == torch.float64 else "32-true"
+    fam = FAM("head", 0.1, loss="cross_entropy", relative=True)
+    diary = Coefficients(fam)
+    make_trainer(precision=precision, callbacks=[diary, fam]).fit(net, loader)
+    if begins == "alive":
+        assert 0 < diary.seen[-2] == max(diary.seen) == min(diary.seen[1:-1]) < 100
+    else:
+        assert set(diary.seen[:-1]) == {0.0}
+    assert 0 < diary.seen[-1] < 100
+    assert all(math.isfinite(value) for value in diary.penalties)
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "kappa", "expected"),
+    [
+        (3.0, 2.0, 1.5),
+        (3.0, -2.0, 1.5),
+        (-3.0, 2.0, 1.5),
+        (0.0, 2.0, 0.0),
+        (0.0, 0.0, 0.0),
+        (1.0, 0.0, 0.0),
+        (1.0, 1.1e-6, 1 / 1.1e-6),
+        (1.0, 0.9e-6, 0.0),
+    ],
+)
+def test_ratios(loss: float, kappa: float, expected: float) -> None:
+    ratio = LossRatio()
+    assert ratio.ratio(torch.zeros(())) == 0
+    ratio.measure(torch.tensor(loss), torch.tensor(kappa))
+    ratio.end(torch.device("cpu"), 1)
+    assert ratio.ratio(torch.zeros(())) == pytest.approx(expected)
+    ratio.end(torch.device("cpu"), 1)  # a step without a loss
+    assert ratio.ratio(torch.zeros(())) == pytest.approx(expected)
+    ratio.measure(torch.tensor(1e9), torch.tensor(1e9 / 1e5))  # it falls, but does not rise
+    ratio.end(torch.device("cpu"), 1)
+    assert ratio.ratio(torch.zeros(())) <= (expected or 1e5) * (1 + 1e-6)
+    assert ratio.ratio(torch.zeros((), dtype=torch.float32)).dtype == torch.float32
+
+
+class Momentum(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Crash(Callback):
+    def on_before_backward(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            raise ZeroDivisionError
+
+
+@pytest.mark.filterwarnings(WARNS)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    def fam() -> FAM:
+        return FAM("head", -0.02, relative=True)
+
+    batches = make_batches([7, 4, 6, 5])
+    start = Momentum().double()
+    start.head.weight.data *= 0.3
+    whole = copy.deepcopy(start)
+    expected = fit(whole, fam(), batches, max_epochs=3)
+    assert len(set(expected)) > 6
+    assert len(set(expected[6:])) > 2
+    saving = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2)
+    with pytest.raises(ZeroDivisionError):
+        fit(copy.deepcopy(start), fam(), batches, saving, Crash(), max_epochs=3, enable_checkpointing=True)
+    path = tmp_path / "last.ckpt"
+    kept = torch.load(path, weights_only=True)
+    assert kept["global_step"] == 6
+    state = kept["callbacks"]["FAM[layer='head']"]
+    assert state["steps"] == 6
+    assert len(state["sizes"]) == 3
+    resumed = Momentum().double()
+    new = fam()
+    diary = Coefficients(new)
+    loader: Any = Resumable(batches)
+    trainer = make_trainer(precision="64-true", callbacks=[diary, new], max_epochs=3)
+    trainer.fit(resumed, loader, ckpt_path=path)
+    assert diary.seen == expected[6:]
+    assert_same_weights(resumed, whole, 0)
+
+
+def test_a_checkpoint_of_a_run_with_a_plain_coefficient() -> None:
+    plain, relative = FAM("head"), FAM("head", relative=True)
+    assert plain.state_dict() == {"steps": 0}
+    assert relative.state_dict() == {"steps": 0, "sizes": []}
+    relative.load_state_dict({"steps": 3})
+    plain.load_state_dict({"steps": 4, "sizes": [1.0, 2.0, 0.5]})
+    assert relative.state_dict() == {"steps": 3, "sizes": []}
+    assert plain.state_dict() == {"steps": 4}
+
+
+def test_a_step_reads_no_value_but_to_check_that_it_is_finite() -> None:
+    class Count(TorchDispatchMode):
+        read = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.read += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    class Watch(Callback):
+        def __init__(self) -> None:
+            self.count = Count()
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.count.__enter__()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.count.__exit__(None, None, None)
+
+    read = []
+    for options in ({}, {"relative": True}, {"relative": True, "max_norm": 0.1, "norm": "spectral"}):
+        watch = Watch()
+        fam: Any = FAM("head", 0.1, loss="cross_entropy", **options)
+        make_trainer(callbacks=[fam, watch]).fit(Net(), make_loader(SIZES, dtype=torch.float32))
+        read.append(watch.count.read)
+    assert read[0] == read[1] == read[2] > 0
+
+
+def test_a_loss_in_lower_precision() -> None:
+    loader = make_loader(SIZES, dtype=torch.float32)
+    fam = FAM("head", 0.1, relative=True)
+    diary = Coefficients(fam)
+    make_trainer(precision="bf16-mixed", callbacks=[diary, fam]).fit(Net(lr=0.1), loader)
+    assert diary.seen[0] == 0
+    assert all(0 < value < 1e3 for value in diary.seen[1:])
+
+
+def test_refused() -> None:
+    with pytest.raises(ValueError, match=r"Expected argument `relative` to be True or False, but got 0\.1"):
+        FAM("head", relative=0.1)  # type: ignore[arg-type]
+
+
+def test_the_sizes_are_no_part_of_the_graph() -> None:
+    # By hand λ is a number; a gradient through it would have moved the weights elsewhere in the test above. Here the
+    # second step's penalty is checked against c · L₀ / κ₀ · κ₁ alone.
+    net, twin = twins(lr=0.1)
+    first, second = make_batches([6, 5])
+    loader: Any = Resumable([first, second])
+    fam = FAM("head", 0.5, loss="cross_entropy", relative=True)
+    diary = Coefficients(fam)
+    make_trainer(precision="64-true", callbacks=[diary, fam]).fit(net, loader)
+    ratio = (twin.loss(first) / definition(twin, first, 0)).item()
+    train_plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    twin.loss(first).backward()
+    train_plain.step()
+    assert diary.penalties == [0.0, pytest.approx(0.5 * ratio * definition(twin, second, 1).item(), rel=1e-10)]
+
+
+def test_a_criterion_with_a_sum_weighs_loss_and_kappa_alike() -> None:
+    results = []
+    for reduction in ("mean", "sum"):
+        criterion = nn.CrossEntropyLoss(reduction=reduction)
+        torch.manual_seed(0)
+        net = Net(criterion=lambda z, y: F.cross_entropy(z, y, reduction=reduction), lr=0.0).double()  # noqa: B023
+        results.append(fit(net, FAM("head", 0.1, loss=criterion, relative=True), make_batches([5, 5, 5])))
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
+
+
+def test_trained_by_the_trainer_at_all() -> None:
+    net, twin = twins(lr=0.1)
+    train(net, FAM("head", 0.3, loss="cross_entropy", relative=True))
+    train(twin, FAM("head", 0.3, loss="cross_entropy"))
+    assert not torch.allclose(net.head.weight, twin.head.weight, rtol=1e-3)
