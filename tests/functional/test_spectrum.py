@@ -221,7 +221,7 @@ def test_saturated_softmax_keeps_its_digits(gap: float) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what curvlinops imports
 def test_another_library_agrees() -> None:
-    curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch, which wants torchvision, is not installed")
+    curvlinops = pytest.importorskip("curvlinops", reason="curvlinops wants torchvision, and is not installed")
     linalg = pytest.importorskip("scipy.sparse.linalg")
     features, weight, outputs = softmax_problem("relu", d=5, m=12)
     target = torch.randint(5, (300,), generator=seeded(2))
