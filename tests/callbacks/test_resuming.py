@@ -120,9 +120,17 @@ def test_a_checkpoint_on_an_exception_holds_the_step_that_is_to_come(tmp_path: P
     with pytest.raises((error, SystemExit)):
         fit(Momentum().double(), tmp_path, saving, Crash(1, 2, error), enable_checkpointing=True)
     [path] = tmp_path.glob("*.ckpt")
-    callbacks = torch.load(path, weights_only=True)["callbacks"]
-    assert callbacks["FAM[layer='head']"] == {"steps": 6}
-    assert callbacks["FlatnessMonitor[layer='head']"]["sums"][1] == sum(SIZES[:2])
+
+    def check() -> None:
+        callbacks = torch.load(path, weights_only=True)["callbacks"]
+        assert callbacks["FAM[layer='head']"] == {"steps": 6}
+        assert callbacks["FlatnessMonitor[layer='head']"]["sums"][1] == sum(SIZES[:2])
+
+    check()
+    # Resumed, and interrupted again before a batch is through.
+    with pytest.raises((error, SystemExit)):
+        fit(Momentum().double(), tmp_path, saving, Crash(1, 2, error), ckpt_path=str(path), enable_checkpointing=True)
+    check()
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

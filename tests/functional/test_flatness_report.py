@@ -84,10 +84,18 @@ def test_signs_that_flatness_means_nothing() -> None:
     assert_close(report["feature_norm"], features.square().sum(dim=1).mean())
 
 
-def test_ignored_samples_count_nowhere() -> None:
-    features, weight, outputs, target = softmax_problem()
+@pytest.mark.parametrize("ignored", [3, -100])
+def test_ignored_samples_count_nowhere(ignored: int) -> None:
+    features, weight, _, target = softmax_problem()
+    features[2] *= 100  # saturated, and ignored
+    outputs = features @ weight.T
     kept = target != 3
-    options: dict[str, Any] = {"loss": nn.CrossEntropyLoss(ignore_index=3), "num_classes": 4, "neuron_pairs": True}
+    target[~kept] = ignored
+    options: dict[str, Any] = {
+        "loss": nn.CrossEntropyLoss(ignore_index=ignored),
+        "num_classes": 4,
+        "neuron_pairs": True,
+    }
     report = flatness_report(features, weight, outputs, target, **options)
     expected = flatness_report(features[kept], weight, outputs[kept], target[kept], **options)
     for name, value in expected.items():
