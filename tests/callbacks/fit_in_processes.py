@@ -131,6 +131,7 @@ def main(
     sync_norm: bool = False,
     keep_all: bool = False,
     ckpt_path: str | None = None,
+    monitor: dict[str, Any] | None = None,
     timeout: int = 300,
     fam: dict[str, Any] | None = None,
     **options: Any,
@@ -153,7 +154,7 @@ def main(
     penalties = Penalties()
     callbacks: list[Callback] = [
         FAM("head", **{"coefficient": COEFFICIENT, "loss": loss} | (fam or {})),
-        FlatnessMonitor("head"),
+        FlatnessMonitor("head", **monitor or {}),
         penalties,
     ]
     if keep_all:

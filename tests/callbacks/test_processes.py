@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_relflat.functional import flatness_report
 from tests.callbacks.fit_in_processes import TRAINING, VALIDATION, Sharded, main, share_of
 from tests.models import make_batches
 from tests.oracles import kappa
@@ -185,7 +186,7 @@ def test_synchronised_batch_norm_equals_one_process_on_the_union(tmp_path: Path)
 
 @pytest.mark.ddp
 def test_uneven_shares(tmp_path: Path) -> None:
-    ranks = fit(tmp_path, 3, loss="cross_entropy", share="uneven")
+    ranks = fit(tmp_path, 3, loss="cross_entropy", share="uneven", monitor={"report": True, "layers": "*"})
     assert_same_on_all_ranks(ranks)
     net, value = fit_by_hand(3, share="uneven")
     assert_equal_by_hand(ranks[0], net, value)
@@ -194,4 +195,13 @@ def test_uneven_shares(tmp_path: Path) -> None:
     inputs, target = (torch.cat(parts) for parts in zip(*make_batches(VALIDATION), strict=True))
     features, bias = net.features(inputs).detach(), net.head.bias
     union = kappa(lambda weight: F.cross_entropy(F.linear(features, weight, bias), target), net.head.weight)
-    assert ranks[0]["values"]["val/relative_flatness"] == pytest.approx(union.item(), rel=1e-12)
+    values = ranks[0]["values"]
+    assert values["val/relative_flatness"] == pytest.approx(union.item(), rel=1e-12)
+
+    report = flatness_report(features, net.head.weight, net.head(features), target, loss="cross_entropy")
+    for name in set(report) - {"relative_flatness"}:
+        assert values[f"val/flatness/{name}"] == pytest.approx(report[name].item(), rel=1e-12)
+    error = values["val/layer_flatness_error/head"]
+    assert 0 < abs(values["val/layer_flatness/head"] - union.item()) < 4 * error
+    for rank in ranks[1:]:
+        assert rank["values"]["val/network_flatness"] == values["val/network_flatness"]
