@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_relflat.callbacks._base import LightningModule, find_target
 from lightning_relflat.callbacks._penalised_loss import MethodPatch
 from lightning_relflat.functional.feature_laplacian import layer_use
-from lightning_relflat.layer_tap import LayerRecord, LayerTap, linear_layers
+from lightning_relflat.layer_tap import LayerTap, linear_layers
 from lightning_relflat.metrics.entry import Entry
 from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from lightning_relflat.metrics.relative_flatness import RelativeFlatness
@@ -118,7 +118,7 @@ class EveryLayer:
         heads = self._head.take()
         if not heads:
             return  # the monitor, which listens to the same layer, says so
-        losses, weights = zip(*(self._prototype.loss_of(*_tensors(head), target) for head in heads), strict=True)
+        losses, weights = zip(*(self._prototype.loss_of(head.outputs, target) for head in heads), strict=True)
         uses = [
             [layer_use(record.layer, record.features, record.outputs, record.weight) for record in tap.take()]
             for tap in self._taps
@@ -129,7 +129,3 @@ class EveryLayer:
         else:
             total, loss = torch.stack(weights).sum(), torch.stack(losses).sum()
         metric.update(loss, uses, total)
-
-
-def _tensors(record: LayerRecord) -> tuple[Tensor, Tensor, Tensor]:
-    return record.features, record.weight, record.outputs

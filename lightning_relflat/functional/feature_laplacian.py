@@ -375,6 +375,20 @@ def probe_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest, "big")
 
 
+def own_probe_seed(seed: int, step: int) -> int:
+    """Return :func:`probe_seed` for this process, of however many there are.
+
+    Args:
+        seed: the user's seed.
+        step: counts the batches.
+
+    Returns:
+        A 64-bit seed.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return probe_seed(seed, step, torch.distributed.get_rank() if distributed else 0)
+
+
 def _of_one(parts: Sequence[Tensor | None]) -> Tensor:
     [part] = parts
     assert part is not None  # without allow_unused, none is

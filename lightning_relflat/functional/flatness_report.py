@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lightning_relflat.functional._checks import check_count, full_precision
 from lightning_relflat.functional.layer_measures import (
     StandardizedSums,
-    _column_curvatures,
     batch_reduction,
     standardized_from_sums,
 )
@@ -133,7 +132,7 @@ def report_sums(
     with full_precision(phi):
         squares = phi.square()
         norms = hessian.weight * squares.sum(dim=1)
-        columns, diagonals = _column_curvatures(hessian, rows), hessian.diagonals()
+        columns, diagonals = hessian.column_curvatures(rows), hessian.diagonals()
         traces = diagonals.sum(dim=1)
         counts = (hessian.weight != 0).double()
         weight_norm, trace = rows.square().sum(), norms @ traces

@@ -228,7 +228,7 @@ def column_flatness_sums(
     """
     phi, rows, hessian = _flatten(features, weight, outputs, target, as_criterion(loss), class_dim)
     with full_precision(phi):
-        columns = (hessian.weight[:, None] * phi.square() * _column_curvatures(hessian, rows)).sum(dim=0)
+        columns = (hessian.weight[:, None] * phi.square() * hessian.column_curvatures(rows)).sum(dim=0)
     return columns, hessian.total_weight
 
 
@@ -321,7 +321,7 @@ def standardized_sums(
     """
     phi, rows, hessian = _flatten(features, weight, outputs, target, as_criterion(loss), class_dim)
     with full_precision(phi):
-        pairs = (hessian.weight[:, None] * phi.square()).T @ _column_curvatures(hessian, rows)
+        pairs = (hessian.weight[:, None] * phi.square()).T @ hessian.column_curvatures(rows)
         counts = (hessian.weight != 0).double()
         wide = phi.double()
         return StandardizedSums(pairs, counts @ wide, counts @ wide.square(), counts.sum(), hessian.total_weight)
@@ -390,18 +390,6 @@ def batch_reduction(reduction: str | None, criterion: nn.Module, what: str) -> s
     if kind == "none":
         raise ValueError(f"Expected argument `reduction` to be 'mean' or 'sum' for {what}, but got 'none'.")
     return kind
-
-
-def _column_curvatures(hessian: OutputHessian, weight: Tensor) -> Tensor:
-    """Return (WᵀA_iW)_kk of every column k, of shape (n, m): :meth:`OutputHessian.trace_through` before its sum."""
-    squares = weight.square()
-    if hessian.root is None:
-        return hessian.diagonal @ squares
-    if not hessian.annihilates_constants:
-        return hessian.diagonal @ squares - (hessian.root @ weight).square()
-    others, origin_row, offset = hessian._from_origin(weight)
-    mass = others.sum(dim=1, keepdim=True)
-    return others @ squares - 2 * offset * origin_row - mass * origin_row.square() - offset.square()
 
 
 def _trace_parts(

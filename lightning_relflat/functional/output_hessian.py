@@ -70,6 +70,24 @@ class OutputHessian:
         spread = others @ squared_norms - 2 * cross - mass * origin_row.square().sum(dim=1)
         return spread - offset.square().sum(dim=1)
 
+    def column_curvatures(self, weight: Tensor) -> Tensor:
+        """Return (Wᵀ A_i W)_kk of every sample and column k: :meth:`trace_through` before its sum over k.
+
+        Args:
+            weight: the matrix W, of shape (d, m).
+
+        Returns:
+            The diagonals, of shape (n, m), without the samples' weights.
+        """
+        squares = weight.square()
+        if self.root is None:
+            return self.diagonal @ squares
+        if not self.annihilates_constants:
+            return self.diagonal @ squares - (self.root @ weight).square()
+        others, origin_row, offset = self._from_origin(weight)
+        mass = others.sum(dim=1, keepdim=True)
+        return others @ squares - 2 * offset * origin_row - mass * origin_row.square() - offset.square()
+
     def diagonals(self) -> Tensor:
         """Return the diagonals (A_i)_ss of every sample, without the sample's weight.
 

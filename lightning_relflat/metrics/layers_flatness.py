@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_count
-from lightning_relflat.functional.feature_laplacian import LayerUse, probe_seed, use_laplacians
+from lightning_relflat.functional.feature_laplacian import LayerUse, own_probe_seed, use_laplacians
 
 
 class LayersFlatness(Metric):
@@ -96,7 +96,7 @@ class LayersFlatness(Metric):
             raise ValueError(f"Expected argument `uses` to be of {self.layers} layers, but got {len(uses)}.")
         flat = [use for of_layer in uses for use in of_layer]
         owners = [layer for layer, of_layer in enumerate(uses) for _ in of_layer]
-        generator = torch.Generator(loss.device).manual_seed(self._probe_seed())
+        generator = torch.Generator(loss.device).manual_seed(own_probe_seed(self.seed, self.batches))
         drawn = [
             use_laplacians(loss, flat, probes=1, generator=generator, allow_unused=True) for _ in range(self.probes)
         ]
@@ -122,7 +122,3 @@ class LayersFlatness(Metric):
         """Return κ of every layer and their sum, and the standard errors, over all processes."""
         divisor = self.total_weight if self.mean else torch.ones_like(self.total_weight)
         return self.sums[0] / divisor, self.sums[1].sqrt() / divisor
-
-    def _probe_seed(self) -> int:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return probe_seed(self.seed, self.batches, torch.distributed.get_rank() if distributed else 0)

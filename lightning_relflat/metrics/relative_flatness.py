@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_count, check_floating, check_probes, shape_of
-from lightning_relflat.functional.feature_laplacian import LayerUse, probe_seed, use_laplacians
-from lightning_relflat.functional.output_hessian import has_closed_form
+from lightning_relflat.functional.feature_laplacian import LayerUse, own_probe_seed, use_laplacians
+from lightning_relflat.functional.output_hessian import has_closed_form, output_hessian
 from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness_sums
 
 Loss: TypeAlias = "str | nn.Module | Callable[[Tensor, Any], Tensor]"
@@ -166,12 +166,10 @@ class RelativeFlatness(Metric):
         """Whether the loss is a mean over samples, and not their sum."""
         return _reduction(self.loss) == "mean"
 
-    def loss_of(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+    def loss_of(self, outputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch, in the graph of the outputs, and its total weight.
 
         Args:
-            features: as for :meth:`update`.
-            weight: as for :meth:`update`.
             outputs: what leaves the layer, of shape (..., d).
             target: as for :meth:`update`.
 
@@ -182,13 +180,13 @@ class RelativeFlatness(Metric):
             ValueError: as :meth:`update`.
         """
         if not has_closed_form(self.loss):
-            samples = outputs.new_full((), features.shape[:-1].numel(), dtype=torch.float64)
+            samples = outputs.new_full((), outputs.shape[:-1].numel(), dtype=torch.float64)
             value: Tensor = self.loss(outputs, target)
             if value.ndim == 0:
                 return value, samples
             return value.sum() / samples.to(value) if self.takes_mean else value.sum(), samples
         with torch.no_grad():
-            _, total = relative_flatness_sums(features, weight, outputs, target, loss=self.loss, class_dim=-1)
+            total = output_hessian(outputs, target, loss=self.loss).total_weight
         # The criterion itself wants classes where PyTorch has them.
         laid_out = (
             outputs.movedim(-1, 1) if isinstance(self.loss, nn.CrossEntropyLoss) and outputs.ndim > 1 else outputs
@@ -211,7 +209,7 @@ class RelativeFlatness(Metric):
             value = self.loss(outputs, target)
             total = value.sum()
             use = LayerUse(features, outputs, lambda probe: F.linear(probe, weight.to(probe.dtype)), features.ndim - 1)
-            generator = torch.Generator(features.device).manual_seed(self._probe_seed())
+            generator = torch.Generator(features.device).manual_seed(own_probe_seed(self.seed, self.batches))
         with torch.inference_mode(False), torch.no_grad():
             # One probe at a time: the error comes from their differences.
             estimates = torch.stack(
@@ -228,10 +226,6 @@ class RelativeFlatness(Metric):
         estimates = estimates.double().flatten(1) * scale
         variance = estimates.var(dim=0).sum() / len(estimates) if self.probes else estimates.new_zeros(())
         return estimates.mean(dim=0).sum(), estimates.new_full((), float(samples)), variance
-
-    def _probe_seed(self) -> int:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return probe_seed(self.seed, self.batches, torch.distributed.get_rank() if distributed else 0)
 
 
 def _reduction(loss: Any) -> str:
