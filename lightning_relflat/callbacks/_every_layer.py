@@ -51,11 +51,11 @@ class EveryLayer:
                     f"Expected argument `layers` to match layers of {type(module).__name__}, which are "
                     f"{', '.join(map(repr, layers)) or 'none'}, but got {pattern!r}."
                 )
-        self._names = [name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        self.names = [name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         self._module = module
         self._prototype = prototype
         self._target = target
-        self._taps = [LayerTap(module, name) for name in self._names]
+        self._taps = [LayerTap(module, name) for name in self.names]
         self._head = LayerTap(module, head)
         self._metric: LayersFlatness | None = None
         self._patches = [MethodPatch(module, name, self._step) for name in ("validation_step", "test_step")]
@@ -73,16 +73,16 @@ class EveryLayer:
     def new_metric(self) -> tuple[LayersFlatness, dict[str, Entry]]:
         """Return a metric, and its numbers one by one under the names that they are logged with."""
         metric = LayersFlatness(
-            len(self._names),
+            len(self.names),
             probes=self._prototype.probes or 2,
             seed=self._prototype.seed,
             mean=self._prototype.takes_mean,
         ).to(self._module.device)
         entries = {}
         for row, kind in enumerate(("flatness", "flatness_error")):
-            for column, name in enumerate(self._names):
+            for column, name in enumerate(self.names):
                 entries[f"layer_{kind}/{name}"] = Entry(metric, row, column)
-            entries[f"network_{kind}"] = Entry(metric, row, len(self._names))
+            entries[f"network_{kind}"] = Entry(metric, row, len(self.names))
         return metric, entries
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -21,6 +21,16 @@ from lightning_relflat.callbacks._base import (
     name_suffix,
 )
 from lightning_relflat.callbacks._every_layer import EveryLayer
+from lightning_relflat.callbacks._figures import Gallery, GapCurve, bars, check_matplotlib, heat_map, sample_grid
+from lightning_relflat.callbacks._report import (
+    LARGEST_PAIRS,
+    Part,
+    check_loss_of_parts,
+    check_parts,
+    new_report,
+    warn_of_degenerate,
+)
+from lightning_relflat.callbacks._sharpest import Sharpest, loaders_of
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.functional.feature_laplacian import has_matrix
 from lightning_relflat.functional.output_hessian import has_closed_form
@@ -29,21 +39,6 @@ from lightning_relflat.metrics.entry import Entry
 from lightning_relflat.metrics.flatness_report import FlatnessReport
 from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from lightning_relflat.metrics.relative_flatness import Loss, RelativeFlatness
-
-# What of a report is a number, besides κ itself.
-REPORTED = (
-    "weight_norm",
-    "feature_norm",
-    "curvature",
-    "hessian_trace",
-    "layer_trace",
-    "column_flatness_max",
-    "column_flatness_sum",
-    "standardized",
-    "flat_samples",
-    "dead_features",
-    "zero_rows",
-)
 
 
 class FlatnessMonitor(Callback):
@@ -76,14 +71,28 @@ class FlatnessMonitor(Callback):
         report: whether to log too, over validation and test data, what κ is made of, its neighbours and the signs that
             it means nothing, as ``val/flatness/weight_norm`` and so on; see
             :func:`~lightning_relflat.functional.flatness_report.flatness_report`. It needs a named layer and a loss
-            with a closed form. A warning says, once, where most samples are saturated or most features dead.
+            with a closed form. A warning says, once, where most samples are saturated or most features dead. A list
+            asks for more: ``"classes"`` for the κ of each class's samples, ``val/class_flatness/0`` and so on;
+            ``"eigenvalues"`` for the largest ones, among ``val/flatness``; ``"neural_collapse"`` for
+            ``val/neural_collapse/nc1`` and so on; ``"neuron_pairs"`` for a picture of ⟨w_s, w_s'⟩ Tr(H_{s,s'}), for up
+            to 64 outputs.
+        sharpest: how many of the samples with the largest parts in κ to find in validation and test data. Their parts
+            and numbers in the data set are in the attribute ``sharpest_samples``, a tensor of shape (2, k) by the
+            stage's name. It needs a loss with a closed form and a loader that does not shuffle; to look at training
+            data, validate on it.
+        figures: whether to draw what there is to draw, after every validation and test, for the loggers: bars of the
+            classes and layers, the neuron pairs, the sharpest samples, and κ against ``gap``. TensorBoard, MLflow and
+            Weights & Biases take pictures; for others they are written to files beside their logs.
+        gap: the names of two logged metrics, such as ``("train_loss", "val_loss")``, whose difference, the second minus
+            the first, is the generalisation gap of an epoch.
         prog_bar: whether the values of the epochs are shown in the progress bar.
         probes: as for :class:`~lightning_relflat.RelativeFlatness`.
         seed: as for :class:`~lightning_relflat.RelativeFlatness`.
 
     Raises:
-        ValueError: if an argument is not what it should be; before the first batch if there is no such layer, and with
-            the first batch if it has no such target.
+        ValueError: if an argument is not what it should be; before the first batch if there is no such layer, or a
+            loader whose samples are not known, and with the first batch if it has no such target.
+        ModuleNotFoundError: if ``figures`` are to be drawn without matplotlib.
         RuntimeError: if the layer did not run in a batch, or if one of several processes has no batch of one of several
             data loaders.
 
@@ -101,7 +110,10 @@ class FlatnessMonitor(Callback):
         target: int | str | None = 1,
         every_n_steps: int | None = None,
         layers: str | Sequence[str] | None = None,
-        report: bool = False,
+        report: bool | Sequence[Part] = False,
+        sharpest: int | None = None,
+        figures: bool = False,
+        gap: tuple[str, str] | None = None,
         prog_bar: bool = False,
         probes: int | None = 2,
         seed: int = 0,
@@ -116,14 +128,29 @@ class FlatnessMonitor(Callback):
         self.prog_bar = check_flag("prog_bar", prog_bar)
         self.metric = RelativeFlatness(loss, class_dim=-1, probes=probes, seed=seed)
         self._metrics: dict[tuple[str, int], RelativeFlatness] = {}
-        self.report = check_flag("report", report)
-        if report and (layer is None or not has_closed_form(self.metric.loss)):
+        self.report = check_parts(report)
+        self.sharpest = None if sharpest is None else check_count("sharpest", sharpest, at_least=1)
+        if self.report is not None and (layer is None or not has_closed_form(self.metric.loss)):
             raise ValueError(
                 "Expected argument `report` to be given with the name of a layer and a loss with a closed form, "
                 f"but got layer={layer!r} and loss={loss!r}."
             )
-        self._reports: dict[tuple[str, int], tuple[FlatnessReport, dict[str, Entry]]] = {}
+        if self.sharpest is not None and not has_closed_form(self.metric.loss):
+            raise ValueError(
+                f"Expected argument `sharpest` to be given with a loss with a closed form, but got loss={loss!r}."
+            )
+        check_loss_of_parts(self.report or (), self.metric.loss)
+        self.gap = _check_gap(gap)
+        self.figures = check_flag("figures", figures)
+        self._check_figures()
+        self.sharpest_samples: dict[str, Tensor] = {}
+        self._sharpest = None if self.sharpest is None else Sharpest(self.sharpest, self.metric.loss)
+        self._gallery = Gallery()
+        self._curve = None if self.gap is None else GapCurve(self.gap, self._gallery)
+        self._validated = False
         self._warned = False
+        # Metrics that are logged number by number.
+        self._reports: dict[tuple[str, int], tuple[FlatnessReport, dict[str, Entry]]] = {}
         self._every: EveryLayer | None = None
         self._layer_metrics: dict[tuple[str, int], tuple[LayersFlatness, dict[str, Entry]]] = {}
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
@@ -147,19 +174,33 @@ class FlatnessMonitor(Callback):
         self._warned = False
         state, self._resumed = self._resumed, {}
         metric = self._metric("train", 0, pl_module)
-        if state:
+        if self._curve is not None:
+            self._curve.points = [(gap, value) for gap, value in state.get("gaps", [])]
+        self._validated = False
+        if "sums" in state:
             self._within_epoch = True
             metric.batches = state["batches"]
             if trainer.global_rank == 0:  # they are the sums of all processes
                 metric.sums = state["sums"].to(metric.sums)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the last epoch's gap; its training values were not there before."""
+        self._note_gap(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the last epoch's gap."""
+        self._note_gap(trainer)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layer, outside of ``fit``."""
+        """Find the layer, outside of ``fit``, and the samples' numbers."""
         self._attach(trainer, pl_module)
+        if not trainer.sanity_checking:
+            self._start_samples("val", trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layer."""
+        """Find the layer and the samples' numbers."""
         self._attach(trainer, pl_module)
+        self._start_samples("test", trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen."""
@@ -228,13 +269,14 @@ class FlatnessMonitor(Callback):
             self._take_part("val", trainer, pl_module, loaders=len(trainer.num_val_batches))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn where the values mean little."""
+        """Warn where the values mean little, and draw them."""
         if not trainer.sanity_checking:
-            self._warn_of_degenerate("val")
+            self._finish("val", trainer)
+            self._validated = True
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn where the values mean little."""
-        self._warn_of_degenerate("test")
+        """Warn where the values mean little, and draw them."""
+        self._finish("test", trainer)
 
     def on_test_batch_start(
         self,
@@ -278,11 +320,12 @@ class FlatnessMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far within a training epoch, over all processes; to be called on all of them."""
+        state: dict[str, Any] = {} if self._curve is None else {"gaps": list(self._curve.points)}
         metric = self._metrics.get(("train", 0))
         if metric is None or not self._within_epoch:
-            return {}
+            return state
         with metric.sync_context():
-            return {"sums": metric.sums.cpu().clone(), "batches": metric.batches}
+            return state | {"sums": metric.sums.cpu().clone(), "batches": metric.batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint holds until `fit` begins."""
@@ -312,6 +355,11 @@ class FlatnessMonitor(Callback):
             return
         if not has_matrix(layer):
             raise ValueError(f"Expected argument `layer` to name an nn.Linear, but got {describe(name, layer)}.")
+        if "neuron_pairs" in (self.report or ()) and self._linear().out_features > LARGEST_PAIRS:
+            raise ValueError(
+                f"Expected 'neuron_pairs' in argument `report` to be asked for with at most {LARGEST_PAIRS} outputs, "
+                f"but got {describe(name, layer)}."
+            )
         if self._announced != name:
             self._announced = name
             rank_zero_info(f"{type(self).__name__}: relative flatness is measured at layer {describe(name, layer)}.")
@@ -325,7 +373,7 @@ class FlatnessMonitor(Callback):
             metric.reset()  # a checkpoint may hold an epoch that had just run out of batches
             # An epoch draws other probes than the last, but the same when it is repeated.
             metric.batches = trainer.global_step
-        if self.report and stage != "train" and batch_idx == 0:
+        if self.report is not None and stage != "train" and batch_idx == 0:
             self._report(stage, dataloader_idx, pl_module)[0].reset()
         if self._every is not None and stage != "train":
             of_layers, _ = self._of_layers(stage, dataloader_idx)
@@ -354,10 +402,12 @@ class FlatnessMonitor(Callback):
         metric = self._metric(stage, dataloader_idx, pl_module)
         for record in records:
             metric.update(record.features, record.weight, record.outputs, target)
-            if self.report and stage != "train":
+            if self.report is not None and stage != "train":
                 self._report(stage, dataloader_idx, pl_module)[0].update(
                     record.features, record.weight, record.outputs, target
                 )
+        if self._sharpest is not None and stage != "train":
+            self._sharpest.add(dataloader_idx, records, target)
         if log_step:
             of_batch = copy.deepcopy(self.metric).to(pl_module.device)
             of_batch.sync_on_compute = False
@@ -387,7 +437,7 @@ class FlatnessMonitor(Callback):
         self, stage: str, dataloader_idx: int, pl_module: LightningModule
     ) -> Iterator[tuple[Metric, dict[str, Entry]]]:
         """Yield the metrics that are logged by their entries."""
-        if self.report and stage != "train":
+        if self.report is not None and stage != "train":
             yield self._report(stage, dataloader_idx, pl_module)
         if self._every is not None and stage != "train":
             yield self._of_layers(stage, dataloader_idx)
@@ -397,33 +447,76 @@ class FlatnessMonitor(Callback):
     ) -> tuple[FlatnessReport, dict[str, Entry]]:
         if (stage, dataloader_idx) not in self._reports:
             assert self._tap is not None
-            layer = getattr(self._tap.layer, "base_layer", self._tap.layer)
-            assert isinstance(layer, nn.Linear)
-            whole = FlatnessReport(
-                self.metric.loss, in_features=layer.in_features, out_features=layer.out_features, class_dim=-1
-            ).to(pl_module.device)
-            entries = {f"flatness/{name}{self._suffix}": Entry(whole, name) for name in REPORTED}
-            self._reports[stage, dataloader_idx] = whole, entries
+            whole, entries = new_report(self.metric.loss, self._linear(), self.report or (), self._suffix)
+            self._reports[stage, dataloader_idx] = whole.to(pl_module.device), entries
         return self._reports[stage, dataloader_idx]
 
-    def _warn_of_degenerate(self, stage: str) -> None:
-        """Say once that κ means little where most samples are saturated, most features dead, or most rows zero."""
-        reasons = {
-            "flat_samples": "the loss is saturated for {:.0%} of the samples",
-            "dead_features": "{:.0%} of the features are zero for all samples",
-            "zero_rows": "{:.0%} of the weight's rows are zero",
-        }
+    def _linear(self) -> nn.Linear:
+        assert self._tap is not None
+        layer = getattr(self._tap.layer, "base_layer", self._tap.layer)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def _start_samples(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask the loaders for their order before the first batch."""
+        if self._sharpest is not None:
+            self._sharpest.start(loaders_of(trainer, stage), pl_module.device)
+
+    def _finish(self, stage: str, trainer: Trainer) -> None:
+        """Warn, find the sharpest samples of all processes, and draw."""
         for (of_stage, _), (whole, _) in self._reports.items():
-            if of_stage != stage or self._warned or not whole.update_called:
-                continue
-            values = {name: whole.compute()[name].item() for name in reasons}
-            found = [reasons[name].format(value) for name, value in values.items() if value > 0.5]
+            if of_stage == stage and not self._warned and whole.update_called:
+                self._warned = warn_of_degenerate(whole, repr(self), stage)
+        found = [] if self._sharpest is None else self._sharpest.found()
+        loaders = loaders_of(trainer, stage)
+        for number, loader in enumerate(loaders):
+            behind = self._suffix + (f"/dataloader_idx_{number}" if len(loaders) > 1 else "")
             if found:
-                self._warned = True
-                rank_zero_warn(
-                    f"{self!r}: relative flatness on {stage} data says little about the solution, because "
-                    f"{' and '.join(found)}."
-                )
+                self.sharpest_samples[f"{stage}{behind}"] = found[number]
+            if self.figures and trainer.is_global_zero:
+                self._draw(stage, number, behind, trainer, loader)
+
+    def _draw(self, stage: str, number: int, behind: str, trainer: Trainer, loader: Any) -> None:
+        if self.report:
+            values = {name: value.cpu() for name, value in self._reports[stage, number][0].compute().items()}
+            if "classes" in self.report:
+                parts = values["per_class"].tolist()
+                figure = bars(parts, list(map(str, range(len(parts)))), f"κ of each class, {stage}")
+                self._gallery.show(trainer, f"{stage}/class_flatness{behind}", figure)
+            if "neuron_pairs" in self.report:
+                figure = heat_map(values["neuron_pairs"], f"part in κ, {stage}")
+                self._gallery.show(trainer, f"{stage}/neuron_pairs{behind}", figure)
+        if self._every is not None:
+            flatness, errors = (row[:-1].tolist() for row in self._layer_metrics[stage, number][0].compute())
+            figure = bars(flatness, self._every.names, f"κ of each layer ± standard error, {stage}", errors)
+            self._gallery.show(trainer, f"{stage}/layer_flatness{behind}", figure)
+        if self.sharpest is not None:
+            sizes, indices = self.sharpest_samples[f"{stage}{behind}"].tolist()
+            indices = list(map(int, indices))
+            figure = sample_grid([loader.dataset[index] for index in indices], sizes, indices)
+            self._gallery.show(trainer, f"{stage}/sharpest_samples{behind}", figure)
+
+    def _note_gap(self, trainer: Trainer) -> None:
+        if self._curve is not None and self._validated:
+            self._curve.add(trainer, self._suffix)
+        self._validated = False
+
+    def _check_figures(self) -> None:
+        drawn = bool(set(self.report or ()) & {"classes", "neuron_pairs"})
+        if self.figures and not (drawn or self.layers or self.sharpest or self.gap):
+            raise ValueError(
+                "Expected argument `figures` to be given with something to draw: 'classes' or 'neuron_pairs' in "
+                "`report`, `layers`, `sharpest` or `gap`, but got none of them."
+            )
+        if not self.figures and self.gap is not None:
+            raise ValueError(f"Expected argument `gap` to be given with figures=True, but got gap={self.gap!r} alone.")
+        if not self.figures and "neuron_pairs" in (self.report or ()):
+            raise ValueError(
+                "Expected 'neuron_pairs' in argument `report` to be given with figures=True, because they are drawn "
+                f"and not logged, but got figures={self.figures!r}."
+            )
+        if self.figures:
+            check_matplotlib()
 
     def _of_layers(self, stage: str, dataloader_idx: int) -> tuple[LayersFlatness, dict[str, Entry]]:
         assert self._every is not None
@@ -470,3 +563,11 @@ def _check_patterns(layers: str | Sequence[str] | None) -> list[str]:
             f"Expected argument `layers` to be one or more patterns of names, or None, but got {layers!r}."
         )
     return patterns
+
+
+def _check_gap(gap: object) -> tuple[str, str] | None:
+    if gap is None:
+        return None
+    if isinstance(gap, Sequence) and len(gap) == 2 and all(isinstance(name, str) for name in gap):
+        return gap[0], gap[1]
+    raise ValueError(f"Expected argument `gap` to be the names of two logged metrics, or None, but got {gap!r}.")

@@ -22,7 +22,8 @@ class SharpestSamples(Metric):
     As input to ``update`` the metric takes what :class:`~lightning_relflat.RelativeFlatness` takes, and
 
     - ``indices`` (:class:`~torch.Tensor`): the samples' numbers in the data set, of shape (n,); if left out, they are
-      numbered in the order in which they come, which several processes cannot know of each other
+      numbered in the order in which they come, which several processes cannot know of each other; a sample that comes
+      twice counts once
 
     As output of ``compute`` it returns a float64 tensor of shape (2, k), or (2, n) for fewer samples: the parts, the
     largest first, and the indices.
@@ -117,7 +118,12 @@ class SharpestSamples(Metric):
 def _largest(stacked: Tensor, k: int | None = None) -> Tensor:
     """Merge several rows of parts and indices, of shape (s, 2, k), into one of the same length, or of length k."""
     parts, indices = stacked.movedim(1, 0).flatten(1)
+    parts, order = parts.sort(descending=True, stable=True)
     # Equal parts are ordered by index, so that the order of batches and processes is nothing.
-    indices, order = indices.sort(stable=True)
-    parts, largest = parts[order].sort(descending=True, stable=True)
+    indices, by_index = indices[order].sort(stable=True)
+    parts = parts[by_index]
+    # A distributed sampler repeats samples to give all processes as many.
+    repeated = torch.cat([indices.new_zeros(1, dtype=torch.bool), indices[1:] == indices[:-1]])
+    parts, largest = parts.where(~repeated, -torch.inf).sort(descending=True, stable=True)
+    indices = indices.where(~repeated, -1.0)
     return torch.stack([parts, indices[largest]])[:, : k or stacked.shape[-1]]
