@@ -1,4 +1,4 @@
-"""What README.md shows, runs."""
+"""What README.md and the documents show, runs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if "```python" in page.read_text())]
 
 
-@pytest.mark.filterwarnings("ignore:GPU available")
-def test_every_snippet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:GPU available", "ignore:A logger takes no pictures", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_snippet(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = list(Sybil(parsers=[PythonCodeBlockParser()]).parse(README).examples())
-    assert len(examples) == README.read_text().count("```python")
-    assert len(examples) >= 4
+    examples = list(Sybil(parsers=[PythonCodeBlockParser()]).parse(page).examples())
+    assert len(examples) == page.read_text().count("```python")
     for example in examples:
         example.evaluate()
 
