@@ -56,6 +56,55 @@ def test_importing_the_callbacks_leaves_the_logger_to_the_users_package(first: s
     assert found.stdout.strip() == f"{logger}.utilities.rank_zero", found.stderr
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "import pytorch_lightning as pl\nfrom lightning_relflat import FAM\nfam = FAM()",
+        "from lightning_relflat import FAM\nimport pytorch_lightning as pl\nfam = FAM()",
+        "from lightning_relflat import FAM\nfam = FAM()\nimport pytorch_lightning as pl",
+        "from lightning_relflat import FAM\nfrom pytorch_lightning.callbacks import Timer\nfam = FAM()\n"
+        "import pytorch_lightning as pl",
+        "import lightning, pytorch_lightning as pl\nfrom lightning_relflat import FAM\nfam = FAM()",
+        "import pickle\nfrom lightning_relflat import FAM\nkept = pickle.dumps(FAM())\n"
+        "import pytorch_lightning as pl\nfam = pickle.loads(kept)",
+    ],
+)
+def test_a_callback_belongs_to_both_packages_in_whatever_order_they_come(lines: str) -> None:
+    found = run(
+        f"""
+{lines}
+import lightning.pytorch
+class Own(FAM): pass
+for package in (pl, lightning.pytorch):
+    assert isinstance(fam, package.Callback) and issubclass(Own, package.Callback)
+    assert fam in package.Trainer(logger=False, callbacks=fam).callbacks  # one alone is looked at by its class
+"""
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_the_callbacks_do_not_import_the_other_package() -> None:
+    """It takes longer than everything of ours."""
+    found = run("import lightning_relflat.callbacks, sys\nassert 'pytorch_lightning' not in sys.modules")
+    assert found.returncode == 0, found.stderr
+    assert run("import pytorch_lightning, sys\nassert 'pytorch_lightning' not in sys.modules").returncode == 1
+
+
+def test_a_subclass_made_before_belongs_to_both_packages_too() -> None:
+    found = run(
+        """
+import copy, lightning.pytorch as L
+from lightning_relflat import FlatnessMonitor
+class Own(FlatnessMonitor, L.callbacks.Timer):
+    pass
+own = Own()
+import pytorch_lightning as pl
+assert isinstance(own, pl.Callback) and isinstance(copy.deepcopy(own), pl.Callback)
+"""
+    )
+    assert found.returncode == 0, found.stderr
+
+
 def test_the_metric_needs_no_lightning() -> None:
     only_trainers = BLOCKER.replace(str(BLOCKED), str(("lightning", "pytorch_lightning")))
     assert only_trainers != BLOCKER

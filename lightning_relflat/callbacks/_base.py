@@ -5,31 +5,52 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_utilities.core import rank_zero
 from torch import Tensor
 
 # The package imported last decides under which name both log; leave that to the one that the user has imported.
-_imported_by_user = {"lightning.pytorch", "pytorch_lightning"} & set(sys.modules)
-_log = rank_zero.log
+_log = rank_zero.log if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules else None
 
 import lightning.pytorch  # noqa: E402
 
-if not _imported_by_user:
-    _log = rank_zero.log
-
-import pytorch_lightning  # noqa: E402
-
-rank_zero.log = _log
+if _log is not None:
+    rank_zero.log = _log
 
 Trainer: TypeAlias = "lightning.pytorch.Trainer | pytorch_lightning.Trainer"
 LightningModule: TypeAlias = "lightning.pytorch.LightningModule | pytorch_lightning.LightningModule"
 
 
-# `lightning` requires `pytorch_lightning`; each Trainer looks for a callback of its own.
-class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
-    """A callback for either Trainer."""
+if TYPE_CHECKING:
+    import pytorch_lightning
+
+    class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+        """A callback for either Trainer."""
+
+else:
+
+    class Callback(lightning.pytorch.Callback):
+        """A callback for either Trainer: of `pytorch_lightning` too, as soon as that is imported."""
+
+
+class _Join:
+    """Finds no module, but sees that modules are imported: those that follow the other package's own callback.
+
+    Each Trainer looks for a callback of its own package. Most programs import one of the two, and the other would cost
+    each of them a fifth of a second and more.
+    """
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Make all of these callbacks, and what inherits from them, callbacks of `pytorch_lightning`."""
+        other = getattr(sys.modules.get("pytorch_lightning.callbacks.callback"), "Callback", None)
+        if other is not None and other not in Callback.__bases__:
+            Callback.__bases__ = (lightning.pytorch.Callback, other)
+
+
+_join = _Join()
+_join.find_spec("")  # it may have been imported before
+sys.meta_path.insert(0, _join)
 
 
 def name_suffix(trainer: Trainer, kind: type[Callback], layer: str | None) -> str:

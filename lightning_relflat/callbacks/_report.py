@@ -28,8 +28,15 @@ ALWAYS = (
     "dead_features",
     "zero_rows",
 )
-EIGENVALUES: tuple[str, ...] = ()
-NEURAL_COLLAPSE: tuple[str, ...] = ()
+EIGENVALUES = (
+    "hessian_eigenvalue",
+    "layer_eigenvalue",
+    "neuron_eigenvalue",
+    "hessian_eigenvalue_upper",
+    "layer_eigenvalue_upper",
+    "neuron_eigenvalue_upper",
+)
+NEURAL_COLLAPSE = ("nc1", "nc2_equinorm", "nc2_equiangular", "nc3", "cdnv")
 
 # More pairs than a picture can show, and a matrix that nobody reads.
 LARGEST_PAIRS = 64
@@ -98,6 +105,8 @@ def new_report(
         out_features=layer.out_features,
         num_classes=layer.out_features if by_class else None,
         neuron_pairs="neuron_pairs" in parts,
+        eigenvalues="eigenvalues" in parts,
+        neural_collapse="neural_collapse" in parts,
         class_dim=-1,
     )
     names = [*ALWAYS, *(EIGENVALUES if "eigenvalues" in parts else ())]

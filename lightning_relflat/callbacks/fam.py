@@ -26,6 +26,7 @@ from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional.feature_laplacian import Measure, has_matrix, probe_seed
 from lightning_relflat.functional.relative_flatness import (
     check_measure,
+    check_shared_probes,
     check_temperature,
     owned_criterion,
     relative_flatness,
@@ -60,6 +61,8 @@ class FAM(Callback):
             none.
         probes: how many random probes to average without a named loss; ``None`` is exact, at one product for each
             feature.
+        shared_probes: for a named cross-entropy with very many outputs: how many random probes, shared by the samples
+            of a batch, stand for its exact κ; see :func:`~lightning_relflat.functional.relative_flatness`.
         through_hessian: whether gradients flow through the Hessian into all parameters, as in the paper. If not, the
             Hessian counts as a constant, and only the layer's weight gets a gradient.
         every_n_steps: penalise only every n-th training step, with n·λ·κ, so that the mean over steps stays the same.
@@ -68,13 +71,18 @@ class FAM(Callback):
         start_epoch: the first epoch with the penalty.
         stop_epoch: the first epoch without it again.
         seed: where the probes start; every step and every process draws others.
-        relative: whether ``coefficient`` is relative to the loss: λ = coefficient · loss / κ, both sizes averaged over
-            the steps before (exponentially, 0.9 of the old ones kept) and over processes, and the smallest such ratio
-            so far. It never rises, or small κ would be rewarded without end. So the penalty is at most about
-            ``coefficient`` times the loss, whatever the scale of κ. λ is 0 in the first step, and until κ exceeds a
-            millionth of the loss. κ is small at the beginning, and λ large: use ``warmup_steps``, or the network may
-            stay undecided. Schedules act on ``coefficient``; ``fam/coefficient`` is the λ that they come to. Costs an
-            all-reduce of two numbers after a penalised step.
+        relative: whether ``coefficient`` is relative to the loss: λ = coefficient · (max L - L) / max κ, where L and κ
+            are averages over the penalised steps before (exponentially, 0.9 of the old ones kept) and over processes,
+            and max is their largest value so far. So λκ is at most about ``coefficient`` times what the loss has
+            fallen, whatever the scale of κ; λ is 0 at first, grows as the network learns, and falls if the loss rises
+            again, so that it needs no ``warmup_steps``. Begin with 0.1: on eight small tasks it lowered the test loss
+            of plain training by 3 to 12 % on six, where a λ tuned by validation lowered it by 3 to 11 %; it changed
+            nothing on a wide network with LayerNorm (tuned: 9 % lower), and on a data set where no λ helps (breast
+            cancer) the test loss rose by 31 % at the same accuracy (``benchmarks/relative_coefficient.json``). What
+            the loss falls before ``start_epoch`` does not count, and what a regression gains by learning the mean of
+            its targets does: centre them. λ is 0 as long as κ is less than a millionth of the fall. Schedules act on
+            ``coefficient``; ``fam/coefficient`` is the λ that they come to. Costs an all-reduce of three numbers after
+            a penalised step.
         measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace ‖W‖_F² Tr(H) in its place, of an
             ``nn.Linear``; its probes lie in the space of the outputs.
         temperature: τ, to penalise the κ that the loss has at z/τ, which is that of z but for 1/τ² and softer
@@ -113,6 +121,7 @@ class FAM(Callback):
         loss: str | nn.Module | None = None,
         target: int | str | None = 1,
         probes: int | None = 1,
+        shared_probes: int | None = None,
         through_hessian: bool = True,
         every_n_steps: int = 1,
         warmup_steps: int = 0,
@@ -144,6 +153,7 @@ class FAM(Callback):
         self.relative = check_flag("relative", relative)
         self.measure = check_measure(measure)
         self.temperature = check_temperature(temperature, self.criterion)
+        self.shared_probes = check_shared_probes("shared_probes", shared_probes, self.criterion, self.measure)
         self.normalize_features = check_flag("normalize_features", normalize_features)
         self.max_norm = check_max_norm(max_norm)
         self.norm = check_norm(norm)
@@ -182,7 +192,7 @@ class FAM(Callback):
             step: how many training steps came before this one since ``start_epoch``.
 
         Returns:
-            λ, with ``relative`` the factor before loss / κ; at 0 nothing is computed.
+            λ, with ``relative`` the factor before (max L - L) / max κ; at 0 nothing is computed.
         """
         if epoch < self.start_epoch or (self.stop_epoch is not None and epoch >= self.stop_epoch):
             return 0.0
@@ -366,13 +376,14 @@ class FAM(Callback):
     def _kappa(self, loss: Tensor) -> Tensor | None:
         assert self._module is not None
         rank = self._module.trainer.global_rank
+        device = self._records[0].features.device
+        generator = torch.Generator(device).manual_seed(probe_seed(self.seed, self._step, rank))
         if self.criterion is None:
-            device = self._records[0].features.device
             return record_laplacian(
                 loss,
                 self._records,
                 probes=self.probes,
-                generator=torch.Generator(device).manual_seed(probe_seed(self.seed, self._step, rank)),
+                generator=generator,
                 through_hessian=self.through_hessian,
                 measure=self.measure,
                 normalize_features=self.normalize_features,
@@ -394,6 +405,8 @@ class FAM(Callback):
                 measure=self.measure,
                 temperature=self.temperature,
                 normalize_features=self.normalize_features,
+                probes=self.shared_probes,
+                generator=generator,
             )
             for record in records
         ]

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import check_count, full_precision
+from lightning_relflat.functional._checks import check_count, check_flag, check_floating, full_precision
 from lightning_relflat.functional.layer_measures import (
     StandardizedSums,
     batch_reduction,
+    row_scales,
     standardized_from_sums,
 )
+from lightning_relflat.functional.neural_collapse import (
+    ClassMoments,
+    center_mismatches,
+    collapse_from_moments,
+    means_from_moments,
+)
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
-from lightning_relflat.functional.relative_flatness import Reduction, _flatten
+from lightning_relflat.functional.relative_flatness import Reduction, _find_class_dim, _flatten
+from lightning_relflat.functional.spectrum import LayerHessian, bounds_from_sketch, sketch, sketch_columns
 
 # Below it the loss of a sample counts as flat: for cross-entropy, from a probability of 0.9995 on.
 FLAT = 1e-3
@@ -27,6 +38,9 @@ def flatness_report(
     loss: str | nn.Module,
     num_classes: int | None = None,
     neuron_pairs: bool = False,
+    eigenvalues: bool = False,
+    neural_collapse: bool = False,
+    class_means: Tensor | None = None,
     reduction: Reduction | None = None,
     class_dim: int | None = None,
 ) -> dict[str, Tensor]:
@@ -49,6 +63,19 @@ def flatness_report(
     ``neuron_pairs``          if asked for: ⟨w_s, w_s'⟩ Tr(H_{s,s'}), of shape (d, d); its entries add up to κ
     ========================  =======================================================================================
 
+    With ``eigenvalues``, each a lower bound and the estimate, beside an upper bound under its name and ``_upper``, as
+    :func:`~lightning_relflat.functional.largest_eigenvalue_bounds` returns them:
+
+    ========================  =======================================================================================
+    ``hessian_eigenvalue``    λ_max(H)
+    ``layer_eigenvalue``      ‖W‖_F² λ_max(H)
+    ``neuron_eigenvalue``     Σ_s ‖w_s‖² λ_max(H_{s,s})
+    ========================  =======================================================================================
+
+    With ``neural_collapse``, over the samples that count in the loss: ``nc1``, ``nc2_equinorm``,
+    ``nc2_equiangular``, ``cdnv``, and where W has a row for every class ``nc3`` and ``nc4_mismatch``, as
+    :func:`~lightning_relflat.functional.neural_collapse` defines them.
+
     κ near zero says that the solution is flat only where few samples are flat by saturation and few features are dead.
 
     Source: Petzka et al., *Relative Flatness and Generalization* (arXiv 2001.00939) for κ, neuron pairs and
@@ -62,6 +89,9 @@ def flatness_report(
         loss: the criterion that is minimised, an object of ``torch.nn`` or its name.
         num_classes: how many classes there are, for ``per_class``.
         neuron_pairs: whether to compute ``neuron_pairs``.
+        eigenvalues: whether to compute eigenvalues. All is computed in float64 then.
+        neural_collapse: whether to compute neural collapse, which needs ``num_classes``.
+        class_means: the means that NC4 compares with, of shape (``num_classes``, m); those of the samples if left out.
         reduction: ``"mean"``, ``"sum"``, or ``None`` for the criterion's own, which must be one of them.
         class_dim: the dimension of ``outputs`` that holds the d outputs of a sample, where shapes leave it open.
 
@@ -71,7 +101,8 @@ def flatness_report(
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
         ValueError: if shapes do not fit, the criterion is not known, the target is missing or does not fit, the
-            reduction is ``"none"``, or ``num_classes`` is given and the target holds no class indices.
+            reduction is ``"none"``, ``num_classes`` is given and the target holds no class indices, or it is not
+            given where neural collapse is asked for.
 
     Example:
         >>> import torch
@@ -83,17 +114,46 @@ def flatness_report(
     """
     criterion = as_criterion(loss)
     kind = batch_reduction(reduction, criterion, "a report")
-    sums = report_sums(
-        features,
-        weight,
-        outputs,
-        target,
-        loss=criterion,
-        num_classes=num_classes,
-        neuron_pairs=neuron_pairs,
-        class_dim=class_dim,
-    )
-    return report_from_sums(sums, mean=kind == "mean")
+    options: dict[str, Any] = {"loss": criterion, "num_classes": num_classes, "class_dim": class_dim}
+    options["neural_collapse"] = check_flag("neural_collapse", neural_collapse)
+    batch = features, weight, outputs, target
+    if neural_collapse and class_means is None:
+        class_means = report_class_means(report_sums(*batch, **options))
+    tests = None
+    if check_flag("eigenvalues", eigenvalues):
+        tests = report_sketches(*weight.shape, loss=criterion)
+    sums = report_sums(*batch, **options, neuron_pairs=neuron_pairs, tests=tests, class_means=class_means)
+    return report_from_sums(sums, mean=kind == "mean", tests=tests)
+
+
+class Sketches(NamedTuple):
+    """The matrices Ω to sketch with.
+
+    Attributes:
+        whole: for H, of shape (d·m, k), or (m, k) where it consists of blocks.
+        block: for the blocks H_{s,s}, of shape (m, k).
+        blocks: whether H consists of blocks.
+    """
+
+    whole: Tensor
+    block: Tensor
+    blocks: bool
+
+
+def report_sketches(out_features: int, in_features: int, *, loss: nn.Module) -> Sketches:
+    """Return the matrices that the sketches of a report are made with, the same for all batches and processes.
+
+    Args:
+        out_features: d, the rows of W.
+        in_features: m, the columns of W.
+        loss: the criterion.
+
+    Returns:
+        The matrices, in float64 on the CPU.
+    """
+    blocks = not isinstance(loss, nn.CrossEntropyLoss)  # of the closed forms, that one alone couples outputs
+    block = sketch_columns(out_features, in_features, blocks=True)
+    return Sketches(block if blocks else sketch_columns(out_features, in_features, blocks=False), block, blocks)
 
 
 def report_sums(
@@ -105,6 +165,9 @@ def report_sums(
     loss: str | nn.Module,
     num_classes: int | None = None,
     neuron_pairs: bool = False,
+    tests: Sketches | None = None,
+    neural_collapse: bool = False,
+    class_means: Tensor | None = None,
     class_dim: int | None = None,
 ) -> dict[str, Tensor]:
     """Return what a report is computed from, in float64; everything adds up over batches and processes.
@@ -117,17 +180,29 @@ def report_sums(
         loss: as for :func:`flatness_report`.
         num_classes: as for :func:`flatness_report`.
         neuron_pairs: as for :func:`flatness_report`.
+        tests: of :func:`report_sketches`, if eigenvalues are asked for.
+        neural_collapse: as for :func:`flatness_report`.
+        class_means: as for :func:`flatness_report`, but no NC4 if left out.
         class_dim: as for :func:`flatness_report`.
 
     Returns:
         The sums by their names: ``totals`` (samples, total weight, ‖W‖², zero rows, Σ ‖φ‖², Tr(H), ‖W‖² Tr(H), flat
         samples), ``pairs`` of shape (m, m), ``moments`` of shape (2, m), and where asked for ``per_class`` of shape
-        (2, num_classes) and ``neuron_pairs`` of shape (d, d).
+        (2, num_classes), ``neuron_pairs`` of shape (d, d), ``sketch`` and ``block_sketch`` of shape (d, m, k) with
+        ``sketch_traces`` of shape (2, d); and of neural collapse ``class_counts``, ``class_squares`` of shape
+        (num_classes,), ``class_sums`` of shape (num_classes, m), ``class_products`` of shape (m, m),
+        ``class_weights`` of shape (d, m) and ``mismatches``.
 
     Raises:
         TypeError: as :func:`flatness_report` does.
         ValueError: as :func:`flatness_report` does.
     """
+    if check_flag("neural_collapse", neural_collapse) and num_classes is None:
+        raise ValueError("Expected argument `num_classes` to be given where `neural_collapse` is, but got None.")
+    for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
+        check_floating(name, value)
+    if tests is not None:
+        features, weight, outputs = features.double(), weight.double(), outputs.double()
     phi, rows, hessian = _flatten(features, weight, outputs, target, as_criterion(loss), class_dim)
     with full_precision(phi):
         squares = phi.square()
@@ -151,18 +226,32 @@ def report_sums(
             sums["per_class"] = _by_class(parts, target, num_classes)
         if neuron_pairs:
             sums["neuron_pairs"] = (rows @ rows.T) * _mean_hessian(hessian, norms, diagonals)
+        if tests is not None:
+            sums |= _sketches(
+                LayerHessian(phi, hessian, torch.ones_like(rows[:, 0]), diagonals, tests.blocks), rows, tests
+            )
+        if neural_collapse and num_classes is not None:
+            sums |= _collapse_sums(phi, rows, counts, target, num_classes)
+            if class_means is not None and len(rows) == num_classes:
+                dim = _find_class_dim(features, weight, outputs, class_dim)
+                missed = center_mismatches(phi, outputs.movedim(dim, -1).reshape(len(phi), -1), class_means)
+                sums["mismatches"] = counts @ missed.double()
     return {name: value.double() for name, value in sums.items()}
 
 
-def report_from_sums(sums: dict[str, Tensor], *, mean: bool) -> dict[str, Tensor]:
+def report_from_sums(sums: dict[str, Tensor], *, mean: bool, tests: Sketches | None = None) -> dict[str, Tensor]:
     """Return a report from sums over any number of batches.
 
     Args:
         sums: of :func:`report_sums`, added up.
         mean: whether of the mean loss, or of the summed loss.
+        tests: the matrices that the sums' sketches were made with.
 
     Returns:
         As :func:`flatness_report`.
+
+    Raises:
+        ValueError: if a sketched matrix is not positive semi-definite.
     """
     samples, total, weight_norm, zero_rows, norms, trace, layer_trace, flat = sums["totals"]
     features, squares = sums["moments"]
@@ -189,7 +278,63 @@ def report_from_sums(sums: dict[str, Tensor], *, mean: bool) -> dict[str, Tensor
         values["per_class"] = (parts / weights if mean else parts).where(weights > 0, torch.nan)
     if "neuron_pairs" in sums:
         values["neuron_pairs"] = sums["neuron_pairs"] / divisor
+    if tests is not None:
+        whole, block = sums["sketch_traces"]
+        bounds = bounds_from_sketch(sums["sketch"], whole, tests.whole, blocks=tests.blocks, add_up=False)
+        of_neurons = bounds_from_sketch(sums["block_sketch"], block, tests.block, blocks=True, add_up=True)
+        for suffix, bound, of_neuron in zip(("", "_upper"), bounds, of_neurons, strict=True):
+            values[f"hessian_eigenvalue{suffix}"] = bound / divisor
+            values[f"layer_eigenvalue{suffix}"] = values["weight_norm"] * bound / divisor
+            values[f"neuron_eigenvalue{suffix}"] = of_neuron / divisor
+    if "class_counts" in sums:
+        collapse_weight = sums["class_weights"] / samples
+        fits = collapse_weight.shape == sums["class_sums"].shape
+        values |= collapse_from_moments(_moments(sums), collapse_weight if fits else None)
+        if "mismatches" in sums:
+            values["nc4_mismatch"] = sums["mismatches"] / samples
     return values
+
+
+def report_class_means(sums: dict[str, Tensor]) -> Tensor:
+    """Return the class means, for NC4 in a second pass.
+
+    Args:
+        sums: of :func:`report_sums` with ``neural_collapse``, added up.
+
+    Returns:
+        The means, of shape (num_classes, m), with a row of NaN for every class without samples.
+    """
+    return means_from_moments(_moments(sums))
+
+
+def _moments(sums: dict[str, Tensor]) -> ClassMoments:
+    return ClassMoments(sums["class_counts"], sums["class_sums"], sums["class_squares"], sums["class_products"])
+
+
+def _sketches(hessian: LayerHessian, rows: Tensor, tests: Sketches) -> dict[str, Tensor]:
+    scales = row_scales(rows, "neuron")
+    whole = sketch(hessian, tests.whole.to(rows.device))
+    if tests.blocks:
+        block = scales[:, None, None] * whole
+    else:
+        block = sketch(replace(hessian, scales=scales, blocks=True), tests.block.to(rows.device))
+    traces = hessian.traces()
+    return {"sketch": whole, "block_sketch": block, "sketch_traces": torch.stack([traces, scales * traces])}
+
+
+def _collapse_sums(phi: Tensor, rows: Tensor, counts: Tensor, target: Target, num_classes: int) -> dict[str, Tensor]:
+    """Return the sums of :func:`class_moments` over the samples that count, without a look at a number."""
+    assert isinstance(target, Tensor)  # as `_by_class` checked
+    kept = counts[:, None] * phi.double()
+    index = target.flatten().long().where(counts != 0, 0)
+    zeros = kept.new_zeros(num_classes)
+    return {
+        "class_counts": zeros.index_add(0, index, counts),
+        "class_sums": kept.new_zeros(num_classes, kept.shape[1]).index_add(0, index, kept),
+        "class_squares": zeros.index_add(0, index, kept.square().sum(dim=1)),
+        "class_products": kept.T @ kept,
+        "class_weights": counts.sum() * rows,
+    }
 
 
 def _mean_hessian(hessian: OutputHessian, factor: Tensor, diagonals: Tensor) -> Tensor:

@@ -183,6 +183,37 @@ def output_hessian(
         (tensor([0.5000, 0.5000]), tensor([0.5000, 0.5000]), tensor(3.))
     """
     criterion = as_criterion(loss)
+    dtype = _check_samples(outputs, target, class_dim)
+    with full_precision(outputs):
+        return _CLOSED_FORMS[_criterion_type(criterion)](criterion, outputs.to(dtype), target, class_dim)
+
+
+def softmax_samples(
+    outputs: Tensor, target: Target = None, *, loss: nn.CrossEntropyLoss, class_dim: int = -1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`output_hessian` is made of for cross-entropy, without an array of the outputs' size.
+
+    Args:
+        outputs: as for :func:`output_hessian`.
+        target: as for :func:`output_hessian`.
+        loss: the criterion.
+        class_dim: as for :func:`output_hessian`.
+
+    Returns:
+        The outputs as they are, of shape (n, d); ``weight`` and ``total_weight`` of :class:`OutputHessian`, in the
+        dtype to compute in.
+
+    Raises:
+        TypeError: as :func:`output_hessian` does.
+        ValueError: as :func:`output_hessian` does.
+    """
+    dtype = _check_samples(outputs, target, class_dim)
+    with full_precision(outputs):
+        return _rows(outputs, class_dim), *_cross_entropy_weights(loss, outputs, target, class_dim, dtype)
+
+
+def _check_samples(outputs: Tensor, target: Target, class_dim: int) -> torch.dtype:
+    """Return the dtype to compute in."""
     check_floating("outputs", outputs)
     if outputs.ndim == 0:
         raise ValueError("Expected argument `outputs` to have at least one dimension, but got a scalar.")
@@ -190,9 +221,7 @@ def output_hessian(
     parts = target if isinstance(target, tuple) else () if target is None else (target,)
     if not all(isinstance(part, Tensor) for part in parts):
         raise TypeError(f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {target!r}.")
-    dtype = compute_dtype(outputs, *(part for part in parts if part.is_floating_point()))
-    with full_precision(outputs):
-        return _CLOSED_FORMS[_criterion_type(criterion)](criterion, outputs.to(dtype), target, class_dim)
+    return compute_dtype(outputs, *(part for part in parts if part.is_floating_point()))
 
 
 def as_criterion(loss: object) -> nn.Module:
@@ -239,43 +268,54 @@ def _criterion_type(criterion: nn.Module) -> type[nn.Module]:
 
 
 def _cross_entropy(criterion: Any, outputs: Tensor, target: Target, class_dim: int) -> OutputHessian:
+    weight, total = _cross_entropy_weights(criterion, outputs, target, class_dim, outputs.dtype)
+    probabilities = _rows(outputs, class_dim).softmax(dim=1)
+    return OutputHessian(probabilities, probabilities, weight, total, annihilates_constants=True)
+
+
+def _cross_entropy_weights(
+    criterion: Any, outputs: Tensor, target: Target, class_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the samples' weights and what the mean divides by."""
     target = _single(target, criterion)
-    logits = _rows(outputs, class_dim)
-    samples, classes = logits.shape
-    class_weight = None if criterion.weight is None else criterion.weight.to(logits)
+    positions = _without(outputs, class_dim)
+    samples, classes = positions.numel(), outputs.shape[class_dim]
+    like = outputs.new_empty(0, dtype=dtype)
+    class_weight = None if criterion.weight is None else criterion.weight.to(like)
     if class_weight is not None and class_weight.shape != (classes,):
         raise ValueError(
             f"Expected the class weights of the loss to be of shape {shape_of((classes,))}, one for every output, "
             f"but got {shape_of(class_weight)}."
         )
     smoothing: float = criterion.label_smoothing
-    total = _count(samples, logits)
+    total = _count(samples, like)
     if target is None:
         if class_weight is not None:
             raise ValueError(
                 "Expected argument `target` to be a tensor, because the class weights of the loss need it, "
                 "but got None."
             )
-        weight = logits.new_ones(samples)
+        weight = like.new_ones(samples)
     elif target.is_floating_point():
         if target.shape != outputs.shape:
             raise _misfit(target, outputs, f"{shape_of(outputs)}, the shape of the outputs, for class probabilities")
-        masses = _rows(target.to(logits), class_dim) * (1 - smoothing) + smoothing / classes
-        weight = masses.sum(dim=1) if class_weight is None else masses @ class_weight
+        masses = _rows(target, class_dim)
+        if class_weight is None:
+            weight = masses.sum(dim=1, dtype=dtype) * (1 - smoothing) + smoothing
+        else:
+            weight = masses.to(dtype) @ class_weight * (1 - smoothing) + smoothing * class_weight.mean()
     else:
-        positions = _without(outputs, class_dim)
         if target.shape != positions:
             raise _misfit(target, outputs, f"{shape_of(positions)}, one class index for every sample,")
         indices = target.reshape(-1)
         kept = indices != criterion.ignore_index
-        weight = kept.to(logits.dtype)
+        weight = kept.to(dtype)
         if class_weight is not None:
             of_target = class_weight[indices.where(kept, 0)] * weight
             weight, total = (1 - smoothing) * of_target + smoothing * class_weight.mean() * weight, of_target.sum()
         else:
             total = weight.sum()
-    probabilities = logits.softmax(dim=1)
-    return OutputHessian(probabilities, probabilities, weight, total, annihilates_constants=True)
+    return weight, total
 
 
 def _elementwise(

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import (
     check_class_dim,
+    check_count,
     check_floating,
     compute_dtype,
     full_precision,
     shape_of,
 )
+from lightning_relflat.functional._softmax_trace import softmax_trace
 from lightning_relflat.functional.feature_laplacian import Measure
-from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion, output_hessian
+from lightning_relflat.functional.output_hessian import (
+    OutputHessian,
+    Target,
+    as_criterion,
+    output_hessian,
+    softmax_samples,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -34,8 +42,10 @@ def relative_flatness(
     measure: Measure = "relative_flatness",
     temperature: float = 1.0,
     normalize_features: bool = False,
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Return the relative flatness κ of a linear layer, exactly.
+    r"""Return the relative flatness κ of a linear layer, exactly unless ``probes`` is given.
 
     .. math::
         κ = \sum_{s,s'=1}^{d} ⟨w_s, w_{s'}⟩ \operatorname{Tr}(H_{s,s'}), \quad
@@ -66,6 +76,12 @@ def relative_flatness(
             has Tr(A_i) for Tr(Wᵀ A_i W) (arXiv 1912.00058) and is not smaller where the loss is convex.
         temperature: τ, for the κ of the criterion at z/τ: A_i there, divided by τ². For cross-entropies alone.
         normalize_features: whether every ‖φ_i‖² counts as 1, with A_i at the outputs as they are.
+        probes: for cross-entropy with very many outputs: K random probes v_k ∈ {±1}^m, shared by all samples, in place
+            of the exact κ. With u_k = Wv_k it is Tr(WᵀAW) ≈ Σ_k (Σ_s p_s u_ks² − (Σ_s p_s u_ks)²) / K, without bias,
+            at O(n·d·K) for the exact form's O(n·d·m). The variance is 2/K times the squared off-diagonal entries of
+            Σ_i c_i ‖φ_i‖² WᵀA_iW, summed: as the probes are shared, more samples do not lower it. (Hutchinson's
+            estimator of a trace.)
+        generator: where the probes come from; PyTorch's global generator if left out.
 
     Returns:
         κ as a scalar, or of the shape of ``features`` without its last dimension for ``reduction="none"``. In the
@@ -74,7 +90,7 @@ def relative_flatness(
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
         ValueError: if shapes do not fit, the criterion is not known or knows no temperature, the target is missing or
-            does not fit, or ``measure`` or ``temperature`` is not what it should be.
+            does not fit, or ``measure``, ``temperature`` or ``probes`` is not what it should be.
 
     Example:
         >>> import torch
@@ -94,7 +110,8 @@ def relative_flatness(
     kind = check_reduction(reduction, criterion)
     check_measure(measure)
     check_temperature(temperature, criterion)
-    parts, hessian = _parts(
+    check_shared_probes("probes", probes, criterion, measure)
+    parts, total_weight = _parts(
         features,
         weight,
         outputs,
@@ -104,10 +121,12 @@ def relative_flatness(
         measure=measure,
         temperature=temperature,
         normalize_features=normalize_features,
+        probes=probes,
+        generator=generator,
     )
     if kind == "none":
         return parts.reshape(features.shape[:-1])
-    return parts.sum() / hessian.total_weight if kind == "mean" else parts.sum()
+    return parts.sum() / total_weight if kind == "mean" else parts.sum()
 
 
 def relative_flatness_sums(
@@ -143,8 +162,8 @@ def relative_flatness_sums(
         >>> relative_flatness_sums(x, w, x @ w.T, loss="mse")
         (tensor(24.), tensor(2.))
     """
-    parts, hessian = _parts(features, weight, outputs, target, as_criterion(loss), class_dim)
-    return parts.sum(), hessian.total_weight
+    parts, total_weight = _parts(features, weight, outputs, target, as_criterion(loss), class_dim)
+    return parts.sum(), total_weight
 
 
 def relative_flatness_per_output(
@@ -260,6 +279,34 @@ def check_temperature(temperature: object, criterion: nn.Module | None) -> float
     return float(temperature)
 
 
+def check_shared_probes(name: str, probes: object, criterion: nn.Module | None, measure: Measure) -> int | None:
+    """Return how many probes the samples share, or ``None`` for an exact κ.
+
+    Args:
+        name: the argument's name.
+        probes: the argument.
+        criterion: the criterion, or ``None`` where the loss is not named.
+        measure: the measure.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: if it is neither ``None`` nor a positive integer, or is given for anything else than the κ of a
+            named cross-entropy, which is cheap without.
+    """
+    if probes is None:
+        return None
+    count = check_count(name, probes, at_least=1)
+    if measure != "relative_flatness" or not isinstance(criterion, nn.CrossEntropyLoss):
+        loss = None if criterion is None else type(criterion).__name__
+        raise ValueError(
+            f"Expected argument `{name}` to be None unless `loss` names the cross-entropy and `measure` is "
+            f"'relative_flatness', but got {probes!r} with loss {loss} and measure {measure!r}."
+        )
+    return count
+
+
 def owned_criterion(loss: object) -> nn.Module:
     """Return a copy of the criterion that ``loss`` names or is, for those who keep it and move it to a device.
 
@@ -292,18 +339,34 @@ def _parts(
     measure: Measure = "relative_flatness",
     temperature: float = 1.0,
     normalize_features: bool = False,
-) -> tuple[Tensor, OutputHessian]:
-    flat_features, flat_weight, hessian = _flatten(
-        features, weight, outputs, target, criterion, class_dim, temperature=temperature
-    )
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the parts of the samples in κ of the summed loss, and what the mean divides by."""
+    if isinstance(criterion, nn.CrossEntropyLoss) and measure == "relative_flatness":
+        dim = _find_class_dim(features, weight, outputs, class_dim)
+        logits, sample_weight, total_weight = softmax_samples(outputs, target, loss=criterion, class_dim=dim)
+        dtype = compute_dtype(features, weight, sample_weight)
+        flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
+        with full_precision(flat_features):
+            if probes is not None:  # Tr(Wᵀ A W) ≈ Tr(Uᵀ A U) for U = (u_1, …, u_K) / √K
+                signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
+                weight = weight.to(dtype) @ ((2 * signs - 1).to(dtype) / math.sqrt(probes))
+            curvature = softmax_trace(logits, weight, temperature=temperature, dtype=dtype)
+    else:
+        flat_features, flat_weight, hessian = _flatten(
+            features, weight, outputs, target, criterion, class_dim, temperature=temperature
+        )
+        sample_weight, total_weight = hessian.weight, hessian.total_weight
+        with full_precision(flat_features):
+            if measure == "trace":
+                curvature = hessian.diagonals().sum(dim=1) * flat_weight.square().sum()
+            else:
+                curvature = hessian.trace_through(flat_weight)
     with full_precision(flat_features):
-        if measure == "trace":
-            curvature = hessian.diagonals().sum(dim=1) * flat_weight.square().sum()
-        else:
-            curvature = hessian.trace_through(flat_weight)
         if not normalize_features:
             curvature = curvature * flat_features.square().sum(dim=1)
-        return hessian.weight * curvature / temperature**2, hessian
+        return sample_weight * curvature / temperature**2, total_weight
 
 
 def _flatten(
@@ -316,8 +379,6 @@ def _flatten(
     *,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, OutputHessian]:
-    for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
-        check_floating(name, value)
     dim = _find_class_dim(features, weight, outputs, class_dim)
     dtype = compute_dtype(features, weight, outputs)
     hessian = output_hessian(outputs.to(dtype) / temperature, target, loss=criterion, class_dim=dim)
@@ -326,6 +387,8 @@ def _flatten(
 
 
 def _find_class_dim(features: Tensor, weight: Tensor, outputs: Tensor, class_dim: int | None) -> int:
+    for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
+        check_floating(name, value)
     if features.ndim == 0 or weight.ndim != 2 or features.shape[-1] != weight.shape[1]:
         raise ValueError(
             "Expected arguments `features` and `weight` to be of shapes (..., m) and (d, m), "

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lightning_relflat.functional._checks import (
     check_count,
+    check_flag,
     check_floating,
     full_precision,
     shape_of,
@@ -24,6 +25,11 @@ from lightning_relflat.functional.layer_measures import (
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
 from lightning_relflat.functional.relative_flatness import _flatten
 
+# How many numbers a sketch holds where the number of its columns is left open: 16 MiB.
+_SKETCH = 2**21
+_LEAST_COLUMNS = 128
+# How many numbers of n·d·k a sketch makes at once, or those of one column where these are more.
+_GROUP = 2**20
 # Directions whose part in a sketch is smaller than this, relative to the largest, are rounding.
 _ROUNDING = 1e-12
 # What a sketch of a positive semi-definite matrix may show of negative curvature.
@@ -57,16 +63,31 @@ class LayerHessian:
         Returns:
             Σ_i c_i (A_i V φ_i) φ_iᵀ, with the scales; of shape (d, m).
         """
-        moved = self.features @ vector.T
+        return self.products(vector[:, :, None])[:, :, 0]
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """Return the Hessian times each of several vectors; n·d·k numbers are made on the way.
+
+        Args:
+            vectors: of shape (d, m, k), or (1, m, k) for those that are the same in all rows.
+
+        Returns:
+            The products as of :meth:`product`, of shape (d, m, k).
+        """
+        rows, width, count = vectors.shape
+        moved = (self.features @ vectors.transpose(0, 1).reshape(width, -1)).reshape(-1, rows, count)
         if self.blocks:
-            moved = self.own * moved
+            moved = self.own[:, :, None] * moved
         else:
             if self.outputs.annihilates_constants:  # the most probable output as the origin: no digit is lost near one
-                moved = moved - moved.gather(1, self.outputs.diagonal.argmax(dim=1, keepdim=True))
-            root = self.outputs.root
+                origin = self.outputs.diagonal.argmax(dim=1)[:, None, None].expand(-1, 1, count)
+                moved = moved - moved.expand(-1, len(self.scales), -1).gather(1, origin)
+            root = None if self.outputs.root is None else self.outputs.root[:, :, None]
             pull = 0.0 if root is None else root * (root * moved).sum(dim=1, keepdim=True)
-            moved = self.outputs.diagonal * moved - pull
-        return self.scales[:, None] * ((self.outputs.weight[:, None] * moved).T @ self.features)
+            moved = self.outputs.diagonal[:, :, None] * moved - pull
+        moved = self.outputs.weight[:, None, None] * moved
+        images = (self.features.T @ moved.flatten(1)).reshape(width, -1, count).transpose(0, 1)
+        return self.scales[:, None, None] * images
 
     def traces(self) -> Tensor:
         """Return Tr(H_{s,s}) of every row s, with the scales, of shape (d,)."""
@@ -138,6 +159,7 @@ def largest_eigenvalue(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     seed: int = 0,
+    sync: bool = False,
 ) -> Tensor:
     r"""Return the largest eigenvalue of the Hessian H of a loss over a linear layer's weight, by Lanczos iteration.
 
@@ -165,14 +187,17 @@ def largest_eigenvalue(
         tolerance: the largest residual, relative to the eigenvalue.
         max_iterations: the most passes to make.
         seed: of the random start.
+        sync: whether the batches of all processes of the default process group count, each having its own, in any
+            number. Then all processes must call, all get the value for the union, and the seed must be the same. One
+            process alone, without a process group, gives the value of its own batches.
 
     Returns:
         The eigenvalue as a float64 scalar; NaN if any number in the data is.
 
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
-        ValueError: if there is no batch, the batches can be gone through only once or differ in shape of W, or an
-            argument is not what it should be.
+        ValueError: if there is no batch, the batches can be gone through only once or differ in shape of W (with
+            ``sync``: on all processes together), or an argument is not what it should be.
         RuntimeError: if the tolerance is not reached within ``max_iterations``.
 
     Example:
@@ -201,17 +226,17 @@ def largest_eigenvalue(
         for batch in batches:
             yield layer_hessian(*batch, loss=criterion, scale=scale, class_dim=class_dim)
 
+    together = check_flag("sync", sync) and distributed.is_available() and distributed.is_initialized()
     with torch.no_grad():
-        total, shape, blocks = None, (0, 0), True
+        total, shape = None, (0, 0)
         for hessian in hessians():
             found = (len(hessian.scales), hessian.features.shape[1])
             if total is not None and found != shape:
-                raise ValueError(
-                    f"Expected the weights in argument `batches` to be of one shape, {shape_of(shape)}, "
-                    f"but got {shape_of(found)}."
-                )
+                raise _shapes_differ(shape, found)
             total = hessian.outputs.total_weight if total is None else total + hessian.outputs.total_weight
-            shape, blocks = found, hessian.blocks
+            shape = found
+        if together:
+            total, shape = _total_of_processes(total, shape)
         if total is None:
             raise ValueError("Expected argument `batches` to hold at least one batch, but got none.")
 
@@ -219,11 +244,15 @@ def largest_eigenvalue(
             image = vectors.new_zeros(shape)
             for hessian in hessians():
                 image += hessian.product(vectors.reshape(shape))
+            if together:
+                distributed.all_reduce(image)
             return image.reshape(vectors.shape)
 
+        # Of the closed forms, that of cross-entropy alone couples outputs.
+        blocks = scale == "neuron" or not isinstance(criterion, nn.CrossEntropyLoss)
         count, size = (shape[0], shape[1]) if blocks else (1, shape[0] * shape[1])
         start = torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        values = _lanczos(product, start.to(total.device), tolerance, max_iterations)
+        values = _lanczos(product, start.to(total.device), tolerance, max_iterations, together=together)
         value = values.sum() if scale == "neuron" else values.max()
         return value / total if kind == "mean" else value
 
@@ -238,7 +267,7 @@ def largest_eigenvalue_bounds(
     scale: Scale = "none",
     reduction: Literal["mean", "sum"] | None = None,
     class_dim: int | None = None,
-    columns: int = 128,
+    columns: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     r"""Return bounds of the largest eigenvalue of a layer's Hessian H from one pass; the lower one is the estimate.
@@ -250,25 +279,29 @@ def largest_eigenvalue_bounds(
         λ_{\max}(\hat H) ≤ λ_{\max}(H) ≤ λ_{\max}(\hat H) + \operatorname{Tr}(H) - \operatorname{Tr}(\hat H).
 
     Where A_i is diagonal, H consists of the blocks H_{s,s}; there and for ``scale="neuron"`` each block is sketched
-    with one Ω of m rows. Up to half the columns of the other Ω are u ⊗ (1, …, 1), with the u orthonormal and orthogonal
-    to what a softmax does not see: features that are not negative, as after a ReLU, have their largest eigenvalues
-    near these. The rest is Gaussian.
+    with one Ω of m rows. Up to 7/8 of the columns of the other Ω are u ⊗ (1, …, 1), with the u orthonormal and
+    orthogonal to what a softmax does not see: features that are not negative, as after a ReLU, have their largest
+    eigenvalues near these. The rest is Gaussian.
 
-    How near the lower bound comes, measured on softmax heads with 300 samples against the dense answer, the worst of
-    six seeds:
+    How near the lower bound comes by default, measured on softmax heads against the exact answer:
 
-    - exact, and both bounds equal, where d·m (m for blocks) is at most ``columns``, and nearly so where the rank of
-      H is;
-    - with 128 columns within 0.7 % on ReLU features and up to 30 outputs (with 64: 1.5 %), where random columns
-      alone are off by up to 9 %; and within 0.7 % on features without a common sign whose sizes decay as 1/j;
-    - below by 2 to 6 % with 100 outputs, more than ``columns / 2``; 0.9 % with 256 columns;
-    - **below by 15 to 30 %** where the spectrum is flat: features without a mean and with one variance. There
-      :func:`largest_eigenvalue`, which makes several passes, is the way.
+    - exact, and both bounds equal, where d·m is at most 1448 (for blocks: where d·m² is at most 2²¹, or m at most
+      128): the sketch is H itself then. Nearly so where the rank of H is at most the number of columns;
+    - above that near for features with a common sign: on three kinds of ReLU features (random, clustered by class,
+      of very uneven sizes), 512 of them and 400 samples, below by at most 0.03 % with 10 outputs, 0.34 % with 30 and
+      0.98 % with 100, the worst of three seeds;
+    - **not near for large flat spectra**: features without a mean and with one variance, 512 of them, 400 samples:
+      below by 17 % with 10 outputs, 40 % with 30 and 33 % with 100. There :func:`largest_eigenvalue`, which makes
+      several passes, is the way.
 
-    The sketch holds d · m · ``columns`` numbers in float64.
+    With ``columns=128`` and 300 samples, the worst of six seeds: within 0.7 % on ReLU features and up to 30 outputs
+    (with 64: 1.5 %), where random columns alone are off by up to 9 %.
 
-    The upper bound is sure, but seldom near, because it counts all of the trace that the sketch did not see: from
-    1.5 times the eigenvalue with decaying features to 120 times with flat ones.
+    The sketch holds d · m · ``columns`` numbers in float64, and so many are in Ω.
+
+    The upper bound is sure, but seldom near where the sketch is not exact, because it counts all of the trace that
+    the sketch did not see: with 512 features from 1.2 to 17 times the eigenvalue after a ReLU, hundreds of times where
+    the spectrum is flat.
 
     Source: Tropp, Yurtsever, Udell, Cevher, *Fixed-rank approximation of a positive-semidefinite matrix from
     streaming data*, 2017 (arXiv 1706.05736), for the Nyström approximation; the scaled forms as for
@@ -283,7 +316,8 @@ def largest_eigenvalue_bounds(
         scale: as for :func:`largest_eigenvalue`.
         reduction: ``"mean"``, ``"sum"``, or ``None`` for the criterion's own, which must be one of them.
         class_dim: the dimension of ``outputs`` that holds the d outputs of a sample, where shapes leave it open.
-        columns: how many columns Ω has, k; the sketch has d·m·k numbers.
+        columns: how many columns Ω has, k; the sketch has d·m·k numbers. ``None`` for as many as make that 2²¹
+            (16 MiB), but 128 at least.
         seed: of the random columns.
 
     Returns:
@@ -313,14 +347,17 @@ def largest_eigenvalue_bounds(
     return (lower / total, upper / total) if kind == "mean" else (lower, upper)
 
 
-def sketch_columns(out_features: int, in_features: int, *, blocks: bool, columns: int = 128, seed: int = 0) -> Tensor:
+def sketch_columns(
+    out_features: int, in_features: int, *, blocks: bool, columns: int | None = None, seed: int = 0
+) -> Tensor:
     """Return the matrix Ω to sketch a layer's Hessian with: the same for all batches and processes.
 
     Args:
         out_features: d, the rows of W.
         in_features: m, the columns of W.
         blocks: whether single rows' blocks are sketched.
-        columns: how many columns to take, k, unless there are fewer rows.
+        columns: how many columns to take, k, unless there are fewer rows; ``None`` for as many as make the sketch
+            hold 2²¹ numbers, but 128 at least.
         seed: of the random columns.
 
     Returns:
@@ -329,6 +366,8 @@ def sketch_columns(out_features: int, in_features: int, *, blocks: bool, columns
     Raises:
         ValueError: if ``columns`` is not an integer of at least 1, or ``seed`` not one of at least 0.
     """
+    if columns is None:
+        columns = max(_LEAST_COLUMNS, _SKETCH // (out_features * in_features))
     check_count("columns", columns, at_least=1)
     generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
     rows = in_features if blocks else out_features * in_features
@@ -341,7 +380,7 @@ def sketch_columns(out_features: int, in_features: int, *, blocks: bool, columns
     if blocks:
         outputs = torch.ones(1, min(1, columns // 2), dtype=torch.float64)
     else:  # differences between outputs, orthogonal to (1, …, 1), which a softmax does not see
-        kept = min(out_features - 1, columns // 2)
+        kept = min(out_features - 1, columns * 7 // 8)
         outputs = torch.linalg.qr(
             torch.cat([torch.ones(out_features, 1, dtype=torch.float64), normal(out_features, kept)], dim=1)
         ).Q[:, 1:]
@@ -359,9 +398,33 @@ def sketch(hessian: LayerHessian, test: Tensor) -> Tensor:
     Returns:
         Y, of shape (d, m, k).
     """
-    rows = 1 if hessian.blocks else len(hessian.scales)
-    # One column at a time: all at once would be n·d·k numbers.
-    return torch.stack([hessian.product(column.reshape(rows, -1)) for column in test.T], dim=-1)
+    if test.shape[0] == test.shape[1] and not hessian.blocks:
+        return _matrix(hessian)
+    return _products(hessian, test.reshape(1 if hessian.blocks else len(hessian.scales), -1, test.shape[1]))
+
+
+def _products(hessian: LayerHessian, vectors: Tensor) -> Tensor:
+    """Multiply with some vectors at a time: all at once would be n·d·k numbers."""
+    group = max(1, _GROUP // max(1, hessian.own.numel()))
+    starts = range(0, vectors.shape[2], group)
+    return torch.cat([hessian.products(vectors[:, :, start : start + group]) for start in starts], dim=2)
+
+
+def _matrix(hessian: LayerHessian) -> Tensor:
+    """Return the Hessian of a softmax, of shape (d, m, d·m): faster than products with all unit vectors."""
+    features, root, weight = hessian.features, hessian.outputs.root, hessian.outputs.weight
+    assert root is not None
+    d, m = len(hessian.scales), features.shape[1]
+    whole = features.new_zeros(d * m, d * m)
+    group = max(1, _GROUP // (d * m))
+    for start in range(0, len(features), group):
+        part = slice(start, start + group)
+        pulls = (root[part, :, None] * features[part, None, :]).flatten(1)
+        whole -= (weight[part, None] * pulls).T @ pulls
+    blocks = _products(replace(hessian, blocks=True), torch.eye(m).to(features)[None])
+    whole = hessian.scales[:, None, None] * whole.reshape(d, m, d * m)
+    whole.view(d, m, d, m).diagonal(dim1=0, dim2=2).copy_(blocks.permute(1, 2, 0))
+    return whole
 
 
 def bounds_from_sketch(
@@ -409,7 +472,32 @@ def bounds_from_sketch(
     return values.max(), (values + missed).max()
 
 
-def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor, tolerance: float, max_iterations: int) -> Tensor:
+def _shapes_differ(one: tuple[int, int], other: tuple[int, int]) -> ValueError:
+    return ValueError(
+        f"Expected the weights in argument `batches` to be of one shape, {shape_of(one)}, but got {shape_of(other)}."
+    )
+
+
+def _total_of_processes(total: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor | None, tuple[int, int]]:
+    """Return the total weight and the shape of W of all processes, of which some may have no batch."""
+    without = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
+    device = without if total is None else total.device
+    none = torch.iinfo(torch.int64).min
+    extremes = torch.tensor([none] * 4 if total is None else [*shape, -shape[0], -shape[1]], device=device)
+    distributed.all_reduce(extremes, distributed.ReduceOp.MAX)
+    d, m, lowest_d, lowest_m = extremes.tolist()
+    if d == none:
+        return None, shape
+    if (d, m) != (-lowest_d, -lowest_m):
+        raise _shapes_differ((d, m), (-lowest_d, -lowest_m))
+    summed = torch.zeros((), dtype=torch.float64, device=device) if total is None else total.double()
+    distributed.all_reduce(summed)
+    return summed, (d, m)
+
+
+def _lanczos(
+    product: Callable[[Tensor], Tensor], start: Tensor, tolerance: float, max_iterations: int, *, together: bool
+) -> Tensor:
     """Return the largest eigenvalues of several matrices at once, from starts of shape (matrices, size)."""
     size = start.shape[1]
     basis = [start / start.norm(dim=1, keepdim=True)]
@@ -434,7 +522,10 @@ def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor, tolerance: floa
         found = found.where(done, values[:, -1])
         residual = length * coordinates[:, -1, -1].abs()
         done = done | (residual <= tolerance * found.abs())
-        if step == size or bool(done.all()):
+        finished = done.all().long()
+        if together:  # rounding may differ between processes, but none may go on alone
+            distributed.all_reduce(finished, distributed.ReduceOp.MIN)
+        if step == size or bool(finished):
             return found
         off.append(length)
         basis.append(image / length.where(length > 0, 1.0)[:, None])

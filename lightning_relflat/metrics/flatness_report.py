@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import check_count, check_flag
-from lightning_relflat.functional.flatness_report import report_from_sums, report_sums
+from lightning_relflat.functional._checks import check_count, check_flag, check_floating, shape_of
+from lightning_relflat.functional.flatness_report import (
+    report_class_means,
+    report_from_sums,
+    report_sketches,
+    report_sums,
+)
 from lightning_relflat.metrics.layer_measures import LayerMeasure, check_weight_shape
 
 
@@ -31,12 +36,18 @@ class FlatnessReport(LayerMeasure):
         out_features: d, the rows of W.
         num_classes: how many classes there are, for ``per_class``.
         neuron_pairs: whether to compute ``neuron_pairs``, of shape (d, d).
+        eigenvalues: whether to compute eigenvalues, from sketches of d·m·k numbers as
+            :class:`~lightning_relflat.metrics.LargestEigenvalue` makes them by default.
+        neural_collapse: whether to compute neural collapse, which needs ``num_classes``.
+        class_means: the means that NC4 compares with, of shape (C, m), as :meth:`compute_class_means` of a former
+            pass returns them; there is no ``nc4_mismatch`` without.
         class_dim: as for :func:`~lightning_relflat.functional.relative_flatness`.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or a count is no positive
-            integer.
+        TypeError: if the class means are no floating point numbers.
+        ValueError: if the loss has no closed form or does not reduce to a mean or a sum, a count is no positive
+            integer, or class means or the number of classes do not fit what is asked for.
 
     Example:
         >>> import torch
@@ -53,6 +64,15 @@ class FlatnessReport(LayerMeasure):
     moments: Tensor
     per_class: Tensor
     neuron_pairs: Tensor
+    sketch: Tensor
+    block_sketch: Tensor
+    sketch_traces: Tensor
+    class_counts: Tensor
+    class_sums: Tensor
+    class_squares: Tensor
+    class_products: Tensor
+    class_weights: Tensor
+    mismatches: Tensor
 
     def __init__(
         self,
@@ -62,6 +82,9 @@ class FlatnessReport(LayerMeasure):
         out_features: int,
         num_classes: int | None = None,
         neuron_pairs: bool = False,
+        eigenvalues: bool = False,
+        neural_collapse: bool = False,
+        class_means: Tensor | None = None,
         class_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -70,16 +93,28 @@ class FlatnessReport(LayerMeasure):
         d = check_count("out_features", out_features, at_least=1)
         self.num_classes = None if num_classes is None else check_count("num_classes", num_classes, at_least=1)
         self._shape = d, m
-        self._add_totals(8)
-        self._add_sums("pairs", m, m)
-        self._add_sums("moments", 2, m)
-        self._names = ["pairs", "moments"]
+        self.neural_collapse = check_flag("neural_collapse", neural_collapse)
+        self.class_means = _class_means(class_means, self.num_classes, m) if self.neural_collapse else None
+        self._tests = report_sketches(d, m, loss=self.loss) if check_flag("eigenvalues", eigenvalues) else None
+        shapes: dict[str, tuple[int, ...]] = {"pairs": (m, m), "moments": (2, m)}
         if self.num_classes is not None:
-            self._names.append("per_class")
-            self._add_sums("per_class", 2, self.num_classes)
+            shapes["per_class"] = (2, self.num_classes)
         if check_flag("neuron_pairs", neuron_pairs):
-            self._names.append("neuron_pairs")
-            self._add_sums("neuron_pairs", d, d)
+            shapes["neuron_pairs"] = (d, d)
+        if self._tests is not None:
+            shapes["sketch"] = (d, m, self._tests.whole.shape[1])
+            shapes["block_sketch"] = (d, m, self._tests.block.shape[1])
+            shapes["sketch_traces"] = (2, d)
+        if self.num_classes is not None and neural_collapse:
+            shapes["class_counts"] = shapes["class_squares"] = (self.num_classes,)
+            shapes["class_sums"], shapes["class_products"] = (self.num_classes, m), (m, m)
+            shapes["class_weights"] = (d, m)
+        if self.class_means is not None and self.num_classes == d:
+            shapes["mismatches"] = ()
+        self._names = tuple(shapes)
+        self._add_totals(8)
+        for name, shape in shapes.items():
+            self._add_sums(name, *shape)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -105,6 +140,9 @@ class FlatnessReport(LayerMeasure):
                 loss=self.loss,
                 num_classes=self.num_classes,
                 neuron_pairs="neuron_pairs" in self._names,
+                tests=self._tests,
+                neural_collapse=self.neural_collapse,
+                class_means=self.class_means,
                 class_dim=self.class_dim,
             )
         self._add_to_totals(*sums["totals"])
@@ -113,5 +151,35 @@ class FlatnessReport(LayerMeasure):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the report on all data so far, over all processes."""
-        sums = {name: getattr(self, name) for name in self._names}
-        return report_from_sums({"totals": self.totals[:-1], **sums}, mean=self._mean)
+        return report_from_sums(self._sums(), mean=self._mean, tests=self._tests)
+
+    def compute_class_means(self) -> Tensor:
+        """Return the class means of all data so far, over all processes, for NC4 in a second pass.
+
+        Returns:
+            The means, of shape (C, m), with a row of NaN for every class without samples.
+
+        Raises:
+            ValueError: if the metric was made without ``neural_collapse``.
+        """
+        if not self.neural_collapse:
+            raise ValueError("Expected argument `neural_collapse` to be True for class means, but got False.")
+        with self.sync_context(should_sync=self.sync_on_compute):
+            return report_class_means(self._sums())
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {"totals": self.totals[:-1], **{name: getattr(self, name) for name in self._names}}
+
+
+def _class_means(value: Tensor | None, num_classes: int | None, width: int) -> Tensor | None:
+    if num_classes is None:
+        raise ValueError("Expected argument `num_classes` to be given where `neural_collapse` is, but got None.")
+    if value is None:
+        return None
+    check_floating("class_means", value)
+    if value.shape != (num_classes, width):
+        raise ValueError(
+            f"Expected argument `class_means` to be of shape {shape_of((num_classes, width))}, "
+            f"but got {shape_of(value)}."
+        )
+    return value.detach().double().clone()

@@ -37,7 +37,8 @@ class LargestEigenvalue(LayerMeasure):
         in_features: m, the columns of W.
         out_features: d, the rows of W.
         scale: ``"none"`` for λ_max(H), ``"layer"`` for ‖W‖_F² λ_max(H), ``"neuron"`` for Σ_s ‖w_s‖² λ_max(H_{s,s}).
-        columns: how many columns Ω has, k; the state has d·m·k numbers, and a batch costs k products with H.
+        columns: how many columns Ω has, k; the state has d·m·k numbers, and a batch costs k products with H. ``None``
+            for as many as make that 2²¹ numbers, but 128 at least.
         seed: of the random columns, the same on all processes.
         class_dim: as for :func:`~lightning_relflat.functional.relative_flatness`.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
@@ -67,7 +68,7 @@ class LargestEigenvalue(LayerMeasure):
         in_features: int,
         out_features: int,
         scale: Scale = "none",
-        columns: int = 128,
+        columns: int | None = None,
         seed: int = 0,
         class_dim: int | None = None,
         **kwargs: Any,

@@ -20,10 +20,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_relflat import FlatnessMonitor
-from lightning_relflat.functional import flatness_report
+from lightning_relflat.functional import flatness_report, neural_collapse
 from lightning_relflat.functional.relative_flatness import relative_flatness
 from tests.callbacks import sharpest_in_processes
 from tests.models import Batch, Net, make_loader, make_trainer
@@ -309,6 +310,26 @@ def test_values_of_classes() -> None:
         assert result[f"val/class_flatness/{number}"] == pytest.approx(part.item())
     whole = flatness_report(features, net.head.weight, net.head(features), target, loss="cross_entropy")
     assert result["val/flatness/layer_trace"] == pytest.approx(whole["layer_trace"].item())
+
+
+def test_eigenvalues_and_neural_collapse() -> None:
+    parts = ["eigenvalues", "neural_collapse"]
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", report=parts)])
+    net = Net().double()
+    loader = make_loader([6, 5], seed=2)
+    [result] = trainer.validate(net, loader, verbose=False)
+    inputs, target = loader.dataset[:]
+    features, bias = net.features(inputs).detach(), net.head.bias.detach()
+    hessian = torch.func.hessian(lambda weight: F.cross_entropy(F.linear(features, weight, bias), target))(
+        net.head.weight.detach()
+    )
+    largest = torch.linalg.eigvalsh(hessian.reshape(18, 18))[-1].item()
+    square = net.head.weight.square().sum().item()
+    assert result["val/flatness/hessian_eigenvalue"] == pytest.approx(largest)
+    assert result["val/flatness/layer_eigenvalue_upper"] == pytest.approx(square * largest)
+    collapse = neural_collapse(features, target, num_classes=3, weight=net.head.weight.detach())
+    found = {name.rpartition("/")[2]: value for name, value in result.items() if "neural_collapse" in name}
+    assert found == {name: pytest.approx(value.item()) for name, value in collapse.items()}
 
 
 @pytest.mark.parametrize(

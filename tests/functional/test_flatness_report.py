@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_relflat.functional.flatness_report import flatness_report, report_from_sums, report_sums
+from lightning_relflat.functional import largest_eigenvalue_bounds, neural_collapse, spectrum
+from lightning_relflat.functional.flatness_report import (
+    flatness_report,
+    report_from_sums,
+    report_sketches,
+    report_sums,
+)
 from tests.functional.cases import LOSSES, Case, cases
 from tests.oracles import block_traces, kappa, weight_trace
 
@@ -40,7 +46,7 @@ def report_on(case: Case, kind: Any, **options: Any) -> dict[str, Tensor]:
 def test_entries_equal_their_definitions(loss: str, data: st.DataObject) -> None:
     case = data.draw(cases(loss))
     kind = data.draw(st.sampled_from(["mean", "sum"]))
-    report = report_on(case, kind, neuron_pairs=True)
+    report = report_on(case, kind, neuron_pairs=True, eigenvalues=True)
     weight = case.weight
 
     def loss_of(value: Tensor) -> Tensor:
@@ -58,6 +64,12 @@ def test_entries_equal_their_definitions(loss: str, data: st.DataObject) -> None
     rho = torch.stack([weight[:, j] @ hessian[:, j, :, j] @ weight[:, j] for j in range(weight.shape[1])])
     assert_close(report["column_flatness_max"], rho.max(), size)
     assert_close(report["column_flatness_sum"], rho.sum(), size)
+    largest = torch.linalg.eigvalsh(hessian.reshape(weight.numel(), -1))[-1]
+    blocks = torch.stack([torch.linalg.eigvalsh(hessian[s, :, s])[-1] for s in range(len(weight))])
+    for suffix in ("", "_upper"):
+        assert_close(report[f"hessian_eigenvalue{suffix}"], largest, size)
+        assert_close(report[f"layer_eigenvalue{suffix}"], weight.square().sum() * largest, size)
+        assert_close(report[f"neuron_eigenvalue{suffix}"], weight.square().sum(dim=1) @ blocks, size)
     product = report["curvature"] * report["weight_norm"] * report["feature_norm"]
     if torch.isfinite(product):
         assert_close(product, report["relative_flatness"], size)
@@ -95,6 +107,8 @@ def test_ignored_samples_count_nowhere(ignored: int) -> None:
         "loss": nn.CrossEntropyLoss(ignore_index=ignored),
         "num_classes": 4,
         "neuron_pairs": True,
+        "eigenvalues": True,
+        "neural_collapse": True,
     }
     report = flatness_report(features, weight, outputs, target, **options)
     expected = flatness_report(features[kept], weight, outputs[kept], target[kept], **options)
@@ -120,6 +134,64 @@ def test_classes() -> None:
     assert_close(sums["per_class"].nansum(), sums["relative_flatness"])
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_above_the_budget_its_bounds_are_those_of_the_separate_measure(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the sketch is not the matrix itself."""
+    monkeypatch.setattr(spectrum, "_SKETCH", 1)
+    monkeypatch.setattr(spectrum, "_LEAST_COLUMNS", 6)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 20, generator=generator, dtype=torch.float64).relu()
+    weight = torch.randn(3, 20, generator=generator, dtype=torch.float64)
+    batch = features, weight, features @ weight.T
+    report = flatness_report(*batch, loss=loss, eigenvalues=True)
+    for name, scale in (("hessian", "none"), ("layer", "layer"), ("neuron", "neuron")):
+        expected = largest_eigenvalue_bounds(*batch, loss=loss, scale=scale)  # type: ignore[arg-type]
+        found = report[f"{name}_eigenvalue"], report[f"{name}_eigenvalue_upper"]
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
+        assert found[0] < 0.999 * found[1]
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_neural_collapse_is_that_of_the_separate_measure(means: bool) -> None:
+    features, weight, outputs, target = softmax_problem()
+    options: dict[str, Any] = {"num_classes": 4}
+    if means:
+        options["class_means"] = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    report = flatness_report(features, weight, outputs, target, loss="cross_entropy", neural_collapse=True, **options)
+    expected = neural_collapse(features, target, weight, outputs, **options)
+    assert expected.keys() <= report.keys()
+    for name, value in expected.items():
+        assert_close(report[name], value)
+    plain = flatness_report(features, weight, outputs, target, loss="cross_entropy", num_classes=4)
+    assert report.keys() - expected.keys() == plain.keys()
+
+
+def test_neural_collapse_of_images_and_of_more_outputs_than_classes() -> None:
+    features, weight, outputs, target = softmax_problem()
+    options: dict[str, Any] = {"loss": "cross_entropy", "num_classes": 4, "neural_collapse": True}
+    images = flatness_report(
+        features.reshape(2, 4, 5), weight, outputs.reshape(2, 4, 4).mT, target.reshape(2, 4), **options, class_dim=1
+    )
+    for name, value in flatness_report(features, weight, outputs, target, **options).items():
+        assert_close(images[name], value)
+    kept = target < 3
+    fewer = flatness_report(features[kept], weight, outputs[kept], target[kept], **options | {"num_classes": 2})
+    assert "nc3" not in fewer
+    assert fewer["nc1"].isfinite()
+
+
+def test_half_precision_of_eigenvalues() -> None:
+    features, weight, outputs, target = softmax_problem()
+    batch = features.bfloat16() / 100, weight.bfloat16(), outputs.bfloat16() / 100, target
+    wide = batch[0].double(), batch[1].double(), batch[2].double(), target
+    expected = flatness_report(*wide, loss="cross_entropy", eigenvalues=True)
+    found = flatness_report(*batch, loss="cross_entropy", eigenvalues=True)
+    for name, value in expected.items():
+        assert_close(found[name], value)
+
+
 def test_standardized_is_kappa_of_features_of_unit_variance() -> None:
     features, weight, _, target = softmax_problem()
     features[:, 1] = torch.linspace(1, 2, 8)
@@ -133,13 +205,17 @@ def test_standardized_is_kappa_of_features_of_unit_variance() -> None:
 def test_batches_add_up() -> None:
     features, weight, outputs, target = softmax_problem()
     options: dict[str, Any] = {"loss": "cross_entropy", "num_classes": 4, "neuron_pairs": True}
+    options |= {"neural_collapse": True, "class_means": torch.ones(4, 5).tril().double()}
+    tests = report_sketches(4, 5, loss=nn.CrossEntropyLoss())
     parts = [
-        report_sums(features[part], weight, outputs[part], target[part], **options)
+        report_sums(features[part], weight, outputs[part], target[part], **options, tests=tests)
         for part in (slice(0, 5), slice(5, 6), slice(6, 8))
     ]
     added = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
-    whole = flatness_report(features, weight, outputs, target, **options)
-    for name, value in report_from_sums(added, mean=True).items():
+    whole = flatness_report(features, weight, outputs, target, **options, eigenvalues=True)
+    found = report_from_sums(added, mean=True, tests=tests)
+    assert found.keys() == whole.keys()
+    for name, value in found.items():
         assert_close(value, whole[name])
 
 
@@ -150,6 +226,9 @@ def test_batches_add_up() -> None:
         ({"reduction": "none"}, "`reduction` to be 'mean' or 'sum' for a report, but got 'none'"),
         ({"loss": "mse", "num_classes": 4}, "`target` to hold a class index for every sample"),
         ({"loss": "hinge"}, "`loss` to be one of 'cross_entropy'"),
+        ({"neural_collapse": True}, "`num_classes` to be given where `neural_collapse` is, but got None"),
+        ({"neural_collapse": 1}, "`neural_collapse` to be True or False, but got 1"),
+        ({"eigenvalues": None}, "`eigenvalues` to be True or False, but got None"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

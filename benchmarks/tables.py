@@ -1,0 +1,244 @@
+"""Write docs/costs.md and its pictures from the JSON files beside this script.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jsonargparse import auto_cli
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+GRADIENTS = {"ResNet-18": 11.2e6, "a model of 1 billion parameters": 1e9, "a model of 7 billion parameters": 7e9}
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return a file of results, or nothing."""
+    path = HERE / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table in Markdown."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def times(found: dict[str, float]) -> str:
+    """Write a median with its quartiles."""
+    return f"{found['median']:.3g} ({found['lower']:.3g} to {found['upper']:.3g})"
+
+
+def number(value: object) -> str:
+    """Write a number, or the reason why there is none."""
+    return f"{value:,.0f}" if isinstance(value, int | float) else "–" if value is None else str(value)
+
+
+def where(results: dict[str, Any]) -> str:
+    """Name the machine."""
+    found = results.get("machine")
+    if not found:
+        return "Not measured yet.\n"
+    load = f" with a load of {found['load']} at the end" if "load" in found else ""
+    return (
+        f"Machine: {found['processor']}, {found['cores']} cores{load}, {found['threads']} thread(s) of PyTorch "
+        f"{found['torch']}, Python {found['python']}, {found['system']}.\n"
+    )
+
+
+def training() -> str:
+    """Return the tables of the training step."""
+    results = read("training_step")
+    text = ""
+    for case, contenders in results.items():
+        if case == "machine":
+            continue
+        plain = contenders["plain"].get("peak_mib")
+        rows = []
+        for name, entry in contenders.items():
+            if "skipped" in entry:
+                rows.append([name, f"cannot run: {entry['skipped']}", "", ""])
+                continue
+            peak = entry.get("peak_mib")
+            ratio = f"{peak / plain:.3f}" if isinstance(peak, float) and isinstance(plain, float) else "–"
+            rows.append([name, times(entry["ratio"]), str(entry["ratio"]["runs"]), f"{number(peak)} MiB ({ratio})"])
+        head = ("contender", "time / plain: median (quartiles)", "steps", "peak memory of its process (/ plain)")
+        text += f"\n**{case}**, a plain step takes {contenders['plain']['seconds']:.3g} s\n\n{table(head, rows)}"
+    cases = [case for case in results if case != "machine"]
+    if cases:
+        figure, axes = plt.subplots(1, len(cases), figsize=(3.2 * len(cases), 3), sharey=True, layout="constrained")
+        for case, axis in zip(cases, [axes] if len(cases) == 1 else axes, strict=True):
+            entries = {name: entry["ratio"] for name, entry in results[case].items() if "ratio" in entry}
+            middle = [entry["median"] for entry in entries.values()]
+            low = [max(0.0, entry["median"] - entry["lower"]) for entry in entries.values()]
+            high = [max(0.0, entry["upper"] - entry["median"]) for entry in entries.values()]
+            axis.barh(list(entries), middle, xerr=[low, high])
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set(xscale="log", title=case.replace(", ", "\n", 1), xlabel="time / plain step")
+            axis.title.set_fontsize(9)
+            axis.invert_yaxis() if case == cases[0] else None
+        figure.savefig(DOCS / "images" / "costs_training_step.png", dpi=100)
+        plt.close(figure)
+        text += "\n![Time of a training step over the plain step](images/costs_training_step.png)\n"
+    return where(results) + text
+
+
+def measuring() -> str:
+    """Return the tables of measuring."""
+    results = read("measuring")
+    epochs = [
+        [
+            case.removeprefix("validation, "),
+            times(entry["ratio"]),
+            f"{entry['plain_seconds']:.3g} s",
+            f"{number(entry.get('plain_peak_mib'))} → {number(entry.get('monitor_peak_mib'))} MiB",
+        ]
+        for case, entry in results.items()
+        if case.startswith("validation")
+    ]
+    head: tuple[str, ...] = ("validation epoch", "with the monitor / without", "without", "peak memory, without → with")
+    text = where(results) + ("\n" + table(head, epochs) if epochs else "")
+    for case, contenders in results.items():
+        if not case.startswith("head"):
+            continue
+        own = contenders["ours"]
+        rows = [["this package", "exact", "1", "1", "1", f"{number(own.get('above_inputs_mib'))} MiB"]]
+        for name, entry in contenders.items():
+            memory = f"{number(entry.get('above_inputs_mib', entry.get('peak_mib')))} MiB"
+            if "skipped" in entry:
+                rows.append([name, entry["skipped"], "", "", "", ""])
+            elif "times_ours" in entry:
+                cells = 3 * [f"{entry['times_ours']['median']:,.0f}"]
+                rows.append([name, f"exact; timed on {entry['timed_on_samples']} samples", *cells, memory])
+            elif "1 %" in entry:
+                cells = [f"{entry[label]['times_ours']:,.0f}" for label in ("1 %", "0.1 %", "equal accuracy")]
+                how = f"random probes, each off by {entry['deviation_of_a_probe']:.1%}"
+                rows.append([name, how, *cells, memory])
+        head = ("", "how", "time / ours for 1 %", "for 0.1 %", "at equal accuracy", "memory above the inputs")
+        text += (
+            f"\n**{case}**: ours takes {1000 * own['seconds']['median']:.3g} ms, and in float32 is off by "
+            f"{own['relative_error']:.0e} of the value in float64\n\n{table(head, rows)}"
+        )
+    return text
+
+
+def scaling() -> str:
+    """Return the tables of scaling."""
+    results = read("scaling")
+    sizes = results.get("sizes", {})
+    axes = [axis for axis in ("n", "d", "m") if any(axis in entry for entry in sizes.values())]
+    head = ["", *(f"time in {axis}" for axis in axes), *(f"memory in {axis}" for axis in axes)]
+    rows = []
+    for name, found in sizes.items():
+        cells = [f"{found[axis][f'{kind}_exponent']:.2f}" if f"{kind}_exponent" in found.get(axis, {}) else "–"
+                 for kind in ("time", "memory") for axis in axes]  # fmt: skip
+        rows.append([name, *cells])
+    text = where(results)
+    if sizes:
+        text += "\nFitted exponents:\n\n" + table(head, rows)
+        figure, plots = plt.subplots(1, len(axes), figsize=(3.6 * len(axes), 3), squeeze=False, layout="constrained")
+        for axis, plot in zip(axes, plots[0], strict=True):
+            for name, found in sizes.items():
+                seconds = [entry["median"] for entry in found[axis]["seconds"]]
+                plot.loglog(found[axis]["sizes"], seconds, "o-", label=name.replace("κ", "kappa"))
+            plot.set(xlabel=axis, ylabel="seconds")
+        plots[0][0].legend(fontsize=6)
+        figure.savefig(DOCS / "images" / "costs_scaling.png", dpi=100)
+        plt.close(figure)
+        text += "\n![Seconds against n, d and m](images/costs_scaling.png)\n"
+    rows = []
+    for world, entries in results.get("metric", {}).items():
+        for batches, entry in entries.items():
+            calls = {name: count for name, count in entry["calls"].items() if name != "bytes"}
+            said = ", ".join(f"{count} × {name}" for name, count in calls.items()) or "none"
+            update, compute = 1000 * entry["update_seconds"], 1000 * entry["compute_seconds"]
+            rows.append([world, batches, f"{update:.3g} ms", f"{compute:.3g} ms", said])
+    if rows:
+        head = ["", "in the epoch", "an update, 4,096 samples shared out", "the epoch's end", "collectives at its end"]
+        text += "\nThe metric of a 512×100 head over gloo:\n\n" + table(head, rows)
+    rows = []
+    for case, entry in results.get("training", {}).items():
+        calls = {name: count for name, count in entry["calls"].items() if name != "bytes"}
+        said = ", ".join(f"{count} × {name}" for name, count in sorted(calls.items()))
+        rows.append([case, said, f"{entry['gradient_bytes_per_step']:,.0f}"])
+    if rows:
+        head = ["an epoch of `fit` under DDP", "calls of `torch.distributed`", "gradient bytes per step"]
+        text += "\n" + table(head, rows)
+    states = results.get("state_bytes", {})
+    if states:
+        text += "\nBytes of state that a process sends at an epoch's end, for a 512×100 head:\n\n"
+        text += table(["metric", "bytes"], [[name, f"{size:,}"] for name, size in states.items()])
+        text += "\n" + on_paper(states["RelativeFlatness"])
+    return text
+
+
+def on_paper(state: int) -> str:
+    """Return what clusters move: gradients in a ring, states gathered."""
+    rows = [
+        [
+            f"{world:,}",
+            *(f"{2 * (world - 1) / world * 4 * size / 2**20:,.0f} MiB" for size in GRADIENTS.values()),
+            "0",
+            f"{(world - 1) * state / 1024:,.2f} KiB",
+        ]
+        for world in (8, 64, 512, 4096)
+    ]
+    head = ("processes", *(f"DDP's gradients, {name}" for name in GRADIENTS), "FAM adds", "monitor, an epoch")
+    return (
+        "On paper, what a process receives: DDP's gradients in float32 per step, reduced in a ring, "
+        "2(p − 1)/p times their size; FAM's part of that; the monitor's state per epoch, gathered from all others.\n\n"
+        + table(head, rows)
+    )
+
+
+def importing() -> str:
+    """Return the table of import times."""
+    results = read("import_time")
+    rows = [
+        [kind, times(entry["milliseconds"]), times(entry["processor_milliseconds"])]
+        for kind, entry in results.items()
+        if kind != "machine"
+    ]
+    if not rows:
+        return where(results)
+    return (
+        where(results)
+        + "\n"
+        + table(["import, after torch and Lightning", "ms: median (quartiles)", "ms of the processor"], rows)
+    )
+
+
+def heads() -> str:
+    """Return a pointer to the large heads, where they were measured."""
+    return "`python benchmarks/large_heads.py` measures heads of language models; see benchmarks/NOTES.md.\n"
+
+
+def main() -> None:
+    """Write the page."""
+    sections = {
+        "A training step": ("training_step", training()),
+        "Measuring": ("measuring", measuring()),
+        "Large heads": ("large_heads", heads()),
+        "Scaling": ("scaling", scaling()),
+        "Importing": ("import_time", importing()),
+    }
+    text = "# What it costs\n\nWritten by `python benchmarks/tables.py` from the results in `benchmarks/*.json`.\n"
+    for title, (name, section) in sections.items():
+        text += f"\n## {title}\n\n`python benchmarks/{name}.py` measures it again. {section}"
+    (DOCS / "costs.md").write_text(text)
+
+
+if __name__ == "__main__":
+    auto_cli(main)

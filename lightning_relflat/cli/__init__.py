@@ -1,0 +1,28 @@
+"""The command line: ``relflat measure``, ``compare``, ``layers`` and ``coefficient``. Needs the extra ``cli``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``relflat``.
+
+    Args:
+        argv: what follows ``relflat`` on the command line; ``None`` for what the process was started with.
+
+    Returns:
+        The exit code: 0, or 2 for bad input, after one line on stderr that says what to do.
+    """
+    missing = [name for name in ("jsonargparse", "rich", "matplotlib") if find_spec(name) is None]
+    if missing:
+        needed = f"needs {' and '.join(missing)}: pip install 'lightning-relflat[cli]'"
+        print(f"relflat: error: the command line {needed}", file=sys.stderr)  # noqa: T201
+        return 2
+    from lightning_relflat.cli._app import run
+
+    return run(sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,131 @@
+"""Parse the command line, run a command, and turn bad input into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lightning_relflat.cli import coefficient, compare, layers, measure
+from lightning_relflat.cli._shared import InputError, Parser
+
+COMMANDS = {
+    "measure": (measure, "what relative flatness a checkpoint has, and what it is made of"),
+    "compare": (compare, "several runs or checkpoints side by side, and how their ranks agree with another column"),
+    "layers": (layers, "the relative flatness of every layer of a checkpoint"),
+    "coefficient": (coefficient, "try coefficients for FAM over decades and suggest one"),
+}
+EPILOG = """\
+example:
+  relflat measure last.ckpt --model my.Net --data my.Data --layer head
+
+`relflat COMMAND --help` shows the options of a command, with examples. Classes are given by their dotted paths and
+their arguments as --model.NAME and --data.NAME, or in a file with --config, as LightningCLI does.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command.
+
+    Args:
+        argv: the command and its arguments.
+
+    Returns:
+        The exit code.
+    """
+    # As with `python -m`: the user's own modules are found in the folder where the command is given.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    parser = Parser(
+        prog="relflat", description="Measure relative flatness, and choose FAM's coefficient.", epilog=EPILOG
+    )
+    commands = parser.add_subcommands(metavar="COMMAND", title="commands")
+    for name, (module, summary) in COMMANDS.items():
+        commands.add_subcommand(name, module.make_parser(), help=summary)
+    stdout = sys.stdout
+    try:
+        with _plainly():
+            try:
+                config = parser.parse_args(list(argv))
+                given = parser.parse_args(list(argv), defaults=False)
+            except argparse.ArgumentError as error:
+                raise InputError(_in_short(str(error))) from error
+            module, _ = COMMANDS[config.subcommand]
+            _run_command(module.run, config[config.subcommand], given[config.subcommand], stdout)
+    except InputError as error:
+        if getattr(rank_zero_only, "rank", 0) == 0:  # several processes find the same
+            _say("error", str(error))
+        return 2
+    return 0
+
+
+def _run_command(command, config, given, stdout: TextIO) -> None:  # type: ignore[no-untyped-def]
+    try:
+        # What the user's code prints must not get between the results.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = command(config, given)
+    except (MisconfigurationException, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
+    except (ValueError, RuntimeError) as error:
+        message = str(error)
+        if not message.startswith(("Expected argument `", "FlatnessMonitor(", "FAM(")):
+            raise  # a fault in the user's module, or in this package
+        raise InputError(re.sub(r"^Expected argument `(\w+)`", r"Expected --\1", message)) from error
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        result.write(config, stdout)
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Show warnings as one line each, and none of Lightning's advice about the hardware and the number of workers."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = lambda message, *_, **__: _say("warning", str(message))
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _say(kind: str, message: str) -> None:
+    print(f"relflat: {kind}: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+
+
+def _in_short(message: str) -> str:
+    """Return what matters of the parser's message, which lists all that it has tried."""
+    found = re.match(r'Parser key "([\w.]+)":?', message)
+    if "subcommand" in message and "not provided" in message:
+        return f"name a command, one of {', '.join(COMMANDS)}; see --help"
+    if not found:
+        return f"{message}; see --help"
+    key = f"--{found[1]}"
+    of_class = re.search(r"Problem with given class_path '(.+?)':\s+(.*?)(?:\n +- Expected|\n +Given|$)", message, re.S)
+    if of_class:
+        advice = f"--{found[1]}.help {of_class[1]} shows what it takes"
+        if "No module named" in of_class[2] or "has no attribute" in of_class[2]:
+            advice = "give the dotted path of a class that can be imported from this folder, as package.module.Class"
+        return f"{key} {of_class[1]}: {' '.join(of_class[2].split())}; {advice}"
+    if "not correspond to a subclass" in message:
+        given = re.search(r"Given value: (.*)", message)
+        kind = re.search(r"subclass of (\w+)", message)
+        return f"{key} {given and given[1]} is no {kind and kind[1]}; give the dotted path of one"
+    reason = message[found.end() :].strip()
+    tried = re.search(r"(Expected an? (?!<class 'NoneType'>).*Got value: .*)", reason)
+    reason = tried[1].replace("typing.Literal", "value of ") if tried else reason
+    return f"{key}: {reason}; see --help"

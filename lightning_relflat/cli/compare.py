@@ -1,0 +1,263 @@
+"""``relflat compare``: several runs or checkpoints side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fnmatch
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from matplotlib.figure import Figure
+from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
+
+from lightning_relflat.cli._shared import (
+    InputError,
+    Parser,
+    Result,
+    add_outputs,
+    check_outputs,
+    new_figure,
+    new_table,
+    number,
+    plain_log_ticks,
+)
+from lightning_relflat.cli.measure import MEANINGS, add_checkpoint_options, is_flatness, report_checkpoint
+
+EPILOG = """\
+examples:
+  relflat compare lightning_logs/version_*
+  relflat compare a.json b.json c.json --against gap/loss --plot gap.png
+  relflat compare a.ckpt b.ckpt --model my.Net --data my.Data --columns 'val/flatness/*'
+
+A RUN is a folder with CSVLogger's metrics.csv or TensorBoard's event files, whose last logged values count; a file
+that `relflat measure --json` wrote; or a checkpoint, which is measured, with the options of `relflat measure`.
+Of what was logged for both, gap/NAME is val/NAME - train/NAME.
+"""
+
+Values = dict[str, float]
+
+
+def make_parser() -> ArgumentParser:
+    """Return the command's parser."""
+    parser = Parser(
+        description="Put runs or checkpoints side by side, sorted, with the rank correlation to another column.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN_OR_CKPT", help="What to compare.")
+    parser.add_argument("--by", type=str, default="val/relative_flatness", help="The column to sort by, and to plot.")
+    parser.add_argument("--against", type=str | None, help="The column to correlate with, as gap/loss or val/accuracy.")
+    parser.add_argument(
+        "--columns",
+        type=str,
+        nargs="+",
+        metavar="PATTERN",
+        help="Patterns of columns to show and to correlate; else κ and losses.",
+    )
+    add_checkpoint_options(parser)
+    add_outputs(parser, "--by against --against")
+    return parser
+
+
+def run(config: Namespace, given: Namespace) -> Result:
+    """Compare.
+
+    Args:
+        config: the options.
+        given: those that the user gave.
+
+    Returns:
+        The runs, sorted, and rank correlations.
+
+    Raises:
+        InputError: if a run or a column cannot be found.
+    """
+    check_outputs(config)
+    if not config.runs:
+        raise InputError("name what to compare: relflat compare RUN RUN …")
+    if len(set(config.runs)) < len(config.runs):
+        raise InputError("a run is named twice; name each once")
+    if config.get("plot") and not config.against:
+        raise InputError("--plot draws one column against another; name it with --against, as --against gap/loss")
+    runs = {path: _with_gaps(read_run(path, config, given)) for path in config.runs}
+    for column in filter(None, (config.by, config.against)):
+        _check_column(column, runs)
+    runs = dict(sorted(runs.items(), key=lambda item: (math.isnan(item[1][config.by]), item[1][config.by])))
+    columns = _columns(config, runs)
+    title = f"{len(runs)} runs by {config.by}"
+    if len(columns) > max(6, len(runs)):  # runs across, so that it fits
+        table = new_table(title, "", *runs)
+        for column in columns:
+            table.add_row(column, *(number(values.get(column)) for values in runs.values()))
+    else:
+        table = new_table(title, "run", *columns)
+        for path, values in runs.items():
+            table.add_row(path, *(number(values.get(column)) for column in columns))
+    data: dict[str, Any] = {
+        "by": config.by,
+        "runs": [{"run": path, "values": values} for path, values in runs.items()],
+    }
+    tables = [table]
+    if config.against:
+        if len(runs) < 3:
+            raise InputError(
+                f"a rank correlation needs at least 3 runs, but there are {len(runs)}; leave out --against"
+            )
+        others = [column for column in columns if column != config.against]
+        found = {column: correlate(column, config.against, runs) for column in others}
+        data["correlation"] = {"against": config.against, "columns": found}
+        ranks = new_table(f"rank correlation with {config.against}", "column", "Kendall τ", "Spearman ρ", "runs")
+        for column, entry in found.items():
+            ranks.add_row(column, *(_rank(entry[kind]) for kind in ("kendall", "spearman")), str(entry["runs"]))
+        tables.append(ranks)
+    return Result(data, tables, figure=lambda: draw(config.by, config.against, runs))
+
+
+def read_run(path: str, config: Namespace, given: Namespace) -> Values:
+    """Return the last values of a run.
+
+    Args:
+        path: a logger's folder, a JSON file of `relflat measure`, or a checkpoint.
+        config: the options.
+        given: those that the user gave.
+
+    Returns:
+        The values by their names.
+
+    Raises:
+        InputError: if there are none.
+    """
+    place = Path(path)
+    if place.is_dir():
+        if (place / "metrics.csv").is_file():
+            return _read_csv(place / "metrics.csv")
+        if any(place.glob("events.out.tfevents.*")):
+            return _read_events(place)
+        inner = sorted(place.glob("*/metrics.csv")) + sorted(place.glob("*/events.out.tfevents.*"))
+        advice = f"give a folder in it, as {inner[-1].parent}" if inner else "give a folder that a logger wrote"
+        raise InputError(f"{path} has no metrics.csv and no event files; {advice}")
+    if not place.is_file():
+        raise InputError(
+            f"there is no {path}; give a logger's folder, a JSON file of `relflat measure` or a checkpoint"
+        )
+    if place.suffix == ".json":
+        try:
+            values = json.loads(place.read_text(encoding="utf-8"))["values"]
+            return {str(name): math.nan if value is None else float(value) for name, value in values.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} was not written by `relflat measure --json`; write it anew") from error
+    _, values = report_checkpoint(path, config, given, parts=["train", "val"], measures=list(MEANINGS))
+    return dict(values)
+
+
+def _read_csv(path: Path) -> Values:
+    values: Values = {}
+    with path.open(newline="", encoding="utf-8") as log:
+        for row in csv.DictReader(log):
+            for name, text in row.items():
+                with contextlib.suppress(TypeError, ValueError):  # not logged in that step
+                    values[name] = float(text)
+    return values
+
+
+def _read_events(folder: Path) -> Values:
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise InputError(f"{folder} holds TensorBoard's event files; pip install tensorboard to read them") from error
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 1})  # the last one is kept
+    events.Reload()
+    return {name: float(events.Scalars(name)[-1].value) for name in events.Tags()["scalars"]}
+
+
+def _with_gaps(values: Values) -> Values:
+    """Add what generalising costs: validation minus training, of what the model logs for both."""
+    gaps: Values = {}
+    for name, value in values.items():
+        for separator in ("/", "_"):
+            stage, found, rest = name.partition(separator)
+            training = values.get(f"train{separator}{rest}", values.get(f"train{separator}{rest}{separator}epoch"))
+            if stage == "val" and found and training is not None and not is_flatness(rest):
+                gaps[f"gap/{rest}"] = value - training
+    return values | gaps
+
+
+def _check_column(column: str, runs: dict[str, Values]) -> None:
+    for path, values in runs.items():
+        if column not in values:
+            names = ", ".join(name for name in values if "flatness/" not in name)
+            raise InputError(f"{path} has no column {column}; it has {names or 'none'}")
+
+
+def _columns(config: Namespace, runs: dict[str, Values]) -> list[str]:
+    """Return the columns to show: first the one that is sorted by, then the one to correlate with."""
+    names = list(dict.fromkeys(name for values in runs.values() for name in values))
+    if config.columns is None:
+        hidden = ("flatness/", "layer_flatness", "network_flatness", "epoch", "step", "lr-", "hp_metric")
+        rest = [name for name in names if not any(part in name for part in hidden) and not name.startswith("fam/")]
+    else:
+        for pattern in config.columns:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(f"--columns {pattern} matches none of {', '.join(names)}")
+        rest = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.columns)]
+    return list(dict.fromkeys([config.by, *filter(None, [config.against]), *rest]))
+
+
+def correlate(column: str, against: str, runs: dict[str, Values]) -> dict[str, float]:
+    """Return rank correlations over the runs that have both columns.
+
+    Args:
+        column: a column.
+        against: another.
+        runs: the values of each run.
+
+    Returns:
+        Kendall's τ_b, Spearman's ρ and the number of runs; NaN for fewer than three, or where all values are the same.
+    """
+    pairs = [(values.get(column, math.nan), values[against]) for values in runs.values()]
+    both = torch.tensor([pair for pair in pairs if all(map(math.isfinite, pair))], dtype=torch.float64)
+    found = {"kendall": math.nan, "spearman": math.nan, "runs": len(both)}
+    if len(both) >= 3 and all(len(side.unique()) > 1 for side in both.T):
+        x, y = both.T.contiguous()
+        found["kendall"] = float(kendall_rank_corrcoef(x, y))  # type: ignore[arg-type]
+        found["spearman"] = float(spearman_corrcoef(x, y))
+    return found
+
+
+def _rank(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def draw(by: str, against: str, runs: dict[str, Values]) -> Figure:
+    """Draw one column against another.
+
+    Args:
+        by: the column to the right.
+        against: the column upwards.
+        runs: the values of each run.
+
+    Returns:
+        The figure.
+    """
+    figure, [axis] = new_figure()
+    xs, ys = ([values[column] for values in runs.values()] for column in (by, against))
+    axis.scatter(xs, ys)
+    if len(runs) <= 12:
+        names = [Path(path).stem if Path(path).suffix else Path(path).name for path in runs]
+        for x, y, name in zip(xs, ys, names if len(set(names)) == len(names) else runs, strict=True):
+            axis.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    if min(xs) > 0 and max(xs) > 10 * min(xs):
+        axis.set_xscale("log")
+        plain_log_ticks(axis.xaxis)
+    found = correlate(by, against, runs)
+    axis.set(xlabel=by, ylabel=against)
+    axis.set_title(
+        f"Kendall τ = {_rank(found['kendall'])}, Spearman ρ = {_rank(found['spearman'])}, {found['runs']} runs",
+        fontsize=10,
+    )
+    axis.margins(x=0.12, y=0.12)
+    return figure

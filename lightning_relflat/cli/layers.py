@@ -1,0 +1,141 @@
+"""``relflat layers``: the relative flatness of every layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from matplotlib.figure import Figure
+
+from lightning_relflat.callbacks import FlatnessMonitor
+from lightning_relflat.cli._shared import (
+    InputError,
+    Parser,
+    Result,
+    add_outputs,
+    check_outputs,
+    class_path,
+    find_loss,
+    new_figure,
+    new_table,
+    with_error,
+)
+from lightning_relflat.cli.measure import Part, add_checkpoint_options, load, validate
+
+EPILOG = """\
+examples:
+  relflat layers last.ckpt --model my.Net --data my.Data --plot layers.png
+  relflat layers first.ckpt last.ckpt --model my.Net --data my.Data --layers 'body.*' head --probes 8
+
+Every linear and convolution layer is measured by random probes; ± is the standard error, which falls with the number
+of probes and of samples. --layer names the layer whose outputs the loss is computed from.
+"""
+
+Values = dict[str, tuple[float, float]]
+
+
+def make_parser() -> ArgumentParser:
+    """Return the command's parser."""
+    parser = Parser(description="Estimate the relative flatness κ of every layer of checkpoints.", epilog=EPILOG)
+    parser.add_argument("ckpts", type=str, nargs="+", metavar="CKPT", help="The checkpoints, of one class of models.")
+    add_checkpoint_options(parser)
+    parser.add_argument("--split", type=Part, default="val", help="The data.")
+    parser.add_argument("--layers", type=str, nargs="+", metavar="PATTERN", help="Patterns of layers' names; else all.")
+    parser.add_argument("--probes", type=int, default=2, help="How many random probes to average.")
+    add_outputs(parser, "every layer's κ as bars")
+    return parser
+
+
+def run(config: Namespace, given: Namespace) -> Result:
+    """Measure.
+
+    Args:
+        config: the options.
+        given: those that the user gave.
+
+    Returns:
+        κ of every layer of each checkpoint, with standard errors.
+    """
+    check_outputs(config)
+    if not config.ckpts:
+        raise InputError("name a checkpoint: relflat layers CKPT --model package.module.Class --data …")
+    found: dict[str, Values] = {}
+    for path in config.ckpts:
+        model, data = load(path, config, given)
+        monitor = FlatnessMonitor(
+            config.layer,
+            find_loss(config.loss),
+            target=config.target,
+            layers=config.layers or "*",
+            probes=config.probes,
+            seed=config.seed,
+        )
+        logged = validate(model, data, config.split, config, [monitor])
+        prefix = f"{config.split}/layer_flatness/"
+        values = {
+            name.removeprefix(prefix): (value, logged[name.replace("layer_flatness", "layer_flatness_error", 1)])
+            for name, value in logged.items()
+            if name.startswith(prefix)
+        }
+        values["all"] = logged[f"{config.split}/network_flatness"], logged[f"{config.split}/network_flatness_error"]
+        found[path] = values
+    where = {"train": "training", "val": "validation"}[config.split]
+    title = f"κ of every layer on {where} data, ± standard error"
+    table = new_table(title, "layer", *_labels(config.ckpts))
+    names = list(dict.fromkeys(name for values in found.values() for name in values if name != "all"))
+    for index, name in enumerate([*names, "all"]):
+        cells = [with_error(*values[name]) if name in values else "" for values in found.values()]
+        table.add_row(name, *cells, end_section=index == len(names) - 1)
+    data_out = {
+        "model": class_path(config.model, "model"),
+        "loss": config.loss,
+        "split": config.split,
+        "probes": config.probes,
+        "checkpoints": [
+            {
+                "checkpoint": path,
+                "layers": {
+                    name: {"relative_flatness": value, "error": error}
+                    for name, (value, error) in values.items()
+                    if name != "all"
+                },
+                "network": dict(zip(("relative_flatness", "error"), values["all"], strict=True)),
+            }
+            for path, values in found.items()
+        ],
+    }
+    return Result(data_out, [table], figure=lambda: draw(found, names, where))
+
+
+def _labels(paths: list[str]) -> list[str]:
+    """Return the files' names, with their folders where names repeat."""
+    names = [Path(path).stem for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def draw(found: dict[str, Values], names: list[str], where: str) -> Figure:
+    """Draw bars, the first layer on top.
+
+    Args:
+        found: κ and its error by layer, for each checkpoint.
+        names: the layers.
+        where: what data it is.
+
+    Returns:
+        The figure.
+    """
+    figure, [axis] = new_figure(height=1.2 + 0.3 * len(names) * (1 + len(found)) / 2)
+    thick = 0.8 / len(found)
+    for index, (label, values) in enumerate(zip(_labels(list(found)), found.values(), strict=True)):
+        places = [row + thick * (index - (len(found) - 1) / 2) for row in range(len(names))]
+        pairs = [values.get(name, (0.0, 0.0)) for name in names]
+        errors: Any = [error for _, error in pairs]
+        axis.barh(places, [value for value, _ in pairs], thick, xerr=errors, label=label, capsize=2)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel(f"relative flatness κ on {where} data (bars: ± standard error)")
+    if len(found) > 1:
+        axis.legend(frameon=False)
+    return figure

@@ -1,0 +1,445 @@
+"""``relflat measure``: the report of a checkpoint on training and validation data."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import pydoc
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_relflat.callbacks import FlatnessMonitor
+from lightning_relflat.cli._shared import (
+    InputError,
+    Parser,
+    Result,
+    add_classes,
+    add_hardware,
+    add_layer,
+    add_outputs,
+    build,
+    check_outputs,
+    class_path,
+    find_loss,
+    new_table,
+    number,
+)
+from lightning_relflat.layer_tap import LayerTap
+
+Part = Literal["train", "val"]
+Measure = Literal[
+    "relative_flatness",
+    "weight_norm",
+    "feature_norm",
+    "curvature",
+    "hessian_trace",
+    "layer_trace",
+    "column_flatness_max",
+    "column_flatness_sum",
+    "standardized",
+    "flat_samples",
+    "dead_features",
+    "zero_rows",
+]
+MEANINGS: dict[str, str] = {
+    "relative_flatness": "κ, the product of the next three",
+    "weight_norm": "‖W‖²",
+    "feature_norm": "mean ‖φ‖²",
+    "curvature": "κ for weight and features of unit norm",
+    "hessian_trace": "Tr(H)",
+    "layer_trace": "‖W‖² Tr(H)",
+    "column_flatness_max": "max ρ(j)",
+    "column_flatness_sum": "Σ ρ(j)",
+    "standardized": "κ of features of unit variance",
+    "flat_samples": "share of saturated samples",
+    "dead_features": "share of features that are always zero",
+    "zero_rows": "share of rows of W that are zero",
+}
+EPILOG = """\
+examples:
+  relflat measure last.ckpt --model my.Net --data my.Data
+  relflat measure last.ckpt --model my.Net --model.width 64 --data my.Data --data.batch_size 256 --layer head
+  relflat measure last.ckpt --config run.yaml --measures relative_flatness weight_norm --json > last.json
+  relflat measure last.ckpt --model my.Net --data my.Data --devices 2
+
+Every sample of `train_dataloader` and `val_dataloader` counts once, in order, whatever shuffles or drops batches in
+training; both go through the model's `validation_step`, whose logged values are shown too. The model's arguments are
+those that `save_hyperparameters` put into the checkpoint, unless given.
+"""
+
+
+def make_parser() -> ArgumentParser:
+    """Return the command's parser."""
+    parser = Parser(
+        description="Measure the relative flatness of a checkpoint, what it is made of, and its neighbours.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("ckpt", type=str, metavar="CKPT", help="The checkpoint.")
+    add_checkpoint_options(parser)
+    parser.add_argument("--split", type=Literal["train", "val", "both"], default="both", help="The data.")
+    parser.add_argument(
+        "--measures", type=Measure, nargs="+", metavar="MEASURE", help="Which to show, of those of the table; else all."
+    )
+    add_outputs(parser)
+    return parser
+
+
+def add_checkpoint_options(parser: ArgumentParser) -> None:
+    """Add what is needed to measure a checkpoint.
+
+    Args:
+        parser: the command's parser.
+    """
+    add_classes(parser)
+    add_layer(parser)
+    add_hardware(parser)
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="Load a checkpoint that holds more than tensors and plain values; such a file can run any code.",
+    )
+
+
+def run(config: Namespace, given: Namespace) -> Result:
+    """Measure.
+
+    Args:
+        config: the options.
+        given: those that the user gave.
+
+    Returns:
+        The report.
+    """
+    check_outputs(config)
+    if config.ckpt is None:
+        raise InputError("name a checkpoint: relflat measure CKPT --model package.module.Class --data …")
+    measures = list(get_args(Measure)) if config.measures is None else config.measures
+    parts: list[Part] = ["train", "val"] if config.split == "both" else [config.split]
+    layer, values = report_checkpoint(config.ckpt, config, given, parts=parts, measures=measures)
+    title = f"{config.ckpt}, layer {layer}, loss {config.loss}"
+    heads = {"train": "training", "val": "validation"}
+    table = new_table(title, "", *(heads[part] for part in parts), *(["difference"] if len(parts) == 2 else []))
+    table.add_column("what it is")
+    names = list(dict.fromkeys(name.partition("/")[2] for name in values))
+    own = [name for name in names if not is_flatness(name)]
+    of_report = [name for measure in measures if (name := _logged(measure)) in names]
+    for index, name in enumerate([*own, *of_report]):
+        numbers = [values.get(f"{part}/{name}") for part in parts]
+        shown = [number(value) for value in numbers]
+        if len(parts) == 2:
+            train, val = numbers
+            shown.append("" if train is None or val is None or name not in own else number(val - train))
+        meaning = "logged by the model" if name in own else MEANINGS[name.rpartition("/")[2]]
+        table.add_row(name.removeprefix("flatness/"), *shown, meaning, end_section=index == len(own) - 1)
+    data = {
+        "checkpoint": config.ckpt,
+        "model": class_path(config.model, "model"),
+        "layer": layer,
+        "loss": config.loss,
+        "values": values,
+    }
+    return Result(data, [table])
+
+
+def _logged(measure: str) -> str:
+    return measure if measure == "relative_flatness" else f"flatness/{measure}"
+
+
+def is_flatness(name: str) -> bool:
+    """Return whether a value comes from the monitor.
+
+    Args:
+        name: its name, without the part of the data.
+
+    Returns:
+        Whether it does.
+    """
+    return name.startswith(("relative_flatness", "flatness/", "layer_flatness", "network_flatness"))
+
+
+def report_checkpoint(
+    path: str, config: Namespace, given: Namespace, *, parts: list[Part], measures: list[str]
+) -> tuple[str, dict[str, float]]:
+    """Measure a checkpoint.
+
+    Args:
+        path: the file.
+        config: the options.
+        given: those that the user gave.
+        parts: the data.
+        measures: which values of the report.
+
+    Returns:
+        The layer's name, and the values by names that begin with the part of the data.
+
+    Raises:
+        InputError: if something cannot be found or does not fit.
+    """
+    model, data = load(path, config, given)
+    layer = config.layer or last_layer(model, data, config)
+    loss = find_loss(config.loss)
+    report = measures != ["relative_flatness"]
+    values: dict[str, float] = {}
+    for part in parts:
+        monitor = FlatnessMonitor(layer, loss, target=config.target, report=report, seed=config.seed)
+        found = validate(model, data, part, config, [monitor])
+        wanted = {_logged(measure) for measure in measures}
+        values |= {
+            name: value
+            for name, value in found.items()
+            if (own := name.partition("/")[2]) in wanted or not is_flatness(own)
+        }
+    return layer, values
+
+
+def load(path: str, config: Namespace, given: Namespace) -> tuple[LightningModule, SharedData]:
+    """Return the model of a checkpoint, and the data.
+
+    Args:
+        path: the file.
+        config: the options.
+        given: those that the user gave.
+
+    Returns:
+        Both.
+
+    Raises:
+        InputError: if something cannot be found or does not fit.
+    """
+    name = class_path(config.model, "model")
+    class_path(config.data, "data")
+    check_devices(config)
+    seed_everything(config.seed, workers=True, verbose=False)
+    checkpoint = read(path, trust=config.trust)
+    kind: Any = pydoc.locate(name)
+    own = given.model.get("init_args")
+    kwargs = _instantiated(kind, own.as_dict()) if own else {}
+    kwargs |= dict(given.model.get("dict_kwargs") or {})
+    loading: dict[str, Any] = {"map_location": "cpu"}
+    # Lightning before 2.6 does not know it, and reads again what was just found to be harmless.
+    if "weights_only" in inspect.signature(LightningModule.load_from_checkpoint).parameters:
+        loading["weights_only"] = not config.trust
+    try:
+        model: LightningModule = kind.load_from_checkpoint(path, **loading, **kwargs)
+    except TypeError as error:
+        saved = ", ".join(checkpoint.get("hyper_parameters", {})) or "no arguments"
+        raise InputError(
+            f"{name} cannot be built: {error}; {path} holds {saved}; give the rest as --model.NAME VALUE"
+        ) from error
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        # "Error(s) in loading state_dict for Net:", then a line for each kind of misfit
+        reason = " ".join(str(error).partition(":")[2].split())
+        reason = reason if len(reason) < 300 else f"{reason[:300]}…"
+        raise InputError(
+            f"{path} does not fit {name}: {reason} Give the class and the arguments (--model.NAME VALUE) that the "
+            "checkpoint was saved with"
+        ) from error
+    return model, SharedData(build(config.data, "data"))
+
+
+def read(path: str, *, trust: bool) -> dict[str, Any]:
+    """Return what a checkpoint of Lightning's holds, tensors without their values.
+
+    Args:
+        path: the file.
+        trust: whether the file may run code.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        InputError: if there is no such checkpoint, or it is not safe to load.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"there is no checkpoint {path}; give the path of a file that the Trainer saved")
+    try:
+        checkpoint = torch.load(path, map_location="meta", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|class|global) `?([\w.]+)", str(error))
+        if found is None:
+            raise InputError(f"{path} is no checkpoint; give a file that the Trainer saved") from error
+        raise InputError(
+            f"{path} holds more than tensors and plain values ({found[1]}), and loading it can run any code; if you "
+            "trust where it comes from, add --trust"
+        ) from error
+    except Exception as error:  # whatever a broken file may come to
+        raise InputError(
+            f"{path} cannot be loaded ({' '.join(str(error).split())[:200]}); is it a whole checkpoint of Lightning's?"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise InputError(f"{path} is no checkpoint of Lightning's: it has no `state_dict`; give one the Trainer saved")
+    if "pytorch-lightning_version" not in checkpoint:
+        raise InputError(
+            f"{path} is no checkpoint of Lightning's: it names no version of it; give one that the Trainer saved"
+        )
+    return checkpoint
+
+
+def _instantiated(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return given arguments as the class takes them; those of classes may be objects of other classes."""
+    parser = ArgumentParser(exit_on_error=False)
+    names = set(inspect.signature(kind).parameters)
+    parser.add_class_arguments(kind, "model", fail_untyped=False, skip=names - set(values), instantiate=False)
+    return dict(parser.instantiate(parser.parse_object({"model": values}))["model"].items())
+
+
+def check_devices(config: Namespace) -> None:
+    """Refuse a number of processes that is none.
+
+    Args:
+        config: the options.
+
+    Raises:
+        InputError: if it is.
+    """
+    if config.devices < 1:
+        raise InputError(f"--devices {config.devices}: give a number of processes from 1 on")
+
+
+class SharedData:
+    """A user's data module, from which each process gets its share of the whole training or validation set.
+
+    Every sample is given once, in order, to one process. Lightning's own sampler repeats samples, so that every process
+    has as many.
+
+    Args:
+        data: the data module.
+    """
+
+    def __init__(self, data: LightningDataModule) -> None:
+        self.data = data
+        self.part: Part = "val"
+        self._setup = data.setup
+        self._loaders = {"train": data.train_dataloader, "val": data.val_dataloader}
+        self._ready = False
+        # The data module itself goes to the Trainer, so that its hooks for moving batches count.
+        data.setup = self._setup_once  # type: ignore[method-assign]
+        data.val_dataloader = self._share  # type: ignore[method-assign]
+
+    def _setup_once(self, stage: str) -> None:  # noqa: ARG002
+        if not self._ready:  # so that a split drawn at random is one and the same
+            self._setup("fit")  # sets up both parts
+        self._ready = True
+
+    def _share(self) -> Any:
+        loader = self._loaders[self.part]()
+        trainer = self.data.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        if not isinstance(loader, DataLoader) and (world > 1 or isinstance(loader, list | tuple | dict)):
+            raise InputError(
+                f"{self.part}_dataloader returns a {type(loader).__name__}; only a single DataLoader can be measured"
+            )
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            if world > 1:
+                raise InputError(
+                    f"{self.part}_dataloader has an IterableDataset, which processes cannot share; use --devices 1"
+                )
+            return loader
+        how: dict[str, Any] = {
+            "collate_fn": loader.collate_fn,
+            "num_workers": loader.num_workers,
+            "pin_memory": loader.pin_memory,
+            "timeout": loader.timeout,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        if size < world:
+            raise InputError(f"the {self.part} data has {size} samples, fewer than --devices {world}; give fewer")
+        # Samples rather than batches are dealt out, so that values averaged over processes hardly differ.
+        share = Subset(loader.dataset, range(rank, size, world))
+        makes_batches = loader.batch_size is None and loader.batch_sampler is None  # the data set does
+        return DataLoader(share, batch_size=None if makes_batches else loader.batch_size or 64, **how)
+
+
+def make_trainer(config: Namespace, callbacks: list[Callback], **kwargs: Any) -> Trainer:
+    """Return a Trainer that leaves nothing on the disk.
+
+    Args:
+        config: the options.
+        callbacks: its callbacks.
+        kwargs: further arguments.
+
+    Returns:
+        The Trainer.
+
+    Raises:
+        InputError: if it does not take the options.
+    """
+    show = sys.stderr.isatty()
+    bar: list[Callback] = [RichProgressBar(console_kwargs={"stderr": True})] if show else []
+    settings: dict[str, Any] = {
+        "accelerator": config.accelerator,
+        "devices": config.devices,
+        "strategy": "ddp" if config.devices > 1 else "auto",
+        "precision": config.precision,
+        "callbacks": [*callbacks, *bar],
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": show,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
+    try:
+        return Trainer(**(settings | kwargs))
+    except ValueError as error:  # its words for a wrong --accelerator, --devices or --precision
+        raise InputError(str(error)) from error
+
+
+def validate(
+    model: LightningModule,
+    data: SharedData,
+    part: Part,
+    config: Namespace,
+    callbacks: list[Callback],
+    **kwargs: Any,
+) -> dict[str, float]:
+    """Run the model's validation step over a part of the data.
+
+    Args:
+        model: the model.
+        data: the data.
+        part: which part of it.
+        config: the options.
+        callbacks: for the Trainer.
+        kwargs: for the Trainer.
+
+    Returns:
+        All that was logged, by names that begin with the part of the data.
+    """
+    data.part = part
+    [values] = make_trainer(config, callbacks, **kwargs).validate(model, datamodule=data.data, verbose=False)
+    return {f"{part}/{re.sub(r'^val(id|idation)?[/_.]', '', name)}": value for name, value in values.items()}
+
+
+def last_layer(model: LightningModule, data: SharedData, config: Namespace) -> str:
+    """Return the name of the last linear layer that runs in a validation step.
+
+    Args:
+        model: the model.
+        data: the data.
+        config: the options.
+
+    Returns:
+        The name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    with LayerTap(model, copies=True) as tap:
+        validate(model, data, "val" if config.get("split") != "train" else "train", config, [], limit_val_batches=1)
+        tap.take()
+        if tap.name is None:
+            raise InputError("no linear layer runs in `validation_step`; name one with --layer")
+        return tap.name

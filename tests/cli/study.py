@@ -1,0 +1,93 @@
+"""A module and a data module as users write them, for the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Net(L.LightningModule):
+    """A classifier of which a checkpoint knows the width.
+
+    Args:
+        width: how many features.
+        lr: the learning rate.
+    """
+
+    def __init__(self, width: int, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Linear(5, width)
+        self.head = nn.Linear(width, 3)
+        self.lr = lr
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return torch.tanh(self.body(inputs))
+
+    def step(self, batch: list[Tensor], stage: str) -> Tensor:
+        loss = F.cross_entropy(self.head(self.features(batch[0])), batch[1])
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return self.step(batch, "train")
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.step(batch, "val")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Unlogged(Net):
+    """It logs nothing when it validates."""
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.head(self.features(batch[0]))
+
+
+class Data(L.LightningDataModule):
+    """Points around three centres, in sets that no number of processes or batches divides.
+
+    Args:
+        batch_size: how many samples in a batch.
+    """
+
+    def __init__(self, batch_size: int = 8) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.sets: dict[str, TensorDataset] = {}
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            raise AssertionError("asked for less than both sets")
+        generator = torch.Generator().manual_seed(1)
+        centres = torch.randn(3, 5, generator=generator)
+        for part, size in (("train", 45), ("val", 29)):
+            target = torch.randint(0, 3, (size,), generator=generator)
+            self.sets[part] = TensorDataset(centres[target] + torch.randn(size, 5, generator=generator), target)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.sets["train"], batch_size=self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        print("a word on stdout")  # noqa: T201
+        return DataLoader(self.sets["val"], batch_size=self.batch_size)
+
+
+class Criterion(nn.CrossEntropyLoss):
+    """Harmless, but no tensor."""
+
+
+class Careless(Net):
+    """It saves an object with its hyperparameters."""
+
+    def __init__(self, width: int = 6, criterion: Any = None) -> None:
+        super().__init__(width)
+        self.save_hyperparameters()

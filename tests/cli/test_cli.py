@@ -1,0 +1,406 @@
+"""The commands, as they are typed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from scipy import stats  # type: ignore[import-untyped]
+from torch.nn import functional as F
+
+from lightning_relflat import FlatnessMonitor
+from lightning_relflat.cli import coefficient, main
+from lightning_relflat.cli.measure import MEANINGS, Measure
+from lightning_relflat.functional import flatness_report
+from tests.cli.study import Careless, Criterion, Data, Net
+from tests.models import make_trainer
+from tests.oracles import kappa
+from tests.test_imports import run
+
+ROOT = Path(__file__).parents[2]
+STUDY = ["--model", "tests.cli.study.Net", "--data", "tests.cli.study.Data", "--accelerator", "cpu"]
+Relflat = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    paths = {}
+    for width in (3, 6, 12):
+        torch.manual_seed(width)
+        net = Net(width)
+        trainer = make_trainer(limit_train_batches=0)
+        trainer.strategy.connect(net)
+        trainer.save_checkpoint(folder / f"{width}.ckpt")
+        paths[width] = str(folder / f"{width}.ckpt")
+    return paths
+
+
+@pytest.fixture
+def relflat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Relflat:
+    """Run a command that works, and return its JSON."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*argv: object) -> Any:
+        capsys.readouterr()
+        assert main([*map(str, argv), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def net_of(path: str, width: int) -> tuple[Net, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    net = Net(width).double()
+    net.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    data = Data()
+    data.setup("fit")
+    tensors = {part: (data.sets[part].tensors[0].double(), data.sets[part].tensors[1]) for part in ("train", "val")}
+    return net, tensors
+
+
+def test_the_report_is_that_of_all_samples(relflat: Relflat, checkpoints: dict[int, str]) -> None:
+    found = relflat("measure", checkpoints[6], *STUDY, "--precision", "64-true")
+    assert (found["layer"], found["loss"], found["model"]) == ("head", "cross_entropy", "tests.cli.study.Net")
+    net, sets = net_of(checkpoints[6], 6)
+    expected: dict[str, float] = {}
+    for part, (inputs, target) in sets.items():
+        with torch.no_grad():
+            features = net.features(inputs)
+            outputs = net.head(features)
+        report = flatness_report(features, net.head.weight.detach(), outputs, target, loss="cross_entropy")
+        expected[f"{part}/loss"] = F.cross_entropy(outputs, target).item()
+        expected |= {
+            f"{part}/{name}" if name == "relative_flatness" else f"{part}/flatness/{name}": value.item()
+            for name, value in report.items()
+        }
+    assert found["values"] == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def test_kappa_equals_the_definition(relflat: Relflat, checkpoints: dict[int, str]) -> None:
+    net, sets = net_of(checkpoints[6], 6)
+    inputs, target = sets["val"]
+    features = net.features(inputs).detach()
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(features, weight, net.head.bias.detach()), target)
+
+    how = ["--precision", "64-true", "--split", "val", "--data.batch_size", "7"]
+    found = relflat("measure", checkpoints[6], *STUDY, *how, "--measures", "relative_flatness")
+    expected = {
+        "val/relative_flatness": kappa(loss, net.head.weight.detach()).item(),
+        "val/loss": loss(net.head.weight).item(),
+    }
+    assert found["values"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_loss_by_its_dotted_path(relflat: Relflat, checkpoints: dict[int, str]) -> None:
+    how = ["--split", "val", "--precision", "64-true", "--layer", "head"]
+    named = relflat("measure", checkpoints[6], *STUDY, *how)
+    by_path = relflat("measure", checkpoints[6], *STUDY, *how, "--loss", "torch.nn.CrossEntropyLoss")
+    assert by_path["values"] == named["values"]
+
+
+def test_measures_are_those_of_the_report() -> None:
+    report = flatness_report(torch.ones(2, 3), torch.ones(1, 3), torch.ones(2, 1), loss="mse")
+    assert set(MEANINGS) == set(get_args(Measure)) == set(report)
+
+
+@pytest.mark.ddp
+def test_two_processes_equal_one(relflat: Relflat, checkpoints: dict[int, str]) -> None:
+    one = relflat("measure", checkpoints[6], *STUDY, "--precision", "64-true")
+    command = [sys.executable, "-m", "lightning_relflat.cli", "measure", checkpoints[6], *STUDY, "--json"]
+    found = subprocess.run(
+        [*command, "--precision", "64-true", "--devices", "2"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    two = json.loads(found.stdout)
+    for values in (one["values"], two["values"]):
+        del values["train/loss"], values["val/loss"]  # the model's own: a mean of means
+    assert two == one | {"values": pytest.approx(one["values"], rel=1e-10, abs=1e-12)}
+
+
+def test_the_table(checkpoints: dict[int, str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    assert main(["measure", checkpoints[6], *STUDY, "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    values = json.loads(out.read_text())["values"]
+    [line] = [line for line in shown.out.splitlines() if "relative_flatness" in line]
+    assert f"{values['train/relative_flatness']:.4g} " in line
+    assert f"{values['val/relative_flatness']:.4g} " in line
+    assert "a word on stdout" in shown.err
+    assert "a word on stdout" not in shown.out
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def kappa_of_layers(net: Net, inputs: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+    features = net.features(inputs).detach()
+
+    def of_body(weight: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(net.head(torch.tanh(F.linear(inputs, weight, net.body.bias))), target)
+
+    def of_head(weight: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(features, weight, net.head.bias), target)
+
+    return {
+        name: kappa(loss, layer.weight.detach()).item()
+        for name, loss, layer in (("body", of_body, net.body), ("head", of_head, net.head))
+    }
+
+
+def test_layers(relflat: Relflat, checkpoints: dict[int, str], tmp_path: Path) -> None:
+    plot = tmp_path / "layers.png"
+    how = ["--probes", "64", "--plot", plot]
+    found = relflat("layers", checkpoints[3], checkpoints[6], *STUDY, "--precision", "64-true", *how)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [plot]
+    for width, entry in zip((3, 6), found["checkpoints"], strict=True):
+        net, sets = net_of(checkpoints[width], width)
+        for name, expected in kappa_of_layers(net, *sets["val"]).items():
+            value, error = entry["layers"][name].values()
+            assert 0 < error < 0.2
+            assert abs(value - expected) < 4 * error
+        total = sum(layer["relative_flatness"] for layer in entry["layers"].values())
+        assert entry["network"]["relative_flatness"] == pytest.approx(total)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compare_runs_of_loggers(relflat: Relflat, tmp_path: Path) -> None:
+    logged = {}
+    for width in (3, 6, 12, 24):
+        torch.manual_seed(width)
+        loggers = [CSVLogger(tmp_path, "csv", str(width)), TensorBoardLogger(tmp_path, "events", str(width))]
+        trainer = make_trainer(max_epochs=2, logger=loggers, callbacks=[FlatnessMonitor("head")], log_every_n_steps=1)
+        trainer.fit(Net(width), datamodule=Data())
+        logged[str(width)] = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    gaps = {name: values["val/loss"] - values["train/loss"] for name, values in logged.items()}
+    by = sorted(logged, key=lambda name: logged[name]["val/relative_flatness"])
+    for kind in ("csv", "events"):
+        plot = tmp_path / f"{kind}.png"
+        runs = [tmp_path / kind / name for name in logged]
+        found = relflat("compare", *runs, "--against", "gap/loss", "--plot", plot)
+        assert plot.is_file()
+        assert [Path(entry["run"]).name for entry in found["runs"]] == by
+        for entry in found["runs"]:
+            values, name = entry["values"], Path(entry["run"]).name
+            assert values["gap/loss"] == pytest.approx(gaps[name], abs=1e-6)
+            assert {key: values[key] for key in logged[name]} == pytest.approx(logged[name], rel=1e-5)
+        ranks = found["correlation"]["columns"]["val/relative_flatness"]
+        columns = [[logged[name]["val/relative_flatness"] for name in logged], list(gaps.values())]
+        assert ranks["kendall"] == pytest.approx(stats.kendalltau(*columns).statistic, abs=1e-6)
+        assert ranks["spearman"] == pytest.approx(stats.spearmanr(*columns).statistic, abs=1e-6)
+        assert ranks["runs"] == 4
+
+
+def test_the_last_logged_values_count(relflat: Relflat, tmp_path: Path) -> None:
+    with (tmp_path / "metrics.csv").open("w", newline="") as log:
+        csv.writer(log).writerows([["step", "val/relative_flatness", "note"], [1, 3.0, ""], [2, 2.0, "x"], [3, "", ""]])
+    [found] = relflat("compare", tmp_path)["runs"]
+    assert found["values"] == {"step": 3.0, "val/relative_flatness": 2.0}
+
+
+def test_compare_checkpoints_and_files(relflat: Relflat, checkpoints: dict[int, str], tmp_path: Path) -> None:
+    written = tmp_path / "six.json"
+    assert main(["measure", checkpoints[6], *STUDY, "--layer", "head", "--out", str(written)]) == 0
+    found = relflat("compare", written, checkpoints[6], *STUDY, "--layer", "head", "--columns", "val/flatness/*")
+    first, second = found["runs"]
+    assert first["values"] == second["values"]
+
+
+def test_coefficient(relflat: Relflat, tmp_path: Path) -> None:
+    how = ["--model.width", 6, "--layer", "head", "--steps", 7, "--seeds", 2, "--seed", 3, "--lowest", 0.1]
+    plot = tmp_path / "coefficient.png"
+    found = relflat("coefficient", *STUDY, *how, "--plot", plot)
+    assert plot.is_file()
+    assert [entry["coefficient"] for entry in found["coefficients"]] == [0.0, 0.1, 1.0]
+    plain, _, strong = found["coefficients"]
+    for seed, loss, value in zip((3, 4), plain["validation_loss"], plain["relative_flatness"], strict=True):
+        L.seed_everything(seed, verbose=False)
+        net, data = Net(6), Data()
+        trainer = make_trainer(max_steps=7, max_epochs=-1, limit_val_batches=0)
+        trainer.fit(net, datamodule=data)
+        inputs, target = data.sets["val"].tensors
+        with torch.no_grad():
+            features = net.features(inputs)
+            outputs = net.head(features)
+        report = flatness_report(features, net.head.weight.detach(), outputs, target, loss="cross_entropy")
+        assert loss == pytest.approx(F.cross_entropy(outputs, target).item(), rel=1e-5)
+        assert value == pytest.approx(report["relative_flatness"].item(), rel=1e-5)
+    assert all(a < b for a, b in zip(strong["relative_flatness"], plain["relative_flatness"], strict=True))
+
+
+def test_the_rule_of_the_suggestion() -> None:
+    losses = {0.0: [1.0, 2.0, 3.0], 0.1: [1.1, 1.9, 3.1], 1.0: [1.5, 2.5, 3.5], 10.0: [0.0, float("nan"), 0.0]}
+    kappas = {0.0: [5.0] * 3, 0.1: [3.0] * 3, 1.0: [1.0] * 3, 10.0: [0.0] * 3}
+    # 0.1 is worse by 0.033 ± 0.067; 1.0 by 0.5 ± 0.
+    assert coefficient.suggest(losses, kappas) == (0.1, [0.0, 0.1])
+    one_seed = {key: values[:1] for key, values in losses.items()}
+    assert coefficient.suggest(one_seed, kappas)[0] == 10.0
+    del one_seed[10.0]
+    assert coefficient.suggest(one_seed, kappas) == (0.0, [0.0])
+
+
+CKPT = "«6»"
+BAD: dict[str, tuple[list[str], str]] = {
+    "nothing": ([], "name a command"),
+    "no such command": (["mesure"], "invalid choice: 'mesure'"),
+    "no such option": (["measure", CKPT, "--nope"], "unrecognized arguments: --nope"),
+    "no checkpoint": (["measure", *STUDY], "name a checkpoint"),
+    "no such checkpoint": (["measure", "nope.ckpt", *STUDY], "there is no checkpoint nope.ckpt"),
+    "no model": (["measure", CKPT], "--model is missing; give"),
+    "no data": (["measure", CKPT, *STUDY[:2]], "--data is missing; give"),
+    "no such class": (["measure", CKPT, "--model", "tests.cli.study.Nope"], "has no attribute 'Nope'; give the dotted"),
+    "no such module": (["measure", CKPT, "--model", "nope.Nope"], "No module named 'nope'; give the dotted path"),
+    "another class": (["measure", CKPT, "--model", "torch.nn.Linear"], "torch.nn.Linear is no LightningModule"),
+    "wrong type": (["measure", CKPT, *STUDY, "--model.width", "x"], "Expected a <class 'int'>. Got value: x"),
+    "no such argument": (["measure", CKPT, *STUDY, "--data.foo", "x"], "--data.help tests.cli.study.Data shows"),
+    "wrong shapes": (["measure", CKPT, *STUDY, "--model.width", "5"], "size mismatch for body.weight"),
+    "no such layer": (["measure", CKPT, *STUDY, "--layer", "nope"], "one of 'body', 'head', but got 'nope'"),
+    "no such loss": (["measure", CKPT, *STUDY, "--loss", "nope"], "Expected --loss to be one of"),
+    "no such loss's path": (["measure", CKPT, *STUDY, "--loss", "torch.nope"], "--loss torch.nope is nothing"),
+    "no such measure": (["measure", CKPT, *STUDY, "--measures", "nope"], "Got value: nope"),
+    "no such target": (["measure", CKPT, *STUDY, "--layer", "head", "--target", "7"], "Expected --target to be"),
+    "no device": (["measure", CKPT, *STUDY, "--devices", "0"], "--devices 0: give"),
+    "no such accelerator": (["measure", CKPT, *STUDY, "--accelerator", "nope"], "nope"),
+    "no folder": (["measure", CKPT, *STUDY, "--out", "nope/x.json"], "there is no folder nope; make it first"),
+    "no such picture": (["layers", CKPT, *STUDY, "--plot", "x.foo"], "give a name that ends with .png"),
+    "no such pattern": (["layers", CKPT, *STUDY, "--layers", "nope"], "Expected --layers to match"),
+    "no such config": (["layers", CKPT, "--config", "nope.yaml"], "File does not exist"),
+    "no run": (["compare", "nope"], "there is no nope; give"),
+    "a folder without a run": (["compare", "docs"], "docs has no metrics.csv"),
+    "twice": (["compare", "docs", "docs"], "a run is named twice"),
+    "nothing to plot": (["compare", "docs", "--plot", "x.png"], "name it with --against"),
+    "a missing argument": (["coefficient", *STUDY], "tests.cli.study.Net needs width; give --model.width VALUE"),
+    "no grid": (["coefficient", *STUDY, "--lowest", "3"], "give 0 < lowest <= highest"),
+    "no validation loss": (
+        ["coefficient", "--model", "tests.cli.study.Unlogged", *STUDY[2:], "--model.width", "3", "--steps", "1"],
+        "validation_step logs nothing",
+    ),
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Return the one line that a refused command writes."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    [line] = [line for line in found.err.splitlines() if line != "a word on stdout"]
+    assert line.startswith("relflat: error: ")
+    return line
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(
+    case: str, checkpoints: dict[int, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    argv, message = BAD[case]
+    assert message in refused(capsys, *(checkpoints[6] if value == CKPT else value for value in argv))
+
+
+def test_checkpoints_that_are_none(
+    checkpoints: dict[int, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole = torch.load(checkpoints[6], weights_only=True)
+    path = str(tmp_path / "x.ckpt")
+    (tmp_path / "x.ckpt").write_text("text")
+    assert f"{path} cannot be loaded" in refused(capsys, "measure", path, *STUDY)
+    (tmp_path / "x.ckpt").write_bytes(Path(checkpoints[6]).read_bytes()[:2000])
+    assert path in refused(capsys, "measure", path, *STUDY)
+    torch.save(whole["state_dict"], path)
+    assert "it has no `state_dict`" in refused(capsys, "measure", path, *STUDY)
+    torch.save({"state_dict": whole["state_dict"]}, path)
+    assert "it names no version of it" in refused(capsys, "measure", path, *STUDY)
+    torch.save(whole | {"state_dict": {"nope": torch.ones(1)}}, path)
+    assert 'Missing key(s) in state_dict: "body.weight"' in refused(capsys, "measure", path, *STUDY)
+    torch.save({name: value for name, value in whole.items() if name != "hyper_parameters"}, path)
+    assert "missing 1 required positional argument: 'width'" in refused(capsys, "measure", path, *STUDY)
+    assert main(["measure", path, *STUDY, "--model.width", "6", "--split", "val"]) == 0
+
+
+class Trap:
+    """Leaves a file behind when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_loaded_that_can_run_code_unless_trusted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoints: dict[int, str]
+) -> None:
+    sprung, path = tmp_path / "sprung", str(tmp_path / "trap.ckpt")
+    torch.save(torch.load(checkpoints[6], weights_only=True) | {"trap": Trap(sprung)}, path)
+    assert "if you trust where it comes from, add --trust" in refused(capsys, "measure", path, *STUDY)
+    assert not sprung.exists()
+    assert main(["measure", path, *STUDY, "--split", "val", "--trust"]) == 0
+    assert sprung.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'criterion' is an instance")
+def test_a_class_of_ones_own_needs_trust(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.strategy.connect(Careless(6, Criterion()))
+    path = tmp_path / "careless.ckpt"
+    trainer.save_checkpoint(path)
+    argv = ["measure", str(path), "--model", "tests.cli.study.Careless", *STUDY[2:]]
+    assert "(tests.cli.study.Criterion)" in refused(capsys, *argv)
+    assert main([*argv, "--trust", "--split", "val"]) == 0
+
+
+def test_options_from_a_file(relflat: Relflat, checkpoints: dict[int, str], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: {class_path: tests.cli.study.Net, init_args: {lr: 0.5}}\n"
+        "data: {class_path: tests.cli.study.Data, init_args: {batch_size: 5}}\n"
+        "accelerator: cpu\nsplit: val\nlayer: head\nmeasures: [relative_flatness]\n"
+    )
+    found = relflat("measure", checkpoints[6], "--config", config)
+    assert set(found["values"]) == {"val/loss", "val/relative_flatness"}
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_relflat.cli._shared import write_whole
+
+    old = tmp_path / "a.json"
+    old.write_text("old")
+
+    def half(path: Path) -> None:
+        path.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(old, half)
+    assert old.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("command", ["measure", "compare", "layers", "coefficient"])
+def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"\nexamples:\n  relflat {command} " in capsys.readouterr().out
+
+
+def test_without_the_extra() -> None:
+    found = run(
+        "import importlib.util, sys\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name in ('jsonargparse', 'rich') else find(name)\n"
+        "from lightning_relflat.cli import main\ncode = main([])\n"
+        "assert not {'jsonargparse', 'rich', 'matplotlib'} & set(sys.modules)\nraise SystemExit(code)"
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.strip() == (
+        "relflat: error: the command line needs jsonargparse and rich: pip install 'lightning-relflat[cli]'"
+    )

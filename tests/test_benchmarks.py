@@ -1,0 +1,105 @@
+"""The benchmarks run, at the smallest sizes, and write what the tables are made of. No timing is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name: str, folder: Path, **options: Any) -> dict[str, Any]:
+    output = folder / "out.json"
+    arguments = [f"--{key}={json.dumps(value)}" for key, value in options.items()]
+    done = subprocess.run(
+        [sys.executable, FOLDER / f"{name}.py", f"--output={output}", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(output.read_text())
+    assert found.pop("machine")["torch"]
+    return found
+
+
+def test_training_step(tmp_path: Path) -> None:
+    case = {"body": "mlp", "classes": 3, "batch_size": 4, "steps": 10}
+    found = run("training_step", tmp_path, cases=[case], memory=False)["mlp, 3 classes, batch 4"]
+    assert set(found) == {
+        "plain", "FAM, named loss", "FAM, probe", "FAM, every 10th step", "SAM", "published FAM"
+    }  # fmt: skip
+    assert found["plain"]["ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0, "runs": 10}
+    for name, entry in found.items():
+        assert "skipped" in entry if name == "SAM" and "skipped" in entry else entry["ratio"]["median"] > 0
+    assert found["FAM, every 10th step"]["penalised_steps"] == 1
+
+
+def test_the_peak_of_a_contender_in_its_own_process(tmp_path: Path) -> None:
+    case = {"body": "mlp", "classes": 3, "batch_size": 4, "steps": 2}
+    done = subprocess.run(
+        [sys.executable, FOLDER / "training_step.py", f"--cases={json.dumps([case])}", "--peak_of", "FAM, probe"],
+        env=os.environ | {"PYTHONPATH": str(FOLDER.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout)["peak"]
+    assert peak is None or peak > 2**26
+
+
+def test_measuring(tmp_path: Path) -> None:
+    head = {"samples": 40, "features": 6, "classes": 3, "exact_samples": 40, "probes": 2, "rounds": 2}
+    epoch = {"body": "mlp", "batch_size": 4, "batches": 2, "rounds": 2}
+    found = run("measuring", tmp_path, heads=[head], epochs=[epoch], memory=False)
+    assert found.pop("validation, mlp, 10 classes, batch 4")["ratio"]["runs"] == 2
+    libraries = found.pop("head 6×3, 40 samples")
+    assert set(libraries) == {"ours", "backpack", "curvlinops", "hessian-eigenthings", "pyhessian"}
+    assert libraries["ours"]["relative_error"] < 1e-5
+    if "skipped" not in libraries["backpack"]:  # another derivation of the same number
+        assert libraries["backpack"]["relative_error"] < 1e-5
+    assert not found
+
+
+@pytest.mark.ddp
+def test_scaling(tmp_path: Path) -> None:
+    found = run(
+        "scaling",
+        tmp_path,
+        base={"n": 16, "d": 4, "m": 8},
+        axes={"n": [16, 32]},
+        rounds=2,
+        worlds=[2],
+        batches=[1, 3],
+        memory=False,
+    )
+    for name, axes in found["sizes"].items():
+        assert math.isfinite(axes["n"]["time_exponent"]), name
+    metric = found["metric"]["2 processes"]
+    assert metric["1 batches"]["calls"] == metric["3 batches"]["calls"]  # whatever the number of batches
+    training = found["training"]
+    for steps in (1, 3):
+        plain = training[f"plain, {steps} steps"]
+        for kind in ("FAM, named loss", "FAM, probe"):
+            assert training[f"{kind}, {steps} steps"] == plain  # FAM moves nothing
+        assert plain["gradient_bytes_per_step"] > 0
+        relative = training[f"FAM, relative, {steps} steps"]["calls"]
+        assert relative["all_reduce"] == plain["calls"].get("all_reduce", 0) + steps
+    assert found["state_bytes"]["RelativeFlatness"] == 32
+
+
+def test_import_time(tmp_path: Path) -> None:
+    found = run("import_time", tmp_path, runs=1, kinds=["lightning_relflat"])
+    assert found["lightning_relflat"]["milliseconds"]["median"] > 0
+    # What the file holds is not measured again.
+    assert run("import_time", tmp_path, runs=1, kinds=["lightning_relflat"]) == found
