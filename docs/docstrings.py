@@ -28,7 +28,7 @@ class Markdown(griffe.Extension):
 def to_markdown(text: str) -> str:
     """Return a docstring with Markdown in place of roles, math directives and simple tables."""
     text = re.sub(r":\w+:`(~?)([\w.]+)`", _reference, text)
-    text = re.sub(r"^\.\. math::\n\n((?:    .*\n?|\n)+)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(r"^\.\. math::\n\n?((?:    .*(?:\n|$)|\n(?=    ))+)", _formula, text, flags=re.MULTILINE)
     text = re.sub(r"^(=+(?: +=+)+)\n((?:.+\n)+)\1$", _table, text, flags=re.MULTILINE)
     return text.replace("``", "`").replace("\\|", "|") if "```" not in text else text
 
@@ -47,7 +47,7 @@ def _reference(match: re.Match[str]) -> str:
 
 def _formula(match: re.Match[str]) -> str:
     lines = [line.strip() for line in match[1].strip().splitlines()]
-    return "$$\n" + "\n".join(lines) + "\n$$\n\n"
+    return "$$\n" + "\n".join(lines) + "\n$$\n"
 
 
 def _table(match: re.Match[str]) -> str:
