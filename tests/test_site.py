@@ -59,6 +59,4 @@ def test_formulas_and_tables(docstrings: ModuleType) -> None:
     direct = "It is\n\n.. math::\n    a = b\n\nand so on."
     assert docstrings.to_markdown(direct) == "It is\n\n$$\na = b\n$$\n\nand so on."
     table = "====  =====\nname  what\n====  =====\n``a`` one\n      more\n``b`` two\n====  =====\n"
-    assert docstrings.to_markdown(table) == (
-        "| name | what |\n| --- | --- |\n| `a` | one more |\n| `b` | two |\n"
-    )
+    assert docstrings.to_markdown(table) == ("| name | what |\n| --- | --- |\n| `a` | one more |\n| `b` | two |\n")

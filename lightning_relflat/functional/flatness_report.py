@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from lightning_relflat.functional.neural_collapse import (
 )
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
 from lightning_relflat.functional.relative_flatness import Reduction, _find_class_dim, _flatten
-from lightning_relflat.functional.spectrum import LayerHessian, bounds_from_sketch, sketch, sketch_columns
+from lightning_relflat.functional.spectrum import LayerHessian, batch_bounds, layer_hessian
 
 # Below it the loss of a sample counts as flat: for cross-entropy, from a probability of 0.9995 on.
 FLAT = 1e-3
@@ -89,7 +89,7 @@ def flatness_report(
         loss: the criterion that is minimised, an object of ``torch.nn`` or its name.
         num_classes: how many classes there are, for ``per_class``.
         neuron_pairs: whether to compute ``neuron_pairs``.
-        eigenvalues: whether to compute eigenvalues. All is computed in float64 then.
+        eigenvalues: whether to compute eigenvalues, in float64.
         neural_collapse: whether to compute neural collapse, which needs ``num_classes``.
         class_means: the means that NC4 compares with, of shape (``num_classes``, m); those of the samples if left out.
         reduction: ``"mean"``, ``"sum"``, or ``None`` for the criterion's own, which must be one of them.
@@ -119,41 +119,55 @@ def flatness_report(
     batch = features, weight, outputs, target
     if neural_collapse and class_means is None:
         class_means = report_class_means(report_sums(*batch, **options))
-    tests = None
-    if check_flag("eigenvalues", eigenvalues):
-        tests = report_sketches(*weight.shape, loss=criterion)
-    sums = report_sums(*batch, **options, neuron_pairs=neuron_pairs, tests=tests, class_means=class_means)
-    return report_from_sums(sums, mean=kind == "mean", tests=tests)
+    check_flag("eigenvalues", eigenvalues)
+    sums = report_sums(*batch, **options, neuron_pairs=neuron_pairs, class_means=class_means)
+    values = report_from_sums(sums, mean=kind == "mean")
+    if eigenvalues:
+        with torch.no_grad():
+            hessian = layer_hessian(*batch, loss=criterion, class_dim=class_dim)
+            divisor = hessian.outputs.total_weight if kind == "mean" else 1
+            lower, upper = batch_bounds(hessian, add_up=False)
+            of_neurons = batch_bounds(neuron_hessian(hessian, weight), add_up=True)
+        values |= eigenvalues_of_report(
+            (lower / divisor, upper / divisor),
+            (of_neurons[0] / divisor, of_neurons[1] / divisor),
+            values["weight_norm"],
+        )
+    return values
 
 
-class Sketches(NamedTuple):
-    """The matrices Ω to sketch with.
-
-    Attributes:
-        whole: for H, of shape (d·m, k), or (m, k) where it consists of blocks.
-        block: for the blocks H_{s,s}, of shape (m, k).
-        blocks: whether H consists of blocks.
-    """
-
-    whole: Tensor
-    block: Tensor
-    blocks: bool
-
-
-def report_sketches(out_features: int, in_features: int, *, loss: nn.Module) -> Sketches:
-    """Return the matrices that the sketches of a report are made with, the same for all batches and processes.
+def eigenvalues_of_report(
+    whole: tuple[Tensor, Tensor], neurons: tuple[Tensor, Tensor], weight_norm: Tensor
+) -> dict[str, Tensor]:
+    """Return the eigenvalues of a report, and their upper bounds.
 
     Args:
-        out_features: d, the rows of W.
-        in_features: m, the columns of W.
-        loss: the criterion.
+        whole: bounds of λ_max(H).
+        neurons: bounds of Σ_s ‖w_s‖² λ_max(H_{s,s}).
+        weight_norm: ‖W‖_F².
 
     Returns:
-        The matrices, in float64 on the CPU.
+        The values by their names.
     """
-    blocks = not isinstance(loss, nn.CrossEntropyLoss)  # of the closed forms, that one alone couples outputs
-    block = sketch_columns(out_features, in_features, blocks=True)
-    return Sketches(block if blocks else sketch_columns(out_features, in_features, blocks=False), block, blocks)
+    values = {}
+    for suffix, of_whole, of_neurons in zip(("", "_upper"), whole, neurons, strict=True):
+        values[f"hessian_eigenvalue{suffix}"] = of_whole
+        values[f"layer_eigenvalue{suffix}"] = weight_norm * of_whole
+        values[f"neuron_eigenvalue{suffix}"] = of_neurons
+    return values
+
+
+def neuron_hessian(hessian: LayerHessian, weight: Tensor) -> LayerHessian:
+    """Return the blocks ‖w_s‖² H_{s,s} of a Hessian.
+
+    Args:
+        hessian: of :func:`~lightning_relflat.functional.layer_hessian`.
+        weight: the layer's weight W, of shape (d, m).
+
+    Returns:
+        The Hessian that consists of these blocks.
+    """
+    return replace(hessian, scales=row_scales(weight.double(), "neuron"), blocks=True)
 
 
 def report_sums(
@@ -165,7 +179,6 @@ def report_sums(
     loss: str | nn.Module,
     num_classes: int | None = None,
     neuron_pairs: bool = False,
-    tests: Sketches | None = None,
     neural_collapse: bool = False,
     class_means: Tensor | None = None,
     class_dim: int | None = None,
@@ -180,7 +193,6 @@ def report_sums(
         loss: as for :func:`flatness_report`.
         num_classes: as for :func:`flatness_report`.
         neuron_pairs: as for :func:`flatness_report`.
-        tests: of :func:`report_sketches`, if eigenvalues are asked for.
         neural_collapse: as for :func:`flatness_report`.
         class_means: as for :func:`flatness_report`, but no NC4 if left out.
         class_dim: as for :func:`flatness_report`.
@@ -188,9 +200,8 @@ def report_sums(
     Returns:
         The sums by their names: ``totals`` (samples, total weight, ‖W‖², zero rows, Σ ‖φ‖², Tr(H), ‖W‖² Tr(H), flat
         samples), ``pairs`` of shape (m, m), ``moments`` of shape (2, m), and where asked for ``per_class`` of shape
-        (2, num_classes), ``neuron_pairs`` of shape (d, d), ``sketch`` and ``block_sketch`` of shape (d, m, k) with
-        ``sketch_traces`` of shape (2, d); and of neural collapse ``class_counts``, ``class_squares`` of shape
-        (num_classes,), ``class_sums`` of shape (num_classes, m), ``class_products`` of shape (m, m),
+        (2, num_classes), ``neuron_pairs`` of shape (d, d); of neural collapse ``class_counts`` and ``class_squares`` of
+        shape (num_classes,), ``class_sums`` of shape (num_classes, m), ``class_products`` of shape (m, m),
         ``class_weights`` of shape (d, m) and ``mismatches``.
 
     Raises:
@@ -201,8 +212,6 @@ def report_sums(
         raise ValueError("Expected argument `num_classes` to be given where `neural_collapse` is, but got None.")
     for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
         check_floating(name, value)
-    if tests is not None:
-        features, weight, outputs = features.double(), weight.double(), outputs.double()
     phi, rows, hessian = _flatten(features, weight, outputs, target, as_criterion(loss), class_dim)
     with full_precision(phi):
         squares = phi.square()
@@ -226,10 +235,6 @@ def report_sums(
             sums["per_class"] = _by_class(parts, target, num_classes)
         if neuron_pairs:
             sums["neuron_pairs"] = (rows @ rows.T) * _mean_hessian(hessian, norms, diagonals)
-        if tests is not None:
-            sums |= _sketches(
-                LayerHessian(phi, hessian, torch.ones_like(rows[:, 0]), diagonals, tests.blocks), rows, tests
-            )
         if neural_collapse and num_classes is not None:
             sums |= _collapse_sums(phi, rows, counts, target, num_classes)
             if class_means is not None and len(rows) == num_classes:
@@ -239,19 +244,15 @@ def report_sums(
     return {name: value.double() for name, value in sums.items()}
 
 
-def report_from_sums(sums: dict[str, Tensor], *, mean: bool, tests: Sketches | None = None) -> dict[str, Tensor]:
+def report_from_sums(sums: dict[str, Tensor], *, mean: bool) -> dict[str, Tensor]:
     """Return a report from sums over any number of batches.
 
     Args:
         sums: of :func:`report_sums`, added up.
         mean: whether of the mean loss, or of the summed loss.
-        tests: the matrices that the sums' sketches were made with.
 
     Returns:
-        As :func:`flatness_report`.
-
-    Raises:
-        ValueError: if a sketched matrix is not positive semi-definite.
+        As :func:`flatness_report`, but for the eigenvalues.
     """
     samples, total, weight_norm, zero_rows, norms, trace, layer_trace, flat = sums["totals"]
     features, squares = sums["moments"]
@@ -278,14 +279,6 @@ def report_from_sums(sums: dict[str, Tensor], *, mean: bool, tests: Sketches | N
         values["per_class"] = (parts / weights if mean else parts).where(weights > 0, torch.nan)
     if "neuron_pairs" in sums:
         values["neuron_pairs"] = sums["neuron_pairs"] / divisor
-    if tests is not None:
-        whole, block = sums["sketch_traces"]
-        bounds = bounds_from_sketch(sums["sketch"], whole, tests.whole, blocks=tests.blocks, add_up=False)
-        of_neurons = bounds_from_sketch(sums["block_sketch"], block, tests.block, blocks=True, add_up=True)
-        for suffix, bound, of_neuron in zip(("", "_upper"), bounds, of_neurons, strict=True):
-            values[f"hessian_eigenvalue{suffix}"] = bound / divisor
-            values[f"layer_eigenvalue{suffix}"] = values["weight_norm"] * bound / divisor
-            values[f"neuron_eigenvalue{suffix}"] = of_neuron / divisor
     if "class_counts" in sums:
         collapse_weight = sums["class_weights"] / samples
         fits = collapse_weight.shape == sums["class_sums"].shape
@@ -309,17 +302,6 @@ def report_class_means(sums: dict[str, Tensor]) -> Tensor:
 
 def _moments(sums: dict[str, Tensor]) -> ClassMoments:
     return ClassMoments(sums["class_counts"], sums["class_sums"], sums["class_squares"], sums["class_products"])
-
-
-def _sketches(hessian: LayerHessian, rows: Tensor, tests: Sketches) -> dict[str, Tensor]:
-    scales = row_scales(rows, "neuron")
-    whole = sketch(hessian, tests.whole.to(rows.device))
-    if tests.blocks:
-        block = scales[:, None, None] * whole
-    else:
-        block = sketch(replace(hessian, scales=scales, blocks=True), tests.block.to(rows.device))
-    traces = hessian.traces()
-    return {"sketch": whole, "block_sketch": block, "sketch_traces": torch.stack([traces, scales * traces])}
 
 
 def _collapse_sums(phi: Tensor, rows: Tensor, counts: Tensor, target: Target, num_classes: int) -> dict[str, Tensor]:

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import check_count, check_flag, check_floating, shape_of
 from lightning_relflat.functional.flatness_report import (
+    eigenvalues_of_report,
+    neuron_hessian,
     report_class_means,
     report_from_sums,
-    report_sketches,
     report_sums,
 )
+from lightning_relflat.functional.spectrum import layer_hessian
 from lightning_relflat.metrics.layer_measures import LayerMeasure, check_weight_shape
+from lightning_relflat.metrics.spectrum import Spectrum, has_blocks
 
 
 class FlatnessReport(LayerMeasure):
@@ -64,9 +67,6 @@ class FlatnessReport(LayerMeasure):
     moments: Tensor
     per_class: Tensor
     neuron_pairs: Tensor
-    sketch: Tensor
-    block_sketch: Tensor
-    sketch_traces: Tensor
     class_counts: Tensor
     class_sums: Tensor
     class_squares: Tensor
@@ -95,16 +95,17 @@ class FlatnessReport(LayerMeasure):
         self._shape = d, m
         self.neural_collapse = check_flag("neural_collapse", neural_collapse)
         self.class_means = _class_means(class_means, self.num_classes, m) if self.neural_collapse else None
-        self._tests = report_sketches(d, m, loss=self.loss) if check_flag("eigenvalues", eigenvalues) else None
+        self._spectra: tuple[Spectrum, Spectrum] | None = None
+        if check_flag("eigenvalues", eigenvalues):
+            self._spectra = (
+                Spectrum(self, d, m, blocks=has_blocks(self.loss)),
+                Spectrum(self, d, m, blocks=True, prefix="neuron_"),
+            )
         shapes: dict[str, tuple[int, ...]] = {"pairs": (m, m), "moments": (2, m)}
         if self.num_classes is not None:
             shapes["per_class"] = (2, self.num_classes)
         if check_flag("neuron_pairs", neuron_pairs):
             shapes["neuron_pairs"] = (d, d)
-        if self._tests is not None:
-            shapes["sketch"] = (d, m, self._tests.whole.shape[1])
-            shapes["block_sketch"] = (d, m, self._tests.block.shape[1])
-            shapes["sketch_traces"] = (2, d)
         if self.num_classes is not None and neural_collapse:
             shapes["class_counts"] = shapes["class_squares"] = (self.num_classes,)
             shapes["class_sums"], shapes["class_products"] = (self.num_classes, m), (m, m)
@@ -140,18 +141,44 @@ class FlatnessReport(LayerMeasure):
                 loss=self.loss,
                 num_classes=self.num_classes,
                 neuron_pairs="neuron_pairs" in self._names,
-                tests=self._tests,
                 neural_collapse=self.neural_collapse,
                 class_means=self.class_means,
                 class_dim=self.class_dim,
             )
+            if self._spectra is not None:
+                hessian = layer_hessian(features, weight, outputs, target, loss=self.loss, class_dim=self.class_dim)
+                whole, neurons = self._spectra
+                whole.add(hessian)
+                neurons.add(neuron_hessian(hessian, weight))
         self._add_to_totals(*sums["totals"])
         for name in self._names:
             setattr(self, name, getattr(self, name) + sums[name].to(self.totals))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the report on all data so far, over all processes."""
-        return report_from_sums(self._sums(), mean=self._mean, tests=self._tests)
+        values = report_from_sums(self._sums(), mean=self._mean)
+        if self._spectra is not None:
+            whole, neurons = self._spectra
+            divisor = self.totals[1] if self._mean else torch.ones_like(self.totals[1])
+            lower, upper = whole.bounds(add_up=False)
+            of_neurons = neurons.bounds(add_up=True)
+            values |= eigenvalues_of_report(
+                (lower / divisor, upper / divisor),
+                (of_neurons[0] / divisor, of_neurons[1] / divisor),
+                values["weight_norm"],
+            )
+        return values
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Take together what all processes have; see :class:`torchmetrics.Metric`.
+
+        Args:
+            args: as for :class:`torchmetrics.Metric`.
+            kwargs: as for :class:`torchmetrics.Metric`.
+        """
+        for spectrum in self._spectra or ():
+            spectrum.prepare()
+        super().sync(*args, **kwargs)
 
     def compute_class_means(self) -> Tensor:
         """Return the class means of all data so far, over all processes, for NC4 in a second pass.

@@ -9,15 +9,26 @@ from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional.layer_measures import Scale, check_scale
-from lightning_relflat.functional.spectrum import bounds_from_sketch, layer_hessian, sketch, sketch_columns
+from lightning_relflat.functional.spectrum import (
+    KEPT,
+    LayerHessian,
+    bounds_from_samples,
+    bounds_from_sketch,
+    hessian_of_samples,
+    layer_hessian,
+    samples_of,
+    sketch,
+    sketch_columns,
+)
 from lightning_relflat.metrics.layer_measures import LayerMeasure, check_weight_shape
 
 
 class LargestEigenvalue(LayerMeasure):
     r"""The largest eigenvalue of the Hessian H of a loss over a linear layer's weight W, from one pass over the data.
 
-    λ_max(H), ‖W‖_F² λ_max(H) or Σ_s ‖w_s‖² λ_max(H_{s,s}). Eigenvalues do not add up over batches, but sketches
-    Y = HΩ do: the states are sums of those and of traces, so that batches and processes of uneven sizes give the
+    λ_max(H), ‖W‖_F² λ_max(H) or Σ_s ‖w_s‖² λ_max(H_{s,s}). Eigenvalues do not add up over batches, but samples can be
+    kept, and sketches Y = HΩ add up: the states are the samples as long as those of all processes are no more than
+    2²² numbers, and sums of sketches and traces from then on, so that batches and processes of uneven sizes give the
     value for their union. ``compute`` returns a lower bound, ``compute_bounds`` that and an upper one; see
     :func:`~lightning_relflat.functional.largest_eigenvalue_bounds` for how near they come and **where they do not**,
     and :func:`~lightning_relflat.functional.largest_eigenvalue` for the exact value in several passes.
@@ -37,8 +48,9 @@ class LargestEigenvalue(LayerMeasure):
         in_features: m, the columns of W.
         out_features: d, the rows of W.
         scale: ``"none"`` for λ_max(H), ``"layer"`` for ‖W‖_F² λ_max(H), ``"neuron"`` for Σ_s ‖w_s‖² λ_max(H_{s,s}).
-        columns: how many columns Ω has, k; the state has d·m·k numbers, and a batch costs k products with H. ``None``
-            for as many as make that 2²¹ numbers, but 128 at least.
+        columns: how many columns Ω has, k; the state has d·m·k numbers, and a batch costs k products with H. Then no
+            samples are kept. ``None`` for as many as make that 2²¹ numbers, but 128 at least, once there are more
+            samples than can be kept.
         seed: of the random columns, the same on all processes.
         class_dim: as for :func:`~lightning_relflat.functional.relative_flatness`.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
@@ -58,9 +70,6 @@ class LargestEigenvalue(LayerMeasure):
         tensor(4., dtype=torch.float64)
     """
 
-    sketch: Tensor
-    traces: Tensor
-
     def __init__(
         self,
         loss: str | nn.Module = "cross_entropy",
@@ -78,11 +87,10 @@ class LargestEigenvalue(LayerMeasure):
         check_count("in_features", in_features, at_least=1)
         check_count("out_features", out_features, at_least=1)
         self.scale: Scale = scale
-        # As `layer_hessian` finds for a batch: of the closed forms, that of cross-entropy alone couples outputs.
-        self.blocks = scale == "neuron" or not isinstance(self.loss, nn.CrossEntropyLoss)
-        self._test = sketch_columns(out_features, in_features, blocks=self.blocks, columns=columns, seed=seed)
-        self._add_sums("sketch", out_features, in_features, self._test.shape[1])
-        self._add_sums("traces", out_features)
+        self._spectrum = Spectrum(
+            self, out_features, in_features, blocks=has_blocks(self.loss, scale), columns=columns, seed=seed
+        )
+        self._shape = out_features, in_features
         self._add_totals(1)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
@@ -102,11 +110,19 @@ class LargestEigenvalue(LayerMeasure):
             hessian = layer_hessian(
                 features, weight, outputs, target, loss=self.loss, scale=self.scale, class_dim=self.class_dim
             )
-            check_weight_shape(weight, (self.sketch.shape[0], self.sketch.shape[1]))
-            self._test = self._test.to(features.device)
-            self.sketch = self.sketch + sketch(hessian, self._test)
-            self.traces = self.traces + hessian.traces()
+            check_weight_shape(weight, self._shape)
+            self._spectrum.add(hessian)
         self._add_to_totals(hessian.outputs.total_weight)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Take together what all processes have; see :class:`torchmetrics.Metric`.
+
+        Args:
+            args: as for :class:`torchmetrics.Metric`.
+            kwargs: as for :class:`torchmetrics.Metric`.
+        """
+        self._spectrum.prepare()
+        super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
         """Return the estimate for all data so far, over all processes; it is a lower bound."""
@@ -122,11 +138,122 @@ class LargestEigenvalue(LayerMeasure):
             return self._bounds()
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
-        lower, upper = bounds_from_sketch(
-            self.sketch,
-            self.traces,
-            self._test.to(self.sketch.device),
-            blocks=self.blocks,
-            add_up=self.scale == "neuron",
-        )
+        lower, upper = self._spectrum.bounds(add_up=self.scale == "neuron")
         return (lower / self.totals[0], upper / self.totals[0]) if self._mean else (lower, upper)
+
+
+def has_blocks(loss: nn.Module, scale: Scale = "none") -> bool:
+    """Return whether the Hessian that :func:`layer_hessian` finds consists of blocks, one for every row.
+
+    Args:
+        loss: the criterion.
+        scale: as for :class:`LargestEigenvalue`.
+
+    Returns:
+        Whether it does; of the closed forms, that of cross-entropy alone couples outputs.
+    """
+    return scale == "neuron" or not isinstance(loss, nn.CrossEntropyLoss)
+
+
+class Spectrum:
+    """The states of a metric from which the largest eigenvalue of a Hessian is computed.
+
+    Samples are kept, and folded into a sketch once they become too many.
+
+    Args:
+        owner: the metric.
+        out_features: d, the rows of W.
+        in_features: m, the columns of W.
+        blocks: whether the Hessians consist of blocks.
+        columns: as for :class:`LargestEigenvalue`.
+        seed: as for :class:`LargestEigenvalue`.
+        prefix: what the names of the states begin with.
+    """
+
+    def __init__(
+        self,
+        owner: LayerMeasure,
+        out_features: int,
+        in_features: int,
+        *,
+        blocks: bool,
+        columns: int | None = None,
+        seed: int = 0,
+        prefix: str = "",
+    ) -> None:
+        self._owner = owner
+        self._width = in_features
+        self._blocks = blocks
+        self._room = KEPT if columns is None else 0
+        self._seed = seed
+        self._test = sketch_columns(out_features, in_features, blocks=blocks, columns=columns, seed=seed)
+        self._samples, self._sums = f"{prefix}samples", (f"{prefix}sketch", f"{prefix}traces", f"{prefix}sketched")
+        # In one dimension, so that a process without samples has something of the same kind.
+        owner.add_state(self._samples, [], dist_reduce_fx="cat")
+        shapes = (out_features, in_features, self._test.shape[1]), (out_features,), ()
+        for name, shape in zip(self._sums, shapes, strict=True):
+            owner.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add(self, hessian: LayerHessian) -> None:
+        """Add a batch.
+
+        Args:
+            hessian: of :func:`layer_hessian`.
+        """
+        samples = samples_of(hessian).flatten()
+        if self._kept().numel() + len(samples) > self._room:
+            self._fold()
+        if len(samples) > self._room:
+            self._set(self._folded(hessian))
+        else:
+            getattr(self._owner, self._samples).append(samples)
+
+    def prepare(self) -> None:
+        """Get ready for the processes to take together what they have: no more than one may keep alone."""
+        world = 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size(self._owner.process_group)
+        if self._kept().numel() * world > self._room:
+            self._fold()
+        setattr(self._owner, self._samples, [self._kept()])
+
+    def bounds(self, *, add_up: bool) -> tuple[Tensor, Tensor]:
+        """Return bounds for the summed loss of all batches.
+
+        Args:
+            add_up: whether to add up the blocks' eigenvalues, or take the largest.
+
+        Returns:
+            The lower and the upper bound.
+        """
+        hessian = self._hessian()
+        if not getattr(self._owner, self._sums[2]):
+            return bounds_from_samples(hessian, add_up=add_up, seed=self._seed)
+        whole, traces, _ = self._folded(hessian)
+        test = self._test.to(whole.device)
+        return bounds_from_sketch(whole, traces, test, blocks=self._blocks, add_up=add_up)
+
+    def _kept(self) -> Tensor:
+        kept = getattr(self._owner, self._samples)
+        traces: Tensor = getattr(self._owner, self._sums[1])
+        # After a synchronisation it is one tensor.
+        return kept if isinstance(kept, Tensor) else torch.cat([traces.new_zeros(0), *kept])
+
+    def _hessian(self) -> LayerHessian:
+        d, m = getattr(self._owner, self._sums[0]).shape[:2]
+        samples = self._kept().reshape(-1, m + d + (not self._blocks))
+        return hessian_of_samples(samples, self._width, blocks=self._blocks)
+
+    def _folded(self, hessian: LayerHessian) -> list[Tensor]:
+        whole, traces, sketched = (getattr(self._owner, name) for name in self._sums)
+        self._test = self._test.to(whole.device)
+        return [whole + sketch(hessian, self._test), traces + hessian.traces(), sketched + 1]
+
+    def _fold(self) -> None:
+        if self._kept().numel():
+            self._set(self._folded(self._hessian()))
+            setattr(self._owner, self._samples, [])
+
+    def _set(self, values: list[Tensor]) -> None:
+        for name, value in zip(self._sums, values, strict=True):
+            setattr(self._owner, name, value)

@@ -21,9 +21,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_relflat import FlatnessMonitor
+from lightning_relflat.callbacks._figures import Gallery, image_in, label_in, sample_grid
 from lightning_relflat.functional import flatness_report, neural_collapse
 from lightning_relflat.functional.relative_flatness import relative_flatness
 from tests.callbacks import sharpest_in_processes
@@ -267,6 +268,124 @@ def test_a_layer_that_runs_twice_has_no_sharpest_samples() -> None:
         trainer.validate(Twice().double(), make_loader([4]), verbose=False)
 
 
+class Images(Logged):
+    """Takes images of five pixels."""
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return super().features(inputs.flatten(1))
+
+
+def pictures(monkeypatch: pytest.MonkeyPatch, net: Net, data: Dataset[Any], *callbacks: FlatnessMonitor) -> Any:
+    """Train for two epochs; return the pictures of each name, and the last logged values."""
+    shown: dict[str, list[Any]] = {}
+    monkeypatch.setattr(Gallery, "show", lambda _, trainer, name, figure: shown.setdefault(name, []).append(figure))
+    trainer = make_trainer(precision="64-true", callbacks=list(callbacks), max_epochs=2)
+    trainer.fit(net, DataLoader(data, batch_size=4), DataLoader(data, batch_size=5))
+    return shown, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def labels_and_lengths(axes: Any) -> tuple[list[str], list[float]]:
+    """From top to bottom, as a reader sees them."""
+    bottom, top = axes.get_ylim()
+    assert bottom > top  # the first is at the top
+    return [label.get_text() for label in axes.get_yticklabels()], [bar.get_width() for bar in axes.patches]
+
+
+def test_pictures_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    data, net, callback = make_loader([9]).dataset, Logged().double(), monitor()
+    shown, values = pictures(monkeypatch, net, data, callback)
+    assert sorted(shown) == [f"val/{name}" for name in PICTURES]
+
+    [axes] = shown["val/class_flatness"][-1].axes
+    names, lengths = labels_and_lengths(axes)
+    assert names == ["0", "1", "2"]
+    assert lengths == pytest.approx([values[f"val/class_flatness/{name}"] for name in names])
+
+    [axes] = shown["val/layer_flatness"][-1].axes
+    names, lengths = labels_and_lengths(axes)
+    assert names == ["body", "head"]
+    assert lengths == pytest.approx([values[f"val/layer_flatness/{name}"] for name in names])
+    [errors] = [lines for lines in axes.collections if len(lines.get_segments()) == 2]
+    halves = [(segment[1, 0] - segment[0, 0]) / 2 for segment in errors.get_segments()]
+    assert halves == pytest.approx([values[f"val/layer_flatness_error/{name}"] for name in names])
+
+    inputs, target = data[:]
+    features, weight = net.features(inputs).detach(), net.head.weight.detach()
+    report = flatness_report(
+        features, weight, net.head(features).detach(), target, loss="cross_entropy", neuron_pairs=True
+    )
+    [image] = shown["val/neuron_pairs"][-1].axes[0].images
+    assert torch.allclose(torch.tensor(image.get_array()), report["neuron_pairs"])
+    largest = float(report["neuron_pairs"].abs().max())
+    red, _, blue, _ = image.to_rgba([[largest, 0, -largest]])[0].T
+    assert red[0] > 2 * blue[0]
+    assert blue[2] > 2 * red[2]
+    assert min(red[1], blue[1]) > 0.9
+
+    [axes] = shown["val/sharpest_samples"][-1].axes
+    names, lengths = labels_and_lengths(axes)
+    parts, indices = callback.sharpest_samples["val"].tolist()
+    assert names == [f"sample {index:.0f}" for index in indices]
+    assert lengths == pytest.approx(parts)
+
+    axes = shown["val/flatness_and_gap"][-1].axes[0]
+    [points] = [points for points in axes.collections if len(points.get_offsets()) == 2]
+    last = values["val_loss"] - values["train_loss"], values["val/relative_flatness"]
+    assert points.get_offsets()[-1].tolist() == pytest.approx(last)
+    assert points.get_array().tolist() == [0, 1]
+    assert axes.lines[0].get_xydata()[-1].tolist() == pytest.approx(last)
+
+
+def test_every_monitor_has_a_curve_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gap = "train_loss", "val_loss"
+    monitors = [
+        FlatnessMonitor("head", figures=True, gap=gap),
+        FlatnessMonitor("body", "mse", target=None, figures=True, gap=gap),
+    ]
+    shown, values = pictures(monkeypatch, Logged().double(), make_loader([9]).dataset, *monitors)
+    assert len(shown) == 2
+    for layer in ("head", "body"):
+        points = shown[f"val/flatness_and_gap/{layer}"][-1].axes[0].lines[0].get_ydata()
+        assert points[-1] == pytest.approx(values[f"val/relative_flatness/{layer}"])
+
+
+def test_samples_are_drawn_with_their_own_image_label_and_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs, target = make_loader([9]).dataset[:]
+    data = TensorDataset(inputs.reshape(9, 1, 1, 5), target)
+    callback = monitor(report=False, layers=None, gap=None, sharpest=9)
+    shown, _ = pictures(monkeypatch, Images().double(), data, callback)
+    places = shown["val/sharpest_samples"][-1].axes
+    assert len(places) == 9
+    for axes, part, index in zip(places, *callback.sharpest_samples["val"].tolist(), strict=True):
+        assert axes.get_title() == f"{index:.0f}: {target[int(index)]}\nκ {part:.3g}"
+        [image] = axes.images
+        assert image.get_array().shape == (1, 5)
+        # Black to white, up to its own brightness.
+        assert image.get_array()[0].argsort().tolist() == inputs[int(index)].argsort().tolist()
+        assert image.cmap(0.0)[0] < image.cmap(1.0)[0]
+
+
+def test_what_is_an_image_and_what_a_label() -> None:
+    colours = torch.arange(24.0).reshape(3, 2, 4)
+    found = image_in({"label": 3, "picture": colours})
+    assert found is not None
+    assert torch.equal(found, colours.permute(1, 2, 0) / 23)
+    assert torch.equal(image_in(colours[0].to(torch.uint8)), colours[0] / 7)  # type: ignore[arg-type]
+    assert image_in(torch.ones(4)) is None
+    assert image_in((torch.ones(2, 3, 3), "text")) is None
+    assert torch.equal(image_in([torch.ones(1, 2, 2)]), torch.zeros(2, 2))  # type: ignore[arg-type]
+    assert label_in({"picture": colours, "label": torch.tensor(3)}) == label_in((colours, 3)) == 3
+    assert label_in((colours, torch.tensor(0.5), torch.tensor([1, 2]))) is None
+
+
+def test_a_sample_without_an_image_leaves_bars_of_all() -> None:
+    figure = sample_grid([(torch.ones(2, 2), 1), (torch.ones(3), 1)], [5.0, 4.0], [7, 2])
+    [axes] = figure.axes
+    assert labels_and_lengths(axes) == (["sample 7", "sample 2"], [5.0, 4.0])
+
+
 def test_gap_needs_logged_names() -> None:
     callback = FlatnessMonitor("head", figures=True, gap=("train_loss", "val_loss"))
     trainer = make_trainer(precision="64-true", callbacks=[callback])
@@ -313,7 +432,7 @@ def test_values_of_classes() -> None:
 
 
 def test_eigenvalues_and_neural_collapse() -> None:
-    parts = ["eigenvalues", "neural_collapse"]
+    parts: Any = ["eigenvalues", "neural_collapse"]
     trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", report=parts)])
     net = Net().double()
     loader = make_loader([6, 5], seed=2)
@@ -327,6 +446,15 @@ def test_eigenvalues_and_neural_collapse() -> None:
     square = net.head.weight.square().sum().item()
     assert result["val/flatness/hessian_eigenvalue"] == pytest.approx(largest)
     assert result["val/flatness/layer_eigenvalue_upper"] == pytest.approx(square * largest)
+    report = flatness_report(
+        features, net.head.weight, net.head(features), target, loss="cross_entropy", eigenvalues=True
+    )
+    entries = {name for name in report if "eigenvalue" in name}
+    assert len(entries) == 6
+    # So near that no bound is another's.
+    assert {name: result[f"val/flatness/{name}"] for name in entries} == {
+        name: pytest.approx(report[name].item(), rel=1e-10) for name in entries
+    }
     collapse = neural_collapse(features, target, num_classes=3, weight=net.head.weight.detach())
     found = {name.rpartition("/")[2]: value for name, value in result.items() if "neural_collapse" in name}
     assert found == {name: pytest.approx(value.item()) for name, value in collapse.items()}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
+from lightning_relflat.functional.feature_laplacian import layer_use
+from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from tests.models import Batch, Net, make_batches, make_loader, make_trainer
 
 SIZES = [6, 3]
@@ -154,6 +156,50 @@ def test_in_fit_beside_a_penalty_and_in_test(inference_mode: bool) -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
+def test_errors_of_two_probes_and_of_the_sum_of_coupled_layers() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+    inputs = 2 * make_batches([2])[0][0][:, :3]
+    hidden = first(inputs)
+    between = hidden.tanh()
+    outputs = second(between)
+    uses = [layer_use(first, inputs, hidden, None)], [layer_use(second, between, outputs, None)]
+    found = []
+    for seed in range(300):
+        metric = LayersFlatness(2, probes=2, seed=seed)
+        metric.update(outputs.square().sum(dim=1).mean(), uses, 2)
+        found.append(torch.stack(metric.compute()))
+    values, errors = torch.stack(found, dim=1)
+    ratios = errors.square().mean(dim=0) / values.var(dim=0)
+    print(ratios, errors[:, :2].square().sum(dim=1).mean() / values[:, 2].var())
+    assert 0.8 < ratios.min() <= ratios.max() < 1.25
+    # As if the layers' estimates were independent: what would be too small.
+    assert errors[:, :2].square().sum(dim=1).mean() / values[:, 2].var() < 0.75
+
+
+def test_every_batch_seed_and_process_draws_probes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, after = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+    inputs = make_batches([5])[0][0][:, :3]
+
+    def sums(*, seed: int = 0, batch: int = 0, rank: int | None = None) -> list[float]:
+        with monkeypatch.context() as patch:
+            if rank is not None:
+                patch.setattr(torch.distributed, "is_initialized", lambda: True)
+                patch.setattr(torch.distributed, "get_rank", lambda: rank)
+            metric = LayersFlatness(1, probes=3, seed=seed)
+            for _ in range(batch + 1):
+                before = metric.sums
+                outputs = layer(inputs)
+                metric.update(after(outputs.tanh()).square().mean(), [[layer_use(layer, inputs, outputs, None)]], 5)
+            found: list[float] = (metric.sums - before)[:, 0].tolist()
+            return found
+
+    assert sums() == sums() == pytest.approx(sums(rank=0), rel=1e-12)
+    others = [sums(seed=1), sums(batch=1), sums(rank=1), sums(rank=2), sums(batch=1, rank=1)]
+    assert len({round(value, 9) for value, _ in [sums(), *others]}) == 6
+
+
 def test_patterns_choose_layers() -> None:
     trainer = make_trainer(callbacks=[FlatnessMonitor(layers=["bod*", "conv"])])
     [result] = trainer.validate(Deep(), make_loader([4], dtype=torch.float32), verbose=False)
@@ -195,6 +241,28 @@ def test_any_loss(loss: Any) -> None:
     [result] = make_trainer(precision="64-true", callbacks=[monitor]).validate(net, make_loader(SIZES), verbose=False)
     error = result["val/layer_flatness_error/body"]
     assert abs(result["val/layer_flatness/body"] - truth["body"]) < 4 * error < 0.1 * max(truth.values())
+
+
+class Halves(Net):
+    """The head runs twice, over samples of different number and length."""
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        features = self.features(batch[0])
+        self.head(features)
+        self.head(3 * features[:2])
+
+
+def test_runs_of_the_head_weigh_by_their_samples() -> None:
+    net = Halves().double()
+    monitor = FlatnessMonitor("head", lambda z, _: z.square().sum(-1).mean(), layers="head", target=None, probes=200)
+    [result] = make_trainer(precision="64-true", callbacks=[monitor]).validate(net, make_loader(SIZES), verbose=False)
+    total = 0.0
+    for inputs, _ in make_batches(SIZES):
+        squares = net.features(inputs).square().sum(dim=1)
+        total += (squares.sum() + 9 * squares[:2].sum()).item()
+    exact = 2 * net.head.weight.square().sum().item() * total / (sum(SIZES) + 2 * len(SIZES))
+    error = result["val/layer_flatness_error/head"]
+    assert abs(result["val/layer_flatness/head"] - exact) < 4 * error < 0.1 * exact
 
 
 @pytest.mark.parametrize(

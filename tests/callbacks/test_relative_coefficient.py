@@ -259,6 +259,8 @@ def test_steps_without_a_loss_and_steps_with_two() -> None:
     assert plain[0] == 0 < plain[1] < plain[2]
     assert ratios([[], [], *steps[:2], *[[]] * 100, steps[2]]) == [0, 0, *plain[:2], *[plain[1]] * 100, plain[2]]
     assert ratios([step * 2 for step in steps]) == pytest.approx(plain)
+    halves = [[(loss + 0.5, kappa - 1), (loss - 0.5, kappa + 1)] for [(loss, kappa)] in steps]
+    assert ratios(halves) == pytest.approx(plain)
     assert ratios([]) == []
     assert LossRatio().ratio(torch.zeros((), dtype=torch.float32)).dtype == torch.float32
 

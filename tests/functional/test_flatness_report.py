@@ -15,7 +15,6 @@ from lightning_relflat.functional import largest_eigenvalue_bounds, neural_colla
 from lightning_relflat.functional.flatness_report import (
     flatness_report,
     report_from_sums,
-    report_sketches,
     report_sums,
 )
 from tests.functional.cases import LOSSES, Case, cases
@@ -138,7 +137,8 @@ def test_classes() -> None:
 def test_above_the_budget_its_bounds_are_those_of_the_separate_measure(
     loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the sketch is not the matrix itself."""
+    """Where samples cannot be kept, and the sketch is not the matrix itself."""
+    monkeypatch.setattr(spectrum, "KEPT", 0)
     monkeypatch.setattr(spectrum, "_SKETCH", 1)
     monkeypatch.setattr(spectrum, "_LEAST_COLUMNS", 6)
     generator = torch.Generator().manual_seed(0)
@@ -189,7 +189,10 @@ def test_half_precision_of_eigenvalues() -> None:
     expected = flatness_report(*wide, loss="cross_entropy", eigenvalues=True)
     found = flatness_report(*batch, loss="cross_entropy", eigenvalues=True)
     for name, value in expected.items():
-        assert_close(found[name], value)
+        if "eigenvalue" in name and not name.startswith("layer"):  # ‖W‖² is in float32
+            assert_close(found[name], value)
+        else:
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_standardized_is_kappa_of_features_of_unit_variance() -> None:
@@ -206,14 +209,13 @@ def test_batches_add_up() -> None:
     features, weight, outputs, target = softmax_problem()
     options: dict[str, Any] = {"loss": "cross_entropy", "num_classes": 4, "neuron_pairs": True}
     options |= {"neural_collapse": True, "class_means": torch.ones(4, 5).tril().double()}
-    tests = report_sketches(4, 5, loss=nn.CrossEntropyLoss())
     parts = [
-        report_sums(features[part], weight, outputs[part], target[part], **options, tests=tests)
+        report_sums(features[part], weight, outputs[part], target[part], **options)
         for part in (slice(0, 5), slice(5, 6), slice(6, 8))
     ]
     added = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
-    whole = flatness_report(features, weight, outputs, target, **options, eigenvalues=True)
-    found = report_from_sums(added, mean=True, tests=tests)
+    whole = flatness_report(features, weight, outputs, target, **options)
+    found = report_from_sums(added, mean=True)
     assert found.keys() == whole.keys()
     for name, value in found.items():
         assert_close(value, whole[name])

@@ -14,10 +14,11 @@ from torch import Tensor, multiprocessing, nn
 from torch.autograd.functional import hessian
 from torchmetrics import Metric, MetricCollection
 
+from lightning_relflat import metrics
 from lightning_relflat.functional.layer_measures import Scale
 from lightning_relflat.functional.output_hessian import output_hessian
 from lightning_relflat.functional.spectrum import largest_eigenvalue, largest_eigenvalue_bounds, layer_hessian
-from lightning_relflat.metrics.spectrum import LargestEigenvalue
+from lightning_relflat.metrics.spectrum import LargestEigenvalue, has_blocks
 from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
 
 SCALES: tuple[Scale, ...] = ("none", "layer", "neuron")
@@ -51,10 +52,10 @@ def accumulated(metric: Metric, batches: list[Batch]) -> Tensor:
     criterion=st.sampled_from(CRITERIA),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     seed=st.integers(0, 99),
-    columns=st.sampled_from([2, 5, 128]),
+    columns=st.sampled_from([2, 5, 128, None]),
 )
 def test_batches_add_up_to_their_union(
-    scale: Scale, criterion: nn.Module, sizes: list[int], seed: int, columns: int
+    scale: Scale, criterion: nn.Module, sizes: list[int], seed: int, columns: int | None
 ) -> None:
     batches = make_batches(sizes, criterion, seed)
     expected = of_union(batches, criterion, scale)
@@ -62,7 +63,9 @@ def test_batches_add_up_to_their_union(
     value = accumulated(metric, batches)
     lower, upper = metric.compute_bounds()
     assert_equal(value, lower)
-    if columns == 128:
+    if columns is None:
+        torch.testing.assert_close((lower, upper), (expected, expected), rtol=1e-8, atol=1e-13, equal_nan=True)
+    elif columns == 128:
         assert_equal(lower, expected)
         assert_equal(upper, expected)
     elif not expected.isnan():
@@ -74,8 +77,26 @@ def test_the_metric_knows_which_losses_have_blocks(criterion: nn.Module) -> None
     [(features, weight, outputs, target)] = make_batches([3], criterion)
     for scale in SCALES:
         expected = layer_hessian(features, weight, outputs, target, loss=criterion, scale=scale).blocks
-        assert make_metric(criterion, scale=scale).blocks == expected
-    assert make_metric(criterion).blocks == (output_hessian(outputs, target, loss=criterion).root is None)
+        assert has_blocks(criterion, scale) == expected
+    assert has_blocks(criterion) == (output_hessian(outputs, target, loss=criterion).root is None)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("room", [0, 1000, 3000, 10**6])
+def test_samples_are_kept_while_there_is_room(scale: Scale, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come after the last that had no room: 46 numbers each, 45 for single neurons."""
+    monkeypatch.setattr("lightning_relflat.metrics.spectrum.KEPT", room)
+    batches = large_batches()
+    exact = largest_eigenvalue(batches, loss="cross_entropy", scale=scale)
+    metric = LargestEigenvalue(in_features=40, out_features=5, scale=scale)
+    for batch in batches:
+        metric.update(*batch)
+    kept = {0: 0, 1000: 0, 3000: 60, 10**6: 97}[room]  # of 30, 7 and 60
+    samples: Any = metric.samples
+    assert sum(len(part) for part in samples) == kept * (45 if scale == "neuron" else 46)
+    lower, upper = metric.compute_bounds()
+    # d·m = 200: the sketch is exact as well.
+    torch.testing.assert_close((lower, upper), (exact, exact), rtol=1e-8, atol=0)
 
 
 def large_batches() -> list[Batch]:
@@ -85,9 +106,11 @@ def large_batches() -> list[Batch]:
     return [(phi, weight, phi @ weight.T, torch.randint(5, (len(phi),), generator=generator)) for phi in features]
 
 
-@pytest.mark.parametrize("columns", [16, 128])
+@pytest.mark.parametrize("columns", [16, 128, None])
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_sketch_over_batches_is_that_of_the_union_and_bounds_the_eigenvalue(scale: Scale, columns: int) -> None:
+def test_a_sketch_over_batches_is_that_of_the_union_and_bounds_the_eigenvalue(
+    scale: Scale, columns: int | None
+) -> None:
     batches = large_batches()
     features, _, outputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
     metric = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=columns)
@@ -103,9 +126,10 @@ def test_a_sketch_over_batches_is_that_of_the_union_and_bounds_the_eigenvalue(sc
         assert abs(found[0] / exact - 1) < 0.01
 
 
-def test_forward_reset_clone_pickle_and_merge() -> None:
+@pytest.mark.parametrize("columns", [16, None])
+def test_forward_reset_clone_pickle_and_merge(columns: int | None) -> None:
     batches = large_batches()
-    make = partial(LargestEigenvalue, in_features=40, out_features=5, columns=16)
+    make = partial(LargestEigenvalue, in_features=40, out_features=5, columns=columns)
     expected = accumulated(make(), batches)
     metric = make()
     assert_equal(metric(*batches[0]), accumulated(make(), batches[:1]))
@@ -129,10 +153,10 @@ def test_collections_keep_apart_what_begins_alike() -> None:
     batches = make_batches([3, 5], criteria["all"])
     batches[0] = (*batches[0][:3], torch.tensor([0, 2, 3]))
     batches[1] = (*batches[1][:3], torch.tensor([1, 1, 0, 2, 1]))
-    metrics = MetricCollection({name: make_metric(criterion) for name, criterion in criteria.items()})
+    collection = MetricCollection({name: make_metric(criterion) for name, criterion in criteria.items()})
     for batch in batches:
-        metrics.update(*batch)
-    for name, value in metrics.compute().items():
+        collection.update(*batch)
+    for name, value in collection.compute().items():
         assert_equal(value, of_union(batches, criteria[name], "none"))
 
 
@@ -177,6 +201,10 @@ def test_a_weight_of_another_shape_is_refused_and_changes_nothing() -> None:
     assert metric.totals[0] == 0
 
 
+# The samples of 30, 67 and 0 in the three processes are sketched by all, by the second alone, or kept.
+KINDS = [("sketch", 16, 10**6), ("some kept", None, 4500), ("all kept", None, 10**6)]
+
+
 def _worker(rank: int, folder: str, world: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     results: dict[str, Any] = {}
@@ -186,11 +214,13 @@ def _worker(rank: int, folder: str, world: int) -> None:
         return batches[:1] if rank == 0 else batches[1:] if rank == 1 else []
 
     for scale in SCALES:
-        metric = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=16)
-        for batch in share(large_batches()):
-            metric.update(*batch)
-        metric._update_count = max(metric._update_count, 1)  # no warning about the process without a batch
-        results[f"sketch {scale}"] = torch.stack([metric.compute(), *metric.compute_bounds()])
+        for name, columns, room in KINDS:
+            vars(metrics.spectrum)["KEPT"] = room
+            metric = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=columns)
+            for batch in share(large_batches()):
+                metric.update(*batch)
+            metric._update_count = max(metric._update_count, 1)  # no warning about the process without a batch
+            results[f"{name} {scale}"] = torch.stack([metric.compute(), *metric.compute_bounds()])
         for number, criterion in enumerate(CRITERIA):
             metric = make_metric(criterion, scale=scale)
             for batch in share(make_batches([5, 2, 3, 1, 4], criterion)):
@@ -207,10 +237,11 @@ def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_pat
     multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for scale in SCALES:
-        one = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=16)
-        expected = torch.stack([accumulated(one, large_batches()), *one.compute_bounds()])
         for result in results:
-            torch.testing.assert_close(result[f"sketch {scale}"], expected, rtol=1e-8, atol=0)
+            for name, columns, _ in KINDS:
+                one = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=columns)
+                expected = torch.stack([accumulated(one, large_batches()), *one.compute_bounds()])
+                torch.testing.assert_close(result[f"{name} {scale}"], expected, rtol=1e-8, atol=0)
             for number, criterion in enumerate(CRITERIA):
                 batches = make_batches([5, 2, 3, 1, 4], criterion)
                 assert_equal(result[f"{number} {scale}"], of_union(batches, criterion, scale))
