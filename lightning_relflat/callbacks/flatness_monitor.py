@@ -139,6 +139,11 @@ class FlatnessMonitor(Callback):
             raise ValueError(
                 f"Expected argument `sharpest` to be given with a loss with a closed form, but got loss={loss!r}."
             )
+        if self.layers and self.target is None and has_closed_form(self.metric.loss):
+            raise ValueError(
+                "Expected argument `target` to say where the target is, because `layers` are measured by the loss "
+                f"itself, but got None with loss={loss!r}."
+            )
         check_loss_of_parts(self.report or (), self.metric.loss)
         self.gap = _check_gap(gap)
         self.figures = check_flag("figures", figures)

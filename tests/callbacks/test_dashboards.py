@@ -451,7 +451,6 @@ def test_eigenvalues_and_neural_collapse() -> None:
     )
     entries = {name for name in report if "eigenvalue" in name}
     assert len(entries) == 6
-    # So near that no bound is another's.
     assert {name: result[f"val/flatness/{name}"] for name in entries} == {
         name: pytest.approx(report[name].item(), rel=1e-10) for name in entries
     }
@@ -467,6 +466,7 @@ def test_eigenvalues_and_neural_collapse() -> None:
         ({"report": "classes"}, "`report` to be True, False or some of 'classes'"),
         ({"report": ["classes"], "loss": "mse"}, "`loss` to be a cross-entropy, because 'classes'"),
         ({"report": ["neuron_pairs"]}, "to be given with figures=True"),
+        ({"layers": "*", "target": None, "loss": "mse"}, "`target` to say where the target is"),
         ({"sharpest": 0}, "`sharpest` to be an integer of at least 1"),
         ({"sharpest": 3, "loss": torch.nn.functional.cross_entropy}, "`sharpest` to be given with a loss"),
         ({"figures": True}, "`figures` to be given with something to draw"),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_relflat import FlatnessMonitor
+from lightning_relflat.callbacks._report import ALWAYS, EIGENVALUES, NEURAL_COLLAPSE, new_report
 from lightning_relflat.functional.flatness_report import flatness_report
 from tests.models import Net, make_batches, make_loader, make_trainer
 from tests.oracles import weight_trace
@@ -105,3 +106,16 @@ def test_refused(options: dict[str, Any]) -> None:
         FlatnessMonitor(report=True, **options)
     with pytest.raises(ValueError, match="`report` to be True, False or some of"):
         FlatnessMonitor("head", nn.CrossEntropyLoss(), report=1)  # type: ignore[arg-type]
+
+
+def test_every_name_is_that_of_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Bounds and estimates of an eigenvalue may be equal, so that values alone cannot tell them apart.
+    whole, entries = new_report("cross_entropy", nn.Linear(3, 2), ["classes", "eigenvalues", "neural_collapse"], "/x")
+    values = {name: torch.tensor(float(k)) for k, name in enumerate((*ALWAYS, *EIGENVALUES, *NEURAL_COLLAPSE))}
+    monkeypatch.setattr(whole, "compute", lambda: values | {"per_class": torch.tensor([100.0, 101.0])})
+    for entry in entries.values():
+        entry.update()
+    found = {name: entry.compute().item() for name, entry in entries.items()}
+    groups = {name: "neural_collapse" if name in NEURAL_COLLAPSE else "flatness" for name in values}
+    expected = {f"{group}/{name}/x": values[name].item() for name, group in groups.items()}
+    assert found == expected | {"class_flatness/0/x": 100.0, "class_flatness/1/x": 101.0}

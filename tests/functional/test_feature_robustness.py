@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -254,3 +255,22 @@ def test_bad_arguments_for_what_kappa_says() -> None:
         expected_robustness(1.0, delta=0.1, num_features=0)
     with pytest.raises(ValueError, match="`delta` to be a finite number, but got None"):
         expected_robustness(1.0, delta=None, num_features=1)  # type: ignore[arg-type]
+
+
+def test_the_error_is_that_of_a_mean_of_pairs() -> None:
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    seen: list[float] = []
+
+    def loss(phi: Tensor) -> Tensor:
+        losses = phi[:, 0].exp()
+        seen.append(losses.mean().item())
+        return losses
+
+    still = loss(features).mean().item()
+    estimate = random_feature_robustness(loss, features, delta=0.3, draws=3)
+    moved = [value for value in seen if value != still]
+    pairs = [(one + other) / 2 - still for one, other in zip(moved[::2], moved[1::2], strict=True)]
+    assert len(pairs) == 3
+    assert estimate.value.item() == pytest.approx(statistics.mean(pairs))
+    assert estimate.error.item() == pytest.approx(statistics.stdev(pairs) / math.sqrt(3))

@@ -208,6 +208,10 @@ def test_pac_bayes_against_the_error_function() -> None:
     for drop, quantile in ((0.1, -1.2815515655), (0.3, -0.5244005127)):
         found = pac_bayes_flatness(Sign(), batches, drop=drop, tolerance=0, draws=1000, steps=9)
         assert found.item() == pytest.approx(quantile**2, rel=0.2)
+    # Right about four of five to begin with, and about one where the sign is wrong: 0.6 Φ(-1/σ) = 0.1.
+    batches = [(torch.rand(5) + 0.1, torch.tensor([1, 1, 0, 1, 1]))]
+    found = pac_bayes_flatness(Sign(), batches, tolerance=0, draws=1000, steps=9)
+    assert found.item() == pytest.approx(0.9674215661**2, rel=0.2)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -20,9 +20,11 @@ from lightning_relflat.functional import spectrum
 from lightning_relflat.functional.layer_measures import Scale, hessian_trace
 from lightning_relflat.functional.spectrum import (
     bounds_from_sketch,
+    hessian_of_samples,
     largest_eigenvalue,
     largest_eigenvalue_bounds,
     layer_hessian,
+    samples_of,
     sketch,
     sketch_columns,
 )
@@ -194,6 +196,22 @@ def test_one_pass_is_exact_by_default_for_any_spectrum_of_a_large_layer(kind: st
     expected = dense_eigenvalue(dense_softmax(features, weight, outputs), weight, "none")
     bounds = largest_eigenvalue_bounds(features, weight, outputs, loss="cross_entropy")
     torch.testing.assert_close(bounds, (expected, expected), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    "loss",
+    [nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]), ignore_index=1), nn.BCEWithLogitsLoss(), nn.MSELoss()],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_a_hessian_is_that_of_its_samples(scale: Scale, loss: nn.Module) -> None:
+    features, weight, outputs = softmax_problem("relu", n=9, d=3, m=4)
+    target = torch.arange(9) % 3 if isinstance(loss, nn.CrossEntropyLoss) else torch.ones(9, 3).tril().double()
+    whole = layer_hessian(features, weight, outputs, target, loss=loss, scale=scale)
+    again = hessian_of_samples(samples_of(whole), 4, blocks=whole.blocks)
+    vector = weight.flip(0)
+    assert_equal(again.product(vector), whole.product(vector))
+    assert_equal(again.traces(), whole.traces())
 
 
 @pytest.mark.parametrize("flat", [False, True])
