@@ -176,7 +176,7 @@ def theirs(name: str, head: Head) -> Callable[[], tuple[float, list[float]]]:
                 module.zero_grad()
                 with backpack(DiagHessian()):
                     loss(module(inputs), labels).backward()
-                total += first.weight.diag_h.double().sum().item()  # type: ignore[union-attr,operator]
+                total += first.weight.diag_h.double().sum().item()  # type: ignore[attr-defined]
             return [total / samples]
         if name == "curvlinops":
             from curvlinops import HessianLinearOperator, hutchinson_trace
@@ -206,12 +206,13 @@ def theirs(name: str, head: Head) -> Callable[[], tuple[float, list[float]]]:
 def compare(head: Head, results: Results) -> None:
     """Time the libraries, in turns with our own."""
     features, weight, bias, target = head.make()
-    double = [value.double() for value in (features, weight, features @ weight.T + bias)]
+    outputs = (features @ weight.T + bias).double()
+    features, weight = features.double(), weight.double()
     with torch.no_grad():
-        true = relative_flatness(*double, target, loss="cross_entropy").item()  # type: ignore[arg-type]
+        true = relative_flatness(features, weight, outputs, target, loss="cross_entropy").item()
         few = slice(head.exact_samples)
-        of_few = relative_flatness(double[0][few], double[1], double[2][few], target[few], loss="cross_entropy").item()
-    del double
+        of_few = relative_flatness(features[few], weight, outputs[few], target[few], loss="cross_entropy").item()
+    del features, weight, outputs
     run = ours(head)
     run()
     if not results.has(head.name, "ours"):

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from harness import MIB, Results, alone, peak_bytes, spread
 from jsonargparse import auto_cli
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from models import Classifier
 from torch import Tensor, multiprocessing
@@ -79,7 +79,7 @@ def quantity(name: str, n: int, d: int, m: int) -> Callable[[], object]:
             loss = loss + 0.1 * relative_flatness(features, weight, logits, target, loss="cross_entropy")
         elif penalty == "probe":
             loss = loss + 0.1 * feature_laplacian(loss, features, probes=1).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     penalty = {"head alone": "", "head with FAM, named loss": "named", "head with FAM, probe": "probe"}[name]
     return lambda: step(penalty)
@@ -240,7 +240,7 @@ def spawn(work: Callable[..., None], world: int, *arguments: object) -> dict[str
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             Path(folder, "port").write_text(str(listener.getsockname()[1]))
-        multiprocessing.spawn(work, (world, folder, *arguments), world)  # type: ignore[no-untyped-call]
+        multiprocessing.spawn(work, (world, folder, *arguments), world)  # type: ignore[attr-defined]
         found: dict[str, Any] = json.loads(Path(folder, "found").read_text())
     return found
 
@@ -307,7 +307,7 @@ def main(
                 results.put(sweep(name, axis, sizes, base, rounds), "sizes", name, axis)
         if memory and not results.has("sizes", name, "n", "memory_exponent"):
             arguments = ("--base", json.dumps(base), "--axes", json.dumps(axes), "--peak_of", name)
-            found = alone(__file__, *arguments).get("bytes")
+            found: list[Any] = alone(__file__, *arguments).get("bytes") or []
             for axis, sizes in axes.items() if found else ():
                 of_axis, found = found[: len(sizes)], found[len(sizes) :]
                 entry = results.content["sizes"][name][axis]

@@ -121,9 +121,33 @@ def random_feature_robustness(
     check_floating("features", features)
     if features.ndim == 0:
         raise ValueError(f"Expected argument `features` to be of shape (..., m), but got {shape_of(features)}.")
-    delta = _check_delta(delta)
     check_count("draws", draws, at_least=2)
-    generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
+    check_count("seed", seed, at_least=0)
+    found = robustness_of_draws(loss_of_features, features, delta=delta, draws=draws, seed=seed)
+    return RobustnessEstimate(found.mean(), found.std() / draws**0.5)
+
+
+def robustness_of_draws(
+    loss_of_features: LossOfFeatures, features: Tensor, *, delta: float, draws: int, seed: int
+) -> Tensor:
+    """Return the robustness of every pair ±A of :func:`random_feature_robustness`.
+
+    Args:
+        loss_of_features: as there.
+        features: as there.
+        delta: as there.
+        draws: as there.
+        seed: as there.
+
+    Returns:
+        The values, in float64, of shape (draws,).
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
+    delta = _check_delta(delta)
+    generator = torch.Generator().manual_seed(seed)
     values = []
     with torch.no_grad():
         for _ in range(draws):
@@ -133,8 +157,7 @@ def random_feature_robustness(
                 for signed in (delta, -delta)
             ]
             values.append((pair[0] + pair[1]) / 2)
-    found = torch.stack(values)
-    return RobustnessEstimate(found.mean(), found.std() / draws**0.5)
+    return torch.stack(values)
 
 
 def expected_robustness(kappa: Tensor | float, *, delta: float, num_features: int) -> Tensor:

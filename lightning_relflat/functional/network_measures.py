@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,6 +141,86 @@ def sam_sharpness(module: nn.Module, loss: LossOfEverySample, batches: Batches, 
     return torch.tensor((after - before) / samples, dtype=torch.float64)
 
 
+def loss_gradient_sums(
+    module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any
+) -> tuple[Tensor, Tensor, int]:
+    """Return a batch's part in the gradient over all parameters; it adds up over batches and processes.
+
+    Args:
+        module: as for :func:`fisher_rao_norm`.
+        loss: as for :func:`fisher_rao_norm`.
+        inputs: of the batch.
+        target: of the batch.
+
+    Returns:
+        ∇Σ_i ℓ_i of all parameters in a row, in float64; Σ_i ℓ_i, a float64 scalar; and the number of samples.
+
+    Raises:
+        ValueError: as :func:`fisher_rao_norm` does.
+    """
+    parameters = {name: value.requires_grad_() for name, value in _parameters(module).items()}
+    with _passes(module, [(inputs, target)], gradients=True):
+        losses = _losses(module, loss, {**parameters, **_buffers(module)}, inputs, target)
+        found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten().double() for part in found]), losses.detach().double().sum(), losses.numel()
+
+
+def moved_loss_sum(module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any, *, step: Tensor) -> Tensor:
+    """Return Σ_i ℓ_i of a batch at other parameters.
+
+    Args:
+        module: as for :func:`fisher_rao_norm`.
+        loss: as for :func:`fisher_rao_norm`.
+        inputs: of the batch.
+        target: of the batch.
+        step: what to add to the parameters, in a row.
+
+    Returns:
+        The sum, a float64 scalar.
+
+    Raises:
+        ValueError: as :func:`fisher_rao_norm` does.
+    """
+    parameters = _parameters(module)
+    parts = torch.split(step, [value.numel() for value in parameters.values()])
+    moved = {
+        name: (value + part.reshape(value.shape)).to(value)
+        for (name, value), part in zip(parameters.items(), parts, strict=True)
+    }
+    with _passes(module, [(inputs, target)], gradients=False):
+        return _losses(module, loss, {**moved, **_buffers(module)}, inputs, target).double().sum()
+
+
+def right_counts(
+    module: nn.Module, inputs: Any, target: Tensor, *, sigmas: Sequence[float], draws: int, seed: int
+) -> Tensor:
+    """Return how many samples of a batch are classified rightly with noise on all parameters.
+
+    Args:
+        module: as for :func:`pac_bayes_flatness`.
+        inputs: of the batch.
+        target: of the batch.
+        sigmas: the standard deviations.
+        draws: how many perturbations for each; the same ones, scaled.
+        seed: as for :func:`pac_bayes_flatness`.
+
+    Returns:
+        The counts summed over the draws, in float64, of shape (sigmas,).
+
+    Raises:
+        ValueError: as :func:`pac_bayes_flatness` does.
+    """
+    parameters = _parameters(module)
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.zeros(len(sigmas), dtype=torch.float64)
+    for _ in range(draws):
+        noise = _noise(parameters, generator)
+        for number, sigma in enumerate(sigmas):
+            noisy = {name: (value + sigma * noise[name]).to(value) for name, value in parameters.items()}
+            counts[number] += round(_accuracy(module, noisy, [(inputs, target)]) * target.numel())
+    return counts
+
+
 def pac_bayes_flatness(
     module: nn.Module,
     batches: Batches,
@@ -209,10 +289,8 @@ def pac_bayes_flatness(
         generator = torch.Generator().manual_seed(seed)
         accuracies = []
         for _ in range(draws):
-            noisy = {
-                name: (value + sigma * torch.randn(value.shape, generator=generator).to(value.device)).to(value)
-                for name, value in parameters.items()
-            }
+            noise = _noise(parameters, generator)
+            noisy = {name: (value + sigma * noise[name]).to(value) for name, value in parameters.items()}
             accuracies.append(_accuracy(module, noisy, batches))
         return accuracy - sum(accuracies) / draws
 
@@ -244,6 +322,11 @@ def _passes(module: nn.Module, batches: Batches, *, gradients: bool) -> Iterator
     devices = {value.device for value in module.parameters() if value.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield iter(batches)
+
+
+def _noise(parameters: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Return noise of variance one, the same on all devices."""
+    return {name: torch.randn(value.shape, generator=generator).to(value.device) for name, value in parameters.items()}
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def test_digits_are_kept_in_float32_and_for_half_precision_inputs(kind: str, dty
         logits[:, :2] += 60
     narrow = [logits.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
     wide = [leaf.detach().double().requires_grad_() for leaf in narrow]
-    found, expected = traces(*narrow, dtype=torch.float32), by_pairs(*wide)
+    found, expected = traces(narrow[0], narrow[1], dtype=torch.float32), by_pairs(*wide)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=bound, atol=0)
     for one, other in zip(gradients(found, narrow), gradients(expected, wide), strict=True):
@@ -99,7 +99,7 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
     generator = seeded(0)
     logits, weight = normal(generator, 4, 5), normal(generator, 5, 3)
     both = [logits.clone().requires_grad_(), weight.clone().requires_grad_()]
-    expected = gradients(traces(*both), both)
+    expected = gradients(traces(both[0], both[1]), both)
     assert torch.equal(gradients(traces(both[0], weight), both[:1])[0], expected[0])
     assert torch.equal(gradients(traces(logits, both[1]), both[1:])[0], expected[1])
 
@@ -159,9 +159,9 @@ def test_shared_probes_are_differentiable() -> None:
     given = head()
     leaves = [given[name].clone().requires_grad_() for name in ("features", "weight", "outputs")]
 
-    def value(*leaves: Tensor) -> Tensor:
+    def value(features: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
         options = {"loss": given["loss"], "probes": 2, "generator": seeded(3)}
-        return relative_flatness(*leaves, given["target"], **options)
+        return relative_flatness(features, weight, outputs, given["target"], **options)
 
     assert gradcheck(value, leaves)
 

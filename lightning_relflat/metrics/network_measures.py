@@ -1,0 +1,369 @@
+"""The measures that relative flatness is compared with, batch by batch and on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_relflat.functional._checks import check_count
+from lightning_relflat.functional.feature_robustness import (
+    LossOfFeatures,
+    RobustnessEstimate,
+    _check_delta,
+    robustness_of_draws,
+)
+from lightning_relflat.functional.network_measures import (
+    LossOfEverySample,
+    _check_positive,
+    fisher_rao_norm,
+    loss_gradient_sums,
+    moved_loss_sum,
+    right_counts,
+)
+
+# Twelve steps of the square root of two.
+_SIGMAS = tuple(2.0 ** (power / 2 - 5) for power in range(13))
+
+
+class _Sums(Metric):
+    """A metric whose states are sums."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def _add_sums(self, name: str, *shape: int) -> None:
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+
+class FisherRaoNorm(_Sums):
+    r"""The Fisher–Rao norm of all parameters of a network, with the Fisher information of the data.
+
+    ‖θ‖_fr = √(mean_i ⟨θ, ∇ℓ_i⟩²); see :func:`~lightning_relflat.functional.fisher_rao_norm`. The states are sums over
+    samples, exact over uneven batches and processes.
+
+    Source: as for :func:`~lightning_relflat.functional.fisher_rao_norm`.
+
+    Args:
+        loss: as for :func:`~lightning_relflat.functional.fisher_rao_norm`.
+        kwargs: the arguments of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.metrics import FisherRaoNorm
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(net.weight, 3.0)
+        >>> norm = FisherRaoNorm(torch.nn.MSELoss(reduction="none"))
+        >>> for inputs in torch.tensor([[[1.0]], [[2.0]]]):
+        ...     norm.update(net, inputs, torch.zeros(1, 1))
+        >>> norm.compute() ** 2  # the mean of (2 w² x²)²
+        tensor(2754., dtype=torch.float64)
+    """
+
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self, loss: LossOfEverySample, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loss = loss
+        self._add_sums("total")
+        self._add_sums("samples")
+
+    def update(self, module: nn.Module, inputs: Any, target: Any) -> None:
+        """Add a batch.
+
+        Args:
+            module: the network, as for :func:`~lightning_relflat.functional.fisher_rao_norm`.
+            inputs: what goes in.
+            target: the target.
+
+        Raises:
+            ValueError: as :func:`~lightning_relflat.functional.fisher_rao_norm` does.
+        """
+        count = 0
+
+        def counted(outputs: Tensor, target: Any) -> Tensor:
+            nonlocal count
+            losses = self.loss(outputs, target)
+            count = losses.numel()
+            return losses
+
+        norm = fisher_rao_norm(module, counted, [(inputs, target)])
+        self.total = self.total + (norm.square() * count).to(self.total.device)
+        self.samples = self.samples + count
+
+    def compute(self) -> Tensor:
+        """Return the norm over all data so far, over all processes; NaN without any."""
+        return (self.total / self.samples).sqrt()
+
+
+class SAMSharpness(_Sums):
+    r"""The sharpness that SAM descends on, L(θ + ρ∇L/‖∇L‖) − L(θ), over a data set.
+
+    The direction of steepest ascent is that of all data, so that it takes two passes: a metric without ``direction``
+    finds it, and its value is the linear approximation ρ‖∇L‖; a second metric, with the ``direction`` that
+    :meth:`compute_direction` of the first returned, takes the difference. All states are sums over samples.
+
+    Source: as for :func:`~lightning_relflat.functional.sam_sharpness`.
+
+    Args:
+        loss: as for :func:`~lightning_relflat.functional.fisher_rao_norm`.
+        num_parameters: how many numbers the network's parameters hold.
+        rho: ρ, how far to step.
+        direction: the unit vector to step along, of shape (num_parameters,); found if left out.
+        kwargs: the arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if ρ is not a number larger than 0, or ``num_parameters`` and ``direction`` do not fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.metrics import SAMSharpness
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(net.weight, 1.0)
+        >>> loss, inputs = torch.nn.MSELoss(reduction="none"), torch.tensor([[1.0], [2.0]])
+        >>> ascent = SAMSharpness(loss, num_parameters=1, rho=0.1)
+        >>> ascent.update(net, inputs, torch.zeros(2, 1))
+        >>> sharpness = SAMSharpness(loss, num_parameters=1, rho=0.1, direction=ascent.compute_direction())
+        >>> sharpness.update(net, inputs, torch.zeros(2, 1))
+        >>> ascent.compute(), sharpness.compute()  # 0.1 · 5, and 2.5 (1.1² − 1)
+        (tensor(0.5000, dtype=torch.float64), tensor(0.5250, dtype=torch.float64))
+    """
+
+    gradient: Tensor
+    rise: Tensor
+    samples: Tensor
+
+    def __init__(
+        self,
+        loss: LossOfEverySample,
+        *,
+        num_parameters: int,
+        rho: float = 0.05,
+        direction: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.loss = loss
+        self.rho = _check_positive("rho", rho)
+        self.num_parameters = check_count("num_parameters", num_parameters, at_least=1)
+        if direction is not None and direction.shape != (num_parameters,):
+            raise ValueError(
+                f"Expected argument `direction` to be of shape ({num_parameters},), but got {tuple(direction.shape)}."
+            )
+        self.direction = None if direction is None else direction.detach().double().clone()
+        self._add_sums("gradient", num_parameters if direction is None else 0)
+        self._add_sums("rise")
+        self._add_sums("samples")
+
+    def update(self, module: nn.Module, inputs: Any, target: Any) -> None:
+        """Add a batch.
+
+        Args:
+            module: the network, as for :func:`~lightning_relflat.functional.sam_sharpness`.
+            inputs: what goes in.
+            target: the target.
+
+        Raises:
+            ValueError: as :func:`~lightning_relflat.functional.sam_sharpness` does, or if the network has another
+                number of parameters.
+        """
+        found = sum(value.numel() for value in module.parameters())
+        if found != self.num_parameters:
+            raise ValueError(
+                f"Expected argument `module` to have {self.num_parameters} parameters, as the metric was made for, but "
+                f"got {found}."
+            )
+        gradient, before, count = loss_gradient_sums(module, self.loss, inputs, target)
+        if self.direction is None:
+            self.gradient = self.gradient + gradient.to(self.gradient)
+        else:
+            step = self.rho * self.direction.to(gradient.device)
+            after = moved_loss_sum(module, self.loss, inputs, target, step=step)
+            self.rise = self.rise + (after - before).to(self.rise)
+        self.samples = self.samples + count
+
+    def compute(self) -> Tensor:
+        """Return the sharpness over all data so far, over all processes, or without ``direction`` ρ‖∇L‖."""
+        if self.direction is None:
+            length: Tensor = self.gradient.norm()
+            return self.rho * length / self.samples
+        return self.rise / self.samples
+
+    def compute_direction(self) -> Tensor:
+        """Return ∇L/‖∇L‖ of all data so far, over all processes; zero where there is no gradient.
+
+        Raises:
+            ValueError: if the metric was made with a direction.
+        """
+        if self.direction is not None:
+            raise ValueError("Expected argument `direction` to be left out where it is to be found, but got one.")
+        with self.sync_context(should_sync=self.sync_on_compute):
+            length: Tensor = self.gradient.norm()
+            return self.gradient / length.where(length > 0, 1.0)
+
+
+class PACBayesFlatness(_Sums):
+    r"""The PAC-Bayes flatness 1/σ², where noise of standard deviation σ on all parameters costs 0.1 accuracy.
+
+    One pass over the data takes the accuracies at several σ, and σ is found between two of them by linear
+    interpolation; :func:`~lightning_relflat.functional.pac_bayes_flatness` searches by bisection in several passes.
+    The states are counts, the noise is the same for all batches and processes.
+
+    Source: as for :func:`~lightning_relflat.functional.pac_bayes_flatness`.
+
+    Args:
+        sigmas: the standard deviations, rising; a batch takes ``draws`` forward passes for each.
+        drop: how much accuracy is lost at σ.
+        draws: how many perturbations to average.
+        seed: where the noise comes from.
+        kwargs: the arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if an argument is not what it should be.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.metrics import PACBayesFlatness
+        >>> net = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.eye_(net.weight)
+        >>> flatness = PACBayesFlatness(draws=200)
+        >>> flatness.update(net, torch.eye(2), torch.tensor([0, 1]))
+        >>> bool(3 < flatness.compute() < 6)
+        True
+    """
+
+    right: Tensor
+    clean: Tensor
+    samples: Tensor
+
+    def __init__(
+        self,
+        *,
+        sigmas: Sequence[float] = _SIGMAS,
+        drop: float = 0.1,
+        draws: int = 10,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sigmas = [_check_positive("sigmas", sigma) for sigma in sigmas]
+        if not self.sigmas or any(low >= high for low, high in pairwise(self.sigmas)):
+            raise ValueError(f"Expected argument `sigmas` to be rising numbers, but got {sigmas!r}.")
+        self.drop = _check_positive("drop", drop)
+        self.draws = check_count("draws", draws, at_least=1)
+        self.seed = check_count("seed", seed, at_least=0)
+        self._add_sums("right", len(self.sigmas))
+        self._add_sums("clean")
+        self._add_sums("samples")
+
+    def update(self, module: nn.Module, inputs: Any, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            module: the network, as for :func:`~lightning_relflat.functional.pac_bayes_flatness`.
+            inputs: what goes in.
+            target: class indices.
+
+        Raises:
+            ValueError: as :func:`~lightning_relflat.functional.pac_bayes_flatness` does.
+        """
+        counts = right_counts(module, inputs, target, sigmas=self.sigmas, draws=self.draws, seed=self.seed)
+        clean = right_counts(module, inputs, target, sigmas=[0.0], draws=1, seed=self.seed)
+        self.right = self.right + counts.to(self.right)
+        self.clean = self.clean + clean[0].to(self.clean)
+        self.samples = self.samples + target.numel()
+
+    def compute(self) -> Tensor:
+        """Return 1/σ² for all data so far, over all processes.
+
+        Returns:
+            A float64 scalar.
+
+        Raises:
+            ValueError: if the accuracy does not drop as much at the largest σ.
+        """
+        lost = ((self.clean - self.right / self.draws) / self.samples).tolist()
+        before, loss_before = 0.0, 0.0
+        for sigma, loss in zip(self.sigmas, lost, strict=True):
+            if loss >= self.drop:
+                share = (self.drop - loss_before) / (loss - loss_before)
+                return self.right.new_tensor(before + share * (sigma - before)) ** -2
+            before, loss_before = sigma, loss
+        raise ValueError(
+            f"Expected argument `sigmas` to reach so far that the accuracy falls by {self.drop}, but got "
+            f"{self.sigmas[-1]}, where it falls by {loss_before:.4g}."
+        )
+
+
+class FeatureRobustness(_Sums):
+    r"""Feature robustness in the mean over random rotations and reflections, over a data set.
+
+    See :func:`~lightning_relflat.functional.random_feature_robustness`. The maps are the same for all batches and
+    processes, and the states sums over samples for each map, so that mean and standard error are those of the union.
+
+    Source: as for :func:`~lightning_relflat.functional.random_feature_robustness`.
+
+    Args:
+        delta: δ, how far to move.
+        draws: how many pairs ±A to draw, two at least.
+        seed: where the maps come from.
+        kwargs: the arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if an argument is not what it should be.
+
+    Example:
+        >>> import torch
+        >>> from lightning_relflat.metrics import FeatureRobustness
+        >>> robustness = FeatureRobustness(delta=0.5)
+        >>> for features in torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]], dtype=torch.float64):
+        ...     robustness.update(lambda phi: phi.square().sum(dim=1), features)
+        >>> robustness.compute()  # δ² mean ‖φ‖²
+        tensor(0.6250, dtype=torch.float64)
+    """
+
+    values: Tensor
+    samples: Tensor
+
+    def __init__(self, *, delta: float, draws: int = 32, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.delta = _check_delta(delta)
+        self.draws = check_count("draws", draws, at_least=2)
+        self.seed = check_count("seed", seed, at_least=0)
+        self._add_sums("values", self.draws)
+        self._add_sums("samples")
+
+    def update(self, loss_of_features: LossOfFeatures, features: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss_of_features: as for :func:`~lightning_relflat.functional.feature_robustness`, with this batch's targets
+                in it.
+            features: φ, of shape (..., m).
+
+        Raises:
+            TypeError: if the features are no floating point numbers.
+            ValueError: if they have no dimension.
+        """
+        found = robustness_of_draws(loss_of_features, features, delta=self.delta, draws=self.draws, seed=self.seed)
+        count = features.shape[:-1].numel()
+        self.values = self.values + (found * count).to(self.values)
+        self.samples = self.samples + count
+
+    def compute(self) -> Tensor:
+        """Return the mean over the maps for all data so far, over all processes."""
+        return self._estimate().value
+
+    def compute_estimate(self) -> RobustnessEstimate:
+        """Return the mean over the maps and its standard error for all data so far, over all processes."""
+        with self.sync_context(should_sync=self.sync_on_compute):
+            return self._estimate()
+
+    def _estimate(self) -> RobustnessEstimate:
+        values = self.values / self.samples
+        return RobustnessEstimate(values.mean(), values.std() / self.draws**0.5)
