@@ -375,9 +375,11 @@ class FAM(Callback):
 
     def _kappa(self, loss: Tensor) -> Tensor | None:
         assert self._module is not None
-        rank = self._module.trainer.global_rank
-        device = self._records[0].features.device
-        generator = torch.Generator(device).manual_seed(probe_seed(self.seed, self._step, rank))
+        generator = None
+        if self.criterion is None or self.shared_probes is not None:
+            device = self._records[0].features.device
+            seed = probe_seed(self.seed, self._step, self._module.trainer.global_rank)
+            generator = torch.Generator(device).manual_seed(seed)
         if self.criterion is None:
             return record_laplacian(
                 loss,

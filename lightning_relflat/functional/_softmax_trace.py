@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 from lightning_relflat.functional._checks import full_precision
 from lightning_relflat.functional.output_hessian import OutputHessian
 
+# Below so many outputs in all the plain formula is as fast, or faster, and what it keeps is no matter.
+_FEW = 1 << 21
 # Samples and entries of a tile. On a CPU it stays in the cache between its passes; a GPU wants large products.
 _TILE, _TILE_ROWS = 1 << 19, 1 << 9
 _GPU_TILE, _GPU_TILE_ROWS = 1 << 25, 1 << 13
@@ -28,7 +30,8 @@ def softmax_trace(logits: Tensor, weight: Tensor, *, temperature: float, dtype: 
     - ∂t/∂z_s = p_s (h_s − Σ_s' p_s' h_s') / τ with h_s = ‖u_s‖² − 2⟨u_s, r⟩, where ⟨w_s, q⟩ is the second;
     - ∂t/∂w_s = 2 p_s (w_s − q), whose sum over samples is the third.
 
-    Derivatives of higher order, and those that torch.func or a compiler takes, go through the plain formula.
+    Fewer than 2²¹ outputs in all, derivatives of higher order, and those that torch.func or a compiler takes go through
+    the plain formula.
 
     Args:
         logits: the outputs z, of shape (n, d).
@@ -39,7 +42,7 @@ def softmax_trace(logits: Tensor, weight: Tensor, *, temperature: float, dtype: 
     Returns:
         The traces, of shape (n,) and of ``dtype``.
     """
-    if _is_transformed(logits, weight):
+    if logits.numel() < _FEW or _is_transformed(logits, weight):
         return _plain(logits, weight, temperature, dtype)
     traces: Tensor = _SoftmaxTrace.apply(logits, weight, temperature, dtype)  # type: ignore[no-untyped-call]
     return traces
@@ -92,6 +95,8 @@ class _SoftmaxTrace(torch.autograd.Function):
         to_logits, to_weight = ctx.needs_input_grad[:2]
         with full_precision(logits):
             if torch.is_grad_enabled():  # create_graph: derivatives of the derivatives are wanted
+                # Views of their own: the outputs depend on the weight too, which is for who comes before us.
+                logits, weight = logits.view_as(logits), weight.view_as(weight)
                 inputs = [value for value, needed in ((logits, to_logits), (weight, to_weight)) if needed]
                 traces = _plain(logits, weight, ctx.temperature, ctx.dtype)
                 found = list(torch.autograd.grad(traces, inputs, grad, create_graph=True))

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional.feature_laplacian import probe_seed
@@ -394,6 +395,60 @@ def test_seeds_draw_different_probes() -> None:
         nets.append(train(Net().double(), FAM("head", 0.1, seed=seed)))
     assert torch.equal(nets[0].head.weight, nets[1].head.weight)
     assert not torch.equal(nets[0].head.weight, nets[2].head.weight)
+
+
+def shared_probes(net: Net, batch: Batch, step: int, *, count: int = 3, seed: int = 0) -> Tensor:
+    """Return Σ_i ‖φ_i‖² Σ_k u_kᵀ ∇² u_k / K with u_k = Wv_k of the probes that FAM draws, from the dense Hessian."""
+    features = net.features(batch[0])
+    generator = torch.Generator().manual_seed(probe_seed(seed, step, 0))
+    probes = torch.randint(0, 2, (6, count), generator=generator).double() * 2 - 1
+    hessian: Tensor = torch.autograd.functional.hessian(
+        lambda value: net.criterion(value, batch[1]), net.head(features), create_graph=True
+    )
+    pushed = net.head.weight @ probes
+    return torch.einsum("n,sk,nsnt,tk->", features.square().sum(dim=1), pushed, hessian, pushed) / count
+
+
+@pytest.mark.parametrize("kind", [Net, ManualNet])
+def test_shared_probes_are_drawn_anew_in_every_step(kind: type[Net], monkeypatch: pytest.MonkeyPatch) -> None:
+    net, twin = twins(kind)
+    before = copy.deepcopy(net)
+    train(net, FAM("head", 0.3, loss="cross_entropy", shared_probes=3))
+    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), shared_probes, [0.3] * 3))
+    monkeypatch.setattr(L.Trainer, "global_rank", property(lambda _: 1))  # and on every process
+    train(before, FAM("head", 0.3, loss="cross_entropy", shared_probes=3))
+    assert not torch.allclose(before.head.weight, net.head.weight, rtol=1e-3)
+
+
+def test_shared_probes_are_unbiased() -> None:
+    logged: dict[int | None, list[float]] = {None: [], 2: []}
+
+    class Listening(Net):
+        probes: int | None = None
+
+        def log(self, name: str, value: Any, **_: Any) -> None:  # type: ignore[override]
+            if name == "fam/penalty":
+                logged[self.probes].append(float(value))
+
+    net = Listening(lr=0.0).double()
+    loader: DataLoader[Any] = DataLoader(make_batches([7]) * 400, batch_size=None)  # type: ignore[arg-type]
+    for net.probes, steps in ((None, 1), (2, 400)):
+        fam = FAM("head", 1.0, loss="cross_entropy", shared_probes=net.probes)
+        make_trainer(precision="64-true", callbacks=[fam], limit_train_batches=steps).fit(net, loader)
+    [exact], drawn = logged[None], torch.tensor(logged[2])
+    assert len(drawn) == 400
+    assert drawn.std() > 0.01 * exact
+    assert abs(drawn.mean() - exact) < 4 * drawn.std() / 20
+
+
+def test_an_exact_penalty_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*_: Any) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr("lightning_relflat.callbacks.fam.probe_seed", draw)
+    train(Net().double(), FAM("head", 0.3, loss="cross_entropy"))
+    with pytest.raises(AssertionError):
+        train(Net().double(), FAM("head", 0.3, loss="cross_entropy", shared_probes=1))
 
 
 def test_copies_of_the_module_are_free_of_the_callback() -> None:

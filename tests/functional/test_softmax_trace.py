@@ -17,6 +17,11 @@ from tests.functional.cases import normal, seeded
 from tests.oracles import softmax_trace as by_pairs
 
 
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_FEW", 0)
+
+
 @pytest.fixture(params=[(1 << 19, 512), (6, 2), (1, 1)], ids=["one tile", "tiles", "single entries"])
 def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_TILE", request.param[0])
@@ -200,3 +205,32 @@ def test_probes_where_the_exact_form_is_cheap_are_refused(options: dict[str, Any
         given = {name: value for name, value in head().items() if name not in ("loss", "target")}
         with pytest.raises(ValueError, match=message("probes")):
             relative_flatness(**given, target=None, probes=8, **options)
+
+
+def test_a_graph_of_the_gradients_changes_none_of_them() -> None:
+    """The outputs depend on the weight, which must not count twice."""
+    generator = seeded(0)
+    features, weight = normal(generator, 4, 3).requires_grad_(), normal(generator, 5, 3).requires_grad_()
+    bias = normal(generator, 5).requires_grad_()
+    leaves = [features, weight, bias]
+    target = torch.zeros(4, dtype=torch.long)
+
+    def kappa() -> Tensor:
+        outputs = torch.nn.functional.linear(features, weight, bias)
+        return relative_flatness(features, weight, outputs, target, loss="cross_entropy")
+
+    expected = torch.autograd.grad(kappa(), leaves)
+    found = torch.autograd.grad(kappa(), leaves, create_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    whole = sum(part.square().sum() for part in found)
+    assert isinstance(whole, Tensor)
+    assert all(part.isfinite().all() for part in torch.autograd.grad(whole, leaves))
+
+
+@pytest.mark.parametrize("outputs", [20, 21])
+def test_few_outputs_take_the_plain_formula(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_FEW", 21)
+    logits = torch.zeros(1, outputs, requires_grad=True)
+    found = fused.softmax_trace(logits, torch.ones(outputs, 2), temperature=1.0, dtype=torch.float32)
+    assert found.grad_fn is not None
+    assert (found.grad_fn.name() == "_SoftmaxTraceBackward") == (outputs == 21)
