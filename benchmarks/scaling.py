@@ -227,6 +227,7 @@ def fit(kind: str, world: int, steps: int) -> dict[str, Any]:
                 gradients[0] += bucket.buffer().nbytes
                 return allreduce_hook(state, bucket)
 
+            hook.__annotations__.clear()  # PyTorch checks them, and takes no names
             self.trainer.model.register_comm_hook(None, hook)  # type: ignore[union-attr,operator]
 
     with counted() as calls:
