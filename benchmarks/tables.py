@@ -86,7 +86,7 @@ def training() -> str:
             high = [max(0.0, entry["upper"] - entry["median"]) for entry in entries.values()]
             axis.barh(list(entries), middle, xerr=[low, high])
             axis.axvline(1, color="black", linewidth=0.8)
-            axis.set(xscale="log", title=case.replace(", ", "\n", 1), xlabel="time / plain step")
+            axis.set(title=case.replace(", ", "\n", 1), xlabel="time / plain step")
             axis.title.set_fontsize(9)
             axis.invert_yaxis() if case == cases[0] else None
         figure.savefig(DOCS / "images" / "costs_training_step.png", dpi=100)
@@ -221,8 +221,21 @@ def importing() -> str:
 
 
 def heads() -> str:
-    """Return a pointer to the large heads, where they were measured."""
-    return "`python benchmarks/large_heads.py` measures heads of language models; see benchmarks/NOTES.md.\n"
+    """Return the table of large heads."""
+    results = read("large_heads")
+    text = ""
+    for head in results.get("heads", []):
+        text += f"**{head['tokens']:,} tokens, {head['features']:,} features, {head['classes']:,} classes**\n\n"
+        rows = []
+        for name, found in head["forms"].items():
+            time = f"{found['ratio']:.3g} ({found['lower']:.3g} to {found['upper']:.3g})"
+            rows.append([name, time, f"{found['peak_mib']:,.0f} MiB ({found['peak_ratio']:.2f})"])
+        text += table(["form", "time / plain head: median (quartiles)", "peak memory (/ plain)"], rows) + "\n"
+    return (
+        f"What the forms are is said there, what was tried in benchmarks/NOTES.md.\n\n{text}"
+        if text
+        else "Not measured yet.\n"
+    )
 
 
 def main() -> None:
