@@ -126,34 +126,31 @@ def flatness_report(
         with torch.no_grad():
             hessian = layer_hessian(*batch, loss=criterion, class_dim=class_dim)
             divisor = hessian.outputs.total_weight if kind == "mean" else 1
-            lower, upper = batch_bounds(hessian, add_up=False)
-            of_neurons = batch_bounds(neuron_hessian(hessian, weight), add_up=True)
-        values |= eigenvalues_of_report(
-            (lower / divisor, upper / divisor),
-            (of_neurons[0] / divisor, of_neurons[1] / divisor),
-            values["weight_norm"],
-        )
+            whole = batch_bounds(hessian, add_up=False)
+            neurons = batch_bounds(neuron_hessian(hessian, weight), add_up=True)
+        values |= eigenvalues_of_report(whole, neurons, values["weight_norm"], divisor)
     return values
 
 
 def eigenvalues_of_report(
-    whole: tuple[Tensor, Tensor], neurons: tuple[Tensor, Tensor], weight_norm: Tensor
+    whole: tuple[Tensor, Tensor], neurons: tuple[Tensor, Tensor], weight_norm: Tensor, divisor: Tensor | int
 ) -> dict[str, Tensor]:
     """Return the eigenvalues of a report, and their upper bounds.
 
     Args:
-        whole: bounds of λ_max(H).
-        neurons: bounds of Σ_s ‖w_s‖² λ_max(H_{s,s}).
+        whole: bounds of λ_max(H) for the summed loss.
+        neurons: bounds of Σ_s ‖w_s‖² λ_max(H_{s,s}) for the summed loss.
         weight_norm: ‖W‖_F².
+        divisor: the total weight for the mean loss, 1 for the sum.
 
     Returns:
         The values by their names.
     """
     values = {}
     for suffix, of_whole, of_neurons in zip(("", "_upper"), whole, neurons, strict=True):
-        values[f"hessian_eigenvalue{suffix}"] = of_whole
-        values[f"layer_eigenvalue{suffix}"] = weight_norm * of_whole
-        values[f"neuron_eigenvalue{suffix}"] = of_neurons
+        values[f"hessian_eigenvalue{suffix}"] = of_whole / divisor
+        values[f"layer_eigenvalue{suffix}"] = weight_norm * of_whole / divisor
+        values[f"neuron_eigenvalue{suffix}"] = of_neurons / divisor
     return values
 
 

@@ -253,9 +253,7 @@ def largest_eigenvalue(
                 distributed.all_reduce(image)
             return image.reshape(vectors.shape)
 
-        # Of the closed forms, that of cross-entropy alone couples outputs.
-        blocks = scale == "neuron" or not isinstance(criterion, nn.CrossEntropyLoss)
-        start = _start(*shape, blocks=blocks, seed=seed).to(total.device)
+        start = _start(*shape, blocks=has_blocks(criterion, scale), seed=seed).to(total.device)
         values, residuals = _lanczos(product, start, tolerance, max_iterations, together=together)
         if (residuals > tolerance * values.abs()).any():
             raise RuntimeError(
@@ -356,6 +354,19 @@ def largest_eigenvalue_bounds(
         lower, upper = batch_bounds(hessian, columns=columns, seed=seed, add_up=scale == "neuron")
         total = hessian.outputs.total_weight
     return (lower / total, upper / total) if kind == "mean" else (lower, upper)
+
+
+def has_blocks(loss: nn.Module, scale: Scale = "none") -> bool:
+    """Return whether the Hessian that :func:`layer_hessian` finds consists of blocks, one for every row.
+
+    Args:
+        loss: the criterion.
+        scale: as for :func:`layer_hessian`.
+
+    Returns:
+        Whether it does; of the closed forms, that of cross-entropy alone couples outputs.
+    """
+    return scale == "neuron" or not isinstance(loss, nn.CrossEntropyLoss)
 
 
 def batch_bounds(

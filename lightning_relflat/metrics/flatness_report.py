@@ -15,12 +15,12 @@ from lightning_relflat.functional.flatness_report import (
     report_from_sums,
     report_sums,
 )
-from lightning_relflat.functional.spectrum import layer_hessian
-from lightning_relflat.metrics.layer_measures import LayerMeasure, check_weight_shape
-from lightning_relflat.metrics.spectrum import Spectrum, has_blocks
+from lightning_relflat.functional.spectrum import has_blocks, layer_hessian
+from lightning_relflat.metrics.layer_measures import check_weight_shape
+from lightning_relflat.metrics.spectrum import SpectralMeasure, Spectrum
 
 
-class FlatnessReport(LayerMeasure):
+class FlatnessReport(SpectralMeasure):
     r"""A report on the flatness of a linear layer over a data set: one update feeds the whole family of measures.
 
     What several of them need is computed once. All states are sums over samples, so that batches and processes of
@@ -95,7 +95,6 @@ class FlatnessReport(LayerMeasure):
         self._shape = d, m
         self.neural_collapse = check_flag("neural_collapse", neural_collapse)
         self.class_means = _class_means(class_means, self.num_classes, m) if self.neural_collapse else None
-        self._spectra: tuple[Spectrum, Spectrum] | None = None
         if check_flag("eigenvalues", eigenvalues):
             self._spectra = (
                 Spectrum(self, d, m, blocks=has_blocks(self.loss)),
@@ -145,7 +144,7 @@ class FlatnessReport(LayerMeasure):
                 class_means=self.class_means,
                 class_dim=self.class_dim,
             )
-            if self._spectra is not None:
+            if self._spectra:
                 hessian = layer_hessian(features, weight, outputs, target, loss=self.loss, class_dim=self.class_dim)
                 whole, neurons = self._spectra
                 whole.add(hessian)
@@ -157,28 +156,15 @@ class FlatnessReport(LayerMeasure):
     def compute(self) -> dict[str, Tensor]:
         """Return the report on all data so far, over all processes."""
         values = report_from_sums(self._sums(), mean=self._mean)
-        if self._spectra is not None:
+        if self._spectra:
             whole, neurons = self._spectra
-            divisor = self.totals[1] if self._mean else torch.ones_like(self.totals[1])
-            lower, upper = whole.bounds(add_up=False)
-            of_neurons = neurons.bounds(add_up=True)
             values |= eigenvalues_of_report(
-                (lower / divisor, upper / divisor),
-                (of_neurons[0] / divisor, of_neurons[1] / divisor),
+                whole.bounds(add_up=False),
+                neurons.bounds(add_up=True),
                 values["weight_norm"],
+                self.totals[1] if self._mean else 1,
             )
         return values
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Take together what all processes have; see :class:`torchmetrics.Metric`.
-
-        Args:
-            args: as for :class:`torchmetrics.Metric`.
-            kwargs: as for :class:`torchmetrics.Metric`.
-        """
-        for spectrum in self._spectra or ():
-            spectrum.prepare()
-        super().sync(*args, **kwargs)
 
     def compute_class_means(self) -> Tensor:
         """Return the class means of all data so far, over all processes, for NC4 in a second pass.

@@ -14,6 +14,7 @@ from lightning_relflat.functional.spectrum import (
     LayerHessian,
     bounds_from_samples,
     bounds_from_sketch,
+    has_blocks,
     hessian_of_samples,
     layer_hessian,
     samples_of,
@@ -23,7 +24,24 @@ from lightning_relflat.functional.spectrum import (
 from lightning_relflat.metrics.layer_measures import LayerMeasure, check_weight_shape
 
 
-class LargestEigenvalue(LayerMeasure):
+class SpectralMeasure(LayerMeasure):
+    """A measure of a linear layer that has eigenvalues among its states."""
+
+    _spectra: tuple[Spectrum, ...] = ()
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Take together what all processes have; see :class:`torchmetrics.Metric`.
+
+        Args:
+            args: as for :class:`torchmetrics.Metric`.
+            kwargs: as for :class:`torchmetrics.Metric`.
+        """
+        for spectrum in self._spectra:
+            spectrum.prepare()
+        super().sync(*args, **kwargs)
+
+
+class LargestEigenvalue(SpectralMeasure):
     r"""The largest eigenvalue of the Hessian H of a loss over a linear layer's weight W, from one pass over the data.
 
     λ_max(H), ‖W‖_F² λ_max(H) or Σ_s ‖w_s‖² λ_max(H_{s,s}). Eigenvalues do not add up over batches, but samples can be
@@ -87,9 +105,8 @@ class LargestEigenvalue(LayerMeasure):
         check_count("in_features", in_features, at_least=1)
         check_count("out_features", out_features, at_least=1)
         self.scale: Scale = scale
-        self._spectrum = Spectrum(
-            self, out_features, in_features, blocks=has_blocks(self.loss, scale), columns=columns, seed=seed
-        )
+        blocks = has_blocks(self.loss, scale)
+        self._spectra = (Spectrum(self, out_features, in_features, blocks=blocks, columns=columns, seed=seed),)
         self._shape = out_features, in_features
         self._add_totals(1)
 
@@ -111,18 +128,8 @@ class LargestEigenvalue(LayerMeasure):
                 features, weight, outputs, target, loss=self.loss, scale=self.scale, class_dim=self.class_dim
             )
             check_weight_shape(weight, self._shape)
-            self._spectrum.add(hessian)
+            self._spectra[0].add(hessian)
         self._add_to_totals(hessian.outputs.total_weight)
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Take together what all processes have; see :class:`torchmetrics.Metric`.
-
-        Args:
-            args: as for :class:`torchmetrics.Metric`.
-            kwargs: as for :class:`torchmetrics.Metric`.
-        """
-        self._spectrum.prepare()
-        super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
         """Return the estimate for all data so far, over all processes; it is a lower bound."""
@@ -138,21 +145,8 @@ class LargestEigenvalue(LayerMeasure):
             return self._bounds()
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
-        lower, upper = self._spectrum.bounds(add_up=self.scale == "neuron")
+        lower, upper = self._spectra[0].bounds(add_up=self.scale == "neuron")
         return (lower / self.totals[0], upper / self.totals[0]) if self._mean else (lower, upper)
-
-
-def has_blocks(loss: nn.Module, scale: Scale = "none") -> bool:
-    """Return whether the Hessian that :func:`layer_hessian` finds consists of blocks, one for every row.
-
-    Args:
-        loss: the criterion.
-        scale: as for :class:`LargestEigenvalue`.
-
-    Returns:
-        Whether it does; of the closed forms, that of cross-entropy alone couples outputs.
-    """
-    return scale == "neuron" or not isinstance(loss, nn.CrossEntropyLoss)
 
 
 class Spectrum:
@@ -201,7 +195,7 @@ class Spectrum:
             hessian: of :func:`layer_hessian`.
         """
         samples = samples_of(hessian).flatten()
-        if self._kept().numel() + len(samples) > self._room:
+        if sum(map(len, getattr(self._owner, self._samples))) + len(samples) > self._room:
             self._fold()
         if len(samples) > self._room:
             self._set(self._folded(hessian))
@@ -213,9 +207,11 @@ class Spectrum:
         world = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size(self._owner.process_group)
-        if self._kept().numel() * world > self._room:
+        kept = self._kept()
+        if len(kept) * world > self._room:
             self._fold()
-        setattr(self._owner, self._samples, [self._kept()])
+            kept = kept[:0]
+        setattr(self._owner, self._samples, [kept])
 
     def bounds(self, *, add_up: bool) -> tuple[Tensor, Tensor]:
         """Return bounds for the summed loss of all batches.

@@ -17,8 +17,13 @@ from torchmetrics import Metric, MetricCollection
 from lightning_relflat import metrics
 from lightning_relflat.functional.layer_measures import Scale
 from lightning_relflat.functional.output_hessian import output_hessian
-from lightning_relflat.functional.spectrum import largest_eigenvalue, largest_eigenvalue_bounds, layer_hessian
-from lightning_relflat.metrics.spectrum import LargestEigenvalue, has_blocks
+from lightning_relflat.functional.spectrum import (
+    has_blocks,
+    largest_eigenvalue,
+    largest_eigenvalue_bounds,
+    layer_hessian,
+)
+from lightning_relflat.metrics.spectrum import LargestEigenvalue
 from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
 
 SCALES: tuple[Scale, ...] = ("none", "layer", "neuron")
