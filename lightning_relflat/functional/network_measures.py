@@ -62,21 +62,32 @@ def fisher_rao_norm(module: nn.Module, loss: LossOfEverySample, batches: Batches
     total, samples = 0.0, 0
     with _passes(module, batches, gradients=True) as pairs:
         for inputs, target in pairs:
-            losses = _losses(module, loss, {**parameters, **_buffers(module)}, inputs, target)
-            # ⟨θ, ∇Σ_i v_i ℓ_i⟩ is linear in v, and its derivative there is ⟨θ, ∇ℓ_i⟩ for all samples.
-            shares = torch.ones_like(losses, requires_grad=True)
-            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-                losses, list(parameters.values()), shares, create_graph=True, allow_unused=True
-            )
-            along = [
-                (value.detach() * gradient).sum()
-                for value, gradient in zip(parameters.values(), gradients, strict=True)
-                if gradient is not None
-            ]
-            [slopes] = torch.autograd.grad(along, [shares])
-            total += float(slopes.double().square().sum())
+            slopes = _slopes(module, loss, parameters, inputs, target)
+            total += float(slopes.square().sum())
             samples += slopes.numel()
     return torch.tensor(math.sqrt(total / _some(samples)), dtype=torch.float64)
+
+
+def fisher_rao_sums(module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any) -> tuple[Tensor, int]:
+    """Return what :func:`fisher_rao_norm` is computed from; it adds up over batches and processes.
+
+    Args:
+        module: as for :func:`fisher_rao_norm`.
+        loss: as for :func:`fisher_rao_norm`.
+        inputs: of the batch.
+        target: of the batch.
+
+    Returns:
+        Σ_i ⟨θ, ∇ℓ_i⟩², a float64 scalar, and the number of samples.
+
+    Raises:
+        ValueError: as :func:`fisher_rao_norm` does.
+        RuntimeError: as :func:`fisher_rao_norm` does.
+    """
+    parameters = {name: value.requires_grad_() for name, value in _parameters(module).items()}
+    with _passes(module, [(inputs, target)], gradients=True):
+        slopes = _slopes(module, loss, parameters, inputs, target)
+    return slopes.square().sum(), slopes.numel()
 
 
 def sam_sharpness(module: nn.Module, loss: LossOfEverySample, batches: Batches, *, rho: float = 0.05) -> Tensor:
@@ -141,9 +152,7 @@ def sam_sharpness(module: nn.Module, loss: LossOfEverySample, batches: Batches, 
     return torch.tensor((after - before) / samples, dtype=torch.float64)
 
 
-def loss_gradient_sums(
-    module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any
-) -> tuple[Tensor, Tensor, int]:
+def loss_gradient_sum(module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any) -> tuple[Tensor, int]:
     """Return a batch's part in the gradient over all parameters; it adds up over batches and processes.
 
     Args:
@@ -153,7 +162,7 @@ def loss_gradient_sums(
         target: of the batch.
 
     Returns:
-        ∇Σ_i ℓ_i of all parameters in a row, in float64; Σ_i ℓ_i, a float64 scalar; and the number of samples.
+        ∇Σ_i ℓ_i of all parameters in a row, in float64, and the number of samples.
 
     Raises:
         ValueError: as :func:`fisher_rao_norm` does.
@@ -162,11 +171,13 @@ def loss_gradient_sums(
     with _passes(module, [(inputs, target)], gradients=True):
         losses = _losses(module, loss, {**parameters, **_buffers(module)}, inputs, target)
         found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return torch.cat([part.flatten().double() for part in found]), losses.detach().double().sum(), losses.numel()
+    return torch.cat([part.flatten().double() for part in found]), losses.numel()
 
 
-def moved_loss_sum(module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any, *, step: Tensor) -> Tensor:
-    """Return Σ_i ℓ_i of a batch at other parameters.
+def loss_rise_sum(
+    module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any, *, step: Tensor
+) -> tuple[Tensor, int]:
+    """Return by how much Σ_i ℓ_i of a batch rises with a step of the parameters.
 
     Args:
         module: as for :func:`fisher_rao_norm`.
@@ -176,7 +187,7 @@ def moved_loss_sum(module: nn.Module, loss: LossOfEverySample, inputs: Any, targ
         step: what to add to the parameters, in a row.
 
     Returns:
-        The sum, a float64 scalar.
+        The rise, a float64 scalar, and the number of samples.
 
     Raises:
         ValueError: as :func:`fisher_rao_norm` does.
@@ -187,8 +198,12 @@ def moved_loss_sum(module: nn.Module, loss: LossOfEverySample, inputs: Any, targ
         name: (value + part.reshape(value.shape)).to(value)
         for (name, value), part in zip(parameters.items(), parts, strict=True)
     }
-    with _passes(module, [(inputs, target)], gradients=False):
-        return _losses(module, loss, {**moved, **_buffers(module)}, inputs, target).double().sum()
+    sums = []
+    for values in (parameters, moved):
+        with _passes(module, [(inputs, target)], gradients=False):
+            losses = _losses(module, loss, {**values, **_buffers(module)}, inputs, target)
+        sums.append(losses.double().sum())
+    return sums[1] - sums[0], losses.numel()
 
 
 def right_counts(
@@ -217,7 +232,8 @@ def right_counts(
         noise = _noise(parameters, generator)
         for number, sigma in enumerate(sigmas):
             noisy = {name: (value + sigma * noise[name]).to(value) for name, value in parameters.items()}
-            counts[number] += round(_accuracy(module, noisy, [(inputs, target)]) * target.numel())
+            with _passes(module, [(inputs, target)], gradients=False):
+                counts[number] += _right(module, noisy, inputs, target)
     return counts
 
 
@@ -354,19 +370,42 @@ def _losses(module: nn.Module, loss: LossOfEverySample, values: dict[str, Tensor
     return losses
 
 
+def _slopes(
+    module: nn.Module, loss: LossOfEverySample, parameters: dict[str, Tensor], inputs: Any, target: Any
+) -> Tensor:
+    """Return ⟨θ, ∇ℓ_i⟩ of every sample, in float64."""
+    losses = _losses(module, loss, {**parameters, **_buffers(module)}, inputs, target)
+    # ⟨θ, ∇Σ_i v_i ℓ_i⟩ is linear in v, and its derivative there is ⟨θ, ∇ℓ_i⟩ for all samples.
+    shares = torch.ones_like(losses, requires_grad=True)
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+        losses, list(parameters.values()), shares, create_graph=True, allow_unused=True
+    )
+    along = [
+        (value.detach() * gradient).sum()
+        for value, gradient in zip(parameters.values(), gradients, strict=True)
+        if gradient is not None
+    ]
+    [slopes] = torch.autograd.grad(along, [shares])
+    return slopes.double()
+
+
 def _accuracy(module: nn.Module, parameters: dict[str, Tensor], batches: Batches) -> float:
     right, samples = 0, 0
     with _passes(module, batches, gradients=False) as pairs:
         for inputs, target in pairs:
-            outputs = functional_call(module, {**parameters, **_buffers(module)}, (inputs,))
-            if outputs.ndim < 2 or target.shape != (outputs.shape[0], *outputs.shape[2:]):
-                raise ValueError(
-                    "Expected argument `batches` to hold class indices of shape (n, ...) for outputs of shape "
-                    f"(n, classes, ...), but got {shape_of(target)} and {shape_of(outputs)}."
-                )
-            right += int((outputs.argmax(dim=1) == target).sum())
+            right += _right(module, parameters, inputs, target)
             samples += target.numel()
     return right / _some(samples)
+
+
+def _right(module: nn.Module, parameters: dict[str, Tensor], inputs: Any, target: Tensor) -> int:
+    outputs = functional_call(module, {**parameters, **_buffers(module)}, (inputs,))
+    if outputs.ndim < 2 or target.shape != (outputs.shape[0], *outputs.shape[2:]):
+        raise ValueError(
+            "Expected argument `batches` to hold class indices of shape (n, ...) for outputs of shape "
+            f"(n, classes, ...), but got {shape_of(target)} and {shape_of(outputs)}."
+        )
+    return int((outputs.argmax(dim=1) == target).sum())
 
 
 def _some(samples: int) -> int:

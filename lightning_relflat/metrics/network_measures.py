@@ -20,9 +20,9 @@ from lightning_relflat.functional.feature_robustness import (
 from lightning_relflat.functional.network_measures import (
     LossOfEverySample,
     _check_positive,
-    fisher_rao_norm,
-    loss_gradient_sums,
-    moved_loss_sum,
+    fisher_rao_sums,
+    loss_gradient_sum,
+    loss_rise_sum,
     right_counts,
 )
 
@@ -84,16 +84,8 @@ class FisherRaoNorm(_Sums):
         Raises:
             ValueError: as :func:`~lightning_relflat.functional.fisher_rao_norm` does.
         """
-        count = 0
-
-        def counted(outputs: Tensor, target: Any) -> Tensor:
-            nonlocal count
-            losses = self.loss(outputs, target)
-            count = losses.numel()
-            return losses
-
-        norm = fisher_rao_norm(module, counted, [(inputs, target)])
-        self.total = self.total + (norm.square() * count).to(self.total.device)
+        total, count = fisher_rao_sums(module, self.loss, inputs, target)
+        self.total = self.total + total.to(self.total)
         self.samples = self.samples + count
 
     def compute(self) -> Tensor:
@@ -178,13 +170,13 @@ class SAMSharpness(_Sums):
                 f"Expected argument `module` to have {self.num_parameters} parameters, as the metric was made for, but "
                 f"got {found}."
             )
-        gradient, before, count = loss_gradient_sums(module, self.loss, inputs, target)
         if self.direction is None:
+            gradient, count = loss_gradient_sum(module, self.loss, inputs, target)
             self.gradient = self.gradient + gradient.to(self.gradient)
         else:
-            step = self.rho * self.direction.to(gradient.device)
-            after = moved_loss_sum(module, self.loss, inputs, target, step=step)
-            self.rise = self.rise + (after - before).to(self.rise)
+            step = self.rho * self.direction.to(next(module.parameters()).device)
+            rise, count = loss_rise_sum(module, self.loss, inputs, target, step=step)
+            self.rise = self.rise + rise.to(self.rise)
         self.samples = self.samples + count
 
     def compute(self) -> Tensor:
