@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -66,24 +65,6 @@ def name_suffix(trainer: Trainer, kind: type[Callback], layer: str | None) -> st
     """
     callbacks: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
     return f"/{layer}" if sum(isinstance(callback, kind) for callback in callbacks) > 1 else ""
-
-
-def check_number(name: str, value: object) -> float:
-    """Return a finite number.
-
-    Args:
-        name: the argument's name, for the message.
-        value: the argument.
-
-    Returns:
-        The number.
-
-    Raises:
-        ValueError: if it is not a finite number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"Expected argument `{name}` to be a finite number, but got {value!r}.")
-    return float(value)
 
 
 def check_layer(layer: object) -> str | None:

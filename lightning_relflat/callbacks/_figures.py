@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,7 +241,7 @@ def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)  # noqa: PTH105 - no reader ever sees half a picture
+    part.replace(path)  # no reader ever sees half a picture
 
 
 def _parts(sample: Any) -> list[Any]:

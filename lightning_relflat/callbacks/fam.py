@@ -14,14 +14,13 @@ from lightning_relflat.callbacks._base import (
     Trainer,
     check_key,
     check_layer,
-    check_number,
     find_target,
     name_suffix,
 )
 from lightning_relflat.callbacks._loss_ratio import LossRatio
 from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
 from lightning_relflat.callbacks._weight_cap import Norm, WeightCap, check_max_norm, check_norm
-from lightning_relflat.functional._checks import check_count, check_flag, check_probes
+from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
 from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional.feature_laplacian import Measure, has_matrix, probe_seed
 from lightning_relflat.functional.relative_flatness import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,20 @@ def check_count(name: str, value: object, *, at_least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"Expected argument `{name}` to be an integer of at least {at_least}, but got {value!r}.")
     return value
+
+
+def check_number(name: str, value: object) -> float:
+    """Return a finite number, and raise unless it is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"Expected argument `{name}` to be a finite number, but got {value!r}.")
+    return float(value)
+
+
+def check_positive(name: str, value: object) -> float:
+    """Return a finite number larger than 0, and raise unless it is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"Expected argument `{name}` to be a number larger than 0, but got {value!r}.")
+    return float(value)
 
 
 def check_flag(name: str, value: object) -> bool:

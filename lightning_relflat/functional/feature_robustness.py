@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._checks import check_count, check_floating, full_precision, shape_of
+from lightning_relflat.functional._checks import check_count, check_floating, check_number, full_precision, shape_of
 
 LossOfFeatures = Callable[[Tensor], Tensor]
 
@@ -69,7 +69,7 @@ def feature_robustness(
             "Expected arguments `features` and `linear_map` to be of shapes (..., m) and (m, m), "
             f"but got {shape_of(features)} and {shape_of(linear_map)}."
         )
-    delta = _check_delta(delta)
+    delta = check_number("delta", delta)
     with full_precision(features):
         moved = features + delta * (features @ linear_map.to(features).T)
     return (loss_of_features(moved) - loss_of_features(features)).mean()
@@ -146,7 +146,7 @@ def robustness_of_draws(
         TypeError: as there.
         ValueError: as there.
     """
-    delta = _check_delta(delta)
+    delta = check_number("delta", delta)
     generator = torch.Generator().manual_seed(seed)
     values = []
     with torch.no_grad():
@@ -184,7 +184,7 @@ def expected_robustness(kappa: Tensor | float, *, delta: float, num_features: in
         tensor(0.2500)
     """
     check_count("num_features", num_features, at_least=1)
-    return torch.as_tensor(kappa) * (_check_delta(delta) ** 2 / (2 * num_features))
+    return torch.as_tensor(kappa) * (check_number("delta", delta) ** 2 / (2 * num_features))
 
 
 def _haar(size: int, generator: torch.Generator) -> Tensor:
@@ -193,9 +193,3 @@ def _haar(size: int, generator: torch.Generator) -> Tensor:
     basis, triangle = torch.linalg.qr(gaussian)
     turn: Tensor = basis * triangle.diagonal().sign()  # without the signs the measure is not uniform
     return turn
-
-
-def _check_delta(delta: object) -> float:
-    if isinstance(delta, bool) or not isinstance(delta, int | float) or not abs(delta) < float("inf"):
-        raise ValueError(f"Expected argument `delta` to be a finite number, but got {delta!r}.")
-    return float(delta)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_relflat.functional._checks import check_count, compute_dtype, shape_of
+from lightning_relflat.functional._checks import check_count, check_positive, compute_dtype, shape_of
 
 LossOfEverySample = Callable[[Tensor, Any], Tensor]
 Batches = Iterable[tuple[Any, Any]]
@@ -125,7 +125,7 @@ def sam_sharpness(module: nn.Module, loss: LossOfEverySample, batches: Batches, 
         >>> sam_sharpness(net, torch.nn.MSELoss(reduction="none"), batches, rho=0.1)  # 2.5 (1.1² - 1)
         tensor(0.5250, dtype=torch.float64)
     """
-    rho = _check_positive("rho", rho)
+    rho = check_positive("rho", rho)
     parameters = {name: value.requires_grad_() for name, value in _parameters(module).items()}
     before, samples = 0.0, 0
     with _passes(module, batches, gradients=True) as pairs:
@@ -293,7 +293,7 @@ def pac_bayes_flatness(
         >>> pac_bayes_flatness(net, batches, draws=100, max_sigma=4.0) / flatness
         tensor(0.2500, dtype=torch.float64)
     """
-    drop, max_sigma = _check_positive("drop", drop), _check_positive("max_sigma", max_sigma)
+    drop, max_sigma = check_positive("drop", drop), check_positive("max_sigma", max_sigma)
     if not 0 <= tolerance < drop:
         raise ValueError(f"Expected argument `tolerance` to be at least 0 and below `drop`, but got {tolerance!r}.")
     for name, value, least in (("draws", draws, 1), ("steps", steps, 1), ("seed", seed, 0)):
@@ -412,9 +412,3 @@ def _some(samples: int) -> int:
     if samples == 0:
         raise ValueError("Expected argument `batches` to hold samples, but got none.")
     return samples
-
-
-def _check_positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"Expected argument `{name}` to be a number larger than 0, but got {value!r}.")
-    return float(value)

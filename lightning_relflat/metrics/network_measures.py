@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_relflat.functional._checks import check_count
+from lightning_relflat.functional._checks import check_count, check_number, check_positive
 from lightning_relflat.functional.feature_robustness import (
     LossOfFeatures,
     RobustnessEstimate,
-    _check_delta,
     robustness_of_draws,
 )
 from lightning_relflat.functional.network_measures import (
     LossOfEverySample,
-    _check_positive,
     fisher_rao_sums,
     loss_gradient_sum,
     loss_rise_sum,
@@ -141,7 +139,7 @@ class SAMSharpness(_Sums):
     ) -> None:
         super().__init__(**kwargs)
         self.loss = loss
-        self.rho = _check_positive("rho", rho)
+        self.rho = check_positive("rho", rho)
         self.num_parameters = check_count("num_parameters", num_parameters, at_least=1)
         if direction is not None and direction.shape != (num_parameters,):
             raise ValueError(
@@ -243,10 +241,10 @@ class PACBayesFlatness(_Sums):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.sigmas = [_check_positive("sigmas", sigma) for sigma in sigmas]
+        self.sigmas = [check_positive("sigmas", sigma) for sigma in sigmas]
         if not self.sigmas or any(low >= high for low, high in pairwise(self.sigmas)):
             raise ValueError(f"Expected argument `sigmas` to be rising numbers, but got {sigmas!r}.")
-        self.drop = _check_positive("drop", drop)
+        self.drop = check_positive("drop", drop)
         self.draws = check_count("draws", draws, at_least=1)
         self.seed = check_count("seed", seed, at_least=0)
         self._add_sums("right", len(self.sigmas))
@@ -324,7 +322,7 @@ class FeatureRobustness(_Sums):
 
     def __init__(self, *, delta: float, draws: int = 32, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.delta = _check_delta(delta)
+        self.delta = check_number("delta", delta)
         self.draws = check_count("draws", draws, at_least=2)
         self.seed = check_count("seed", seed, at_least=0)
         self._add_sums("values", self.draws)
