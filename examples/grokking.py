@@ -15,10 +15,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import logging
 import statistics
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,11 +24,10 @@ from typing import Any, TypeAlias
 import lightning as L
 import numpy as np
 import torch
+from experiment import GREY, lighten, new_figure, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.loggers import CSVLogger
-from matplotlib import style
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
@@ -193,9 +190,7 @@ def summarise(curves: Curves, every: int) -> Summary:
 
 def draw(curves: dict[str, list[Curves]], every: int, off: int, path: Path, title: str) -> None:
     """Draw all runs: a column for each way to train, a row for each quantity, on one axis of steps."""
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style.use(dict.fromkeys(parts, "#757d87"))  # legible on white and on black
-    figure = Figure(figsize=(2.5 * len(curves) + 0.8, 8.5), layout="constrained")
+    figure = new_figure(2.5 * len(curves) + 0.8, 8.5)
     grid = figure.subplots(len(QUANTITIES), len(curves), sharex=True, sharey="row", squeeze=False)
     for column, (way, runs) in zip(grid.T, curves.items(), strict=True):
         column[0].set_title(way)
@@ -220,15 +215,14 @@ def draw(curves: dict[str, list[Curves]], every: int, off: int, path: Path, titl
             if known.any():
                 axis.axvline(
                     steps[known.argmax()],
-                    color="#757d87",
+                    color=GREY,
                     linestyle=":",
                     linewidth=1.2,
                     label="95 % of the test pairs known",
                 )
             if way == "anti-FAM":
-                axis.axvspan(every, off, color="#757d87", alpha=0.15, linewidth=0)
-            axis.grid(alpha=0.3, linewidth=0.6)
-            axis.spines[["top", "right"]].set_visible(False)
+                axis.axvspan(every, off, color=GREY, alpha=0.15, linewidth=0)
+            lighten(axis)
     for axis, label in zip(grid[:, 0], QUANTITIES.values(), strict=True):
         axis.set_ylabel(label)
     figure.suptitle(title)
@@ -277,12 +271,7 @@ def main(
     """
     if steps % every:
         raise SystemExit(f"Expected argument `steps` to be a multiple of `every`, {every}, but got {steps}.")
-    torch.set_num_threads(1)  # so small a network is slower on more, and far slower where others compute too
-    for package in ("lightning.pytorch", "pytorch_lightning"):
-        logging.getLogger(package).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers")  # the pairs are in memory
-    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)  # Lightning's, of torch
-    folder = next(path for number in itertools.count() if not (path := Path(out, f"run-{number}")).exists())
+    folder = prepare(out)
     console = Console(width=130)
     epochs = steps // every
     ways = recipes(epochs, coefficients)

