@@ -6,8 +6,9 @@ on the machine hardly changes; a GPU by its own events. Peak memory is that of a
 what it held before the step. Forms:
 
 - plain: linear layer, cross-entropy, backward;
-- exact: λκ by `relative_flatness`;
+- exact: λκ by `relative_flatness` from what a `LayerTap` recorded, as `FAM` does it: its gradients come late;
 - shared probes: the same with eight probes that the tokens share;
+- exact alone, shared probes alone: the same from the tensors, with neither tap nor loss;
 - textbook: Σ_i c_i ‖φ_i‖² (Σ_s p_s ‖w_s‖² − ‖Σ_s p_s w_s‖²), differentiated by autograd;
 - centred: the same about the most probable row, so that float32 keeps its digits, differentiated by autograd;
 - from loss: λκ from the loss tensor, with one probe for every token.
@@ -33,36 +34,57 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_relflat.functional import layer_laplacian, output_hessian, relative_flatness
+from lightning_relflat.functional import output_hessian, relative_flatness
+from lightning_relflat.layer_tap import LayerRecord, LayerTap, record_laplacian
 
-Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# κ of a pass through the layer, given the target and the loss.
+Form = Callable[[LayerRecord, Tensor, Tensor], Tensor]
 
 
-def textbook(features: Tensor, weight: Tensor, logits: Tensor, _: Tensor) -> Tensor:
+def named(probes: int | None, *, late: bool) -> Form:
+    """Return κ by `relative_flatness`."""
+
+    def form(record: LayerRecord, target: Tensor, loss: Tensor) -> Tensor:
+        return relative_flatness(
+            record.features,
+            record.weight,
+            record.outputs,
+            target,
+            loss="cross_entropy",
+            probes=probes,
+            beside=record.beside(loss) if late else None,
+        )
+
+    return form
+
+
+def textbook(record: LayerRecord, *_: Tensor) -> Tensor:
     """Return κ by the plain formula."""
-    features, weight = features.float(), weight.float()
-    p = logits.float().softmax(dim=1)
+    features, weight = record.features.float(), record.weight.float()
+    p = record.outputs.float().softmax(dim=1)
     traces = (p * weight.square().sum(dim=1)).sum(dim=1) - (p @ weight).square().sum(dim=1)
     return (features.square().sum(dim=1) * traces).mean()
 
 
-def centred(features: Tensor, weight: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+def centred(record: LayerRecord, target: Tensor, _: Tensor) -> Tensor:
     """Return κ about the most probable row."""
-    hessian = output_hessian(logits, target, loss="cross_entropy")
-    return (features.float().square().sum(dim=1) * hessian.trace_through(weight.float())).mean()
+    hessian = output_hessian(record.outputs, target, loss="cross_entropy")
+    return (record.features.float().square().sum(dim=1) * hessian.trace_through(record.weight.float())).mean()
 
 
-def from_loss(features: Tensor, weight: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+def from_loss(record: LayerRecord, _: Tensor, loss: Tensor) -> Tensor:
     """Return an estimate of κ by differentiating the loss twice."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    loss = F.cross_entropy(logits.float(), target)
-    return layer_laplacian(loss, layer, features, logits, weight=weight).sum()
+    kappa = record_laplacian(loss, [record])
+    assert kappa is not None
+    return kappa
 
 
 FORMS: dict[str, Form | None] = {
     "plain": None,
-    "exact": lambda *given: relative_flatness(*given, loss="cross_entropy"),
-    "shared probes": lambda *given: relative_flatness(*given, loss="cross_entropy", probes=8),
+    "exact": named(None, late=True),
+    "shared probes": named(8, late=True),
+    "exact alone": named(None, late=False),
+    "shared probes alone": named(8, late=False),
     "textbook": textbook,
     "centred": centred,
     "from loss": from_loss,
@@ -76,20 +98,27 @@ class Head:
         n, m, d = size
         torch.manual_seed(0)
         self.features = torch.randn(n, m, device=device, dtype=dtype, requires_grad=True)
-        self.weight = (torch.randn(d, m, device=device, dtype=dtype) / m**0.5).requires_grad_()
+        self.layer = nn.Linear(m, d, bias=False, device=device, dtype=dtype)
+        nn.init.normal_(self.layer.weight, std=m**-0.5)
         self.target = torch.randint(d, (n,), device=device)
+        self.tap = LayerTap(self.layer, "", late=True)
 
     def step(self, form: Form | None) -> None:
-        self.features.grad = self.weight.grad = None
-        logits = F.linear(self.features, self.weight)
-        loss = F.cross_entropy(logits.float(), self.target)
+        self.features.grad = self.layer.weight.grad = None
         if form is not None:
-            loss = loss + 0.1 * form(self.features, self.weight, logits, self.target)
+            self.tap.start()
+        logits = self.layer(self.features)
+        loss = F.cross_entropy(logits.float(), self.target)
         del logits
+        if form is not None:
+            [record] = self.tap.take()
+            loss = loss + 0.1 * form(record, self.target, loss)
+            del record
+            self.tap.stop()
         loss.backward()  # type: ignore[no-untyped-call]
 
     def seconds(self, form: Form | None) -> float:
-        if self.weight.device.type == "cuda":
+        if self.target.device.type == "cuda":
             torch.cuda.synchronize()
             start = time.perf_counter()
             self.step(form)
@@ -101,7 +130,7 @@ class Head:
 
     def peak_mib(self, form: Form | None) -> float:
         """Return how much more memory the step took at its peak than there was before it."""
-        if self.weight.device.type == "cuda":
+        if self.target.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             self.step(form)

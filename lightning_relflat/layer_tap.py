@@ -10,13 +10,15 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_relflat.functional._late_gradients import Beside, LateGradients
+from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional.feature_laplacian import (
     Measure,
     adapted_weight,
@@ -39,6 +41,7 @@ class LayerRecord:
         weight: a copy of its weight at that time; in the graph where there is one, so that gradients reach the
             parameter, which an optimizer may since have changed in place or a sharding strategy freed.
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
+        late: nodes behind the layer, if the tap is to have them and the pass can.
     """
 
     layer: nn.Module
@@ -46,11 +49,24 @@ class LayerRecord:
     outputs: Tensor
     weight: Tensor
     version: int | None
+    late: LateGradients | None = None
+
+    def beside(self, loss: Tensor) -> Beside | None:
+        """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such nodes.
+
+        Args:
+            loss: the loss.
+
+        Returns:
+            An argument for :func:`~lightning_relflat.functional.relative_flatness`.
+        """
+        return None if self.late is None else Beside(self.late, loss)
 
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
         features, outputs = self.features.detach().clone(), self.outputs.detach().clone()
-        return replace(self, features=features, outputs=outputs, weight=self.weight.detach(), version=None)
+        weight = self.weight.detach() if self.late is None else self.weight.detach().clone()
+        return LayerRecord(self.layer, features, outputs, weight, None)
 
     def check_unwritten(self, name: str) -> None:
         """Raise if the outputs were written to since they left the layer.
@@ -88,6 +104,9 @@ class LayerTap:
             ``nn.Linear`` that is called ``base_layer``, as LoRA's, counts as a whole, with the weight W + BA.
         copies: whether records are detached copies, fit to be read at any later time, or the tensors in their graph;
             then only passes with gradients are recorded.
+        late: whether, for a named cross-entropy, the gradients of a penalty are made after those of the loss where
+            there are very many outputs (2²¹ in all), as ``LayerRecord.beside`` says. The weight of such a record is
+            the layer's own and no copy: let nothing change it or free it before the backward pass.
 
     Attributes:
         recording: whether the tap listens. Set it to pause.
@@ -107,9 +126,12 @@ class LayerTap:
         >>> tap.close()
     """
 
-    def __init__(self, module: nn.Module, layer: str | None = None, *, copies: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, layer: str | None = None, *, copies: bool = False, late: bool = False
+    ) -> None:
         self._candidates = _find_layers(module, layer)
         self.copies = copies
+        self.late = late
         self.recording = False
         self._records: list[LayerRecord] = []
         self._hooks = [_LayerHook.of(candidate) for candidate in self._candidates.values()]
@@ -306,18 +328,25 @@ class _LayerHook:
             hook = cls._of_layer[layer] = cls(layer)
         return hook
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
+    ) -> Tensor | None:
         computed = self._computed.pop() if self._computed else None
         taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
         if not taps:
-            return
+            return None
         weight = adapted_weight(layer) if is_adapted(layer) else layer.weight if computed is None else computed
         assert isinstance(weight, Tensor)
         features = args[0] if args else next(iter(kwargs.values()))
         version = None if outputs.is_inference() else outputs._version
-        record = LayerRecord(layer, features, outputs, weight.clone(), version)
+        late = None
+        if any(tap.late for tap in taps) and is_large(outputs) and LateGradients.suit(features, weight, outputs):
+            late = LateGradients(features, weight, outputs)
+            outputs = late.outputs
+        record = LayerRecord(layer, features, outputs, weight if late else weight.clone(), version, late)
         for tap in taps:
             tap.receive(record)
+        return None if late is None else outputs
 
     def drop(self, tap: LayerTap) -> None:
         """Forget a tap, and go with the last one."""

@@ -32,6 +32,9 @@ from lightning_relflat.functional.relative_flatness import (
 )
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run, record_laplacian
 
+# Strategies that leave the weights whole; of those that inherit from them some do not.
+_WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
+
 
 class FAM(Callback):
     r"""Adds λ·κ, the relative flatness of a layer, to the loss of every training step.
@@ -203,7 +206,9 @@ class FAM(Callback):
         self._warned = False
         self._begin_epoch()
         self._suffix = name_suffix(trainer, FAM, self.layer)
-        self._tap = LayerTap(pl_module, self.layer)
+        # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
+        late = pl_module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
+        self._tap = LayerTap(pl_module, self.layer, late=late and isinstance(self.criterion, nn.CrossEntropyLoss))
         self._module = pl_module
         if self.criterion is not None:
             self.criterion.to(pl_module.device)
@@ -408,6 +413,7 @@ class FAM(Callback):
                 normalize_features=self.normalize_features,
                 probes=self.shared_probes,
                 generator=generator,
+                beside=record.beside(loss) if self.through_hessian else None,
             )
             for record in records
         ]

@@ -1,4 +1,4 @@
-"""Refuse what autograd cannot differentiate twice, where it would silently count a gradient as constant."""
+"""What a graph says: whether a loss depends on outputs, and where a second derivative would be missed in silence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 
@@ -107,4 +109,21 @@ def _not_twice(reason: str) -> RuntimeError:
     return RuntimeError(
         "What comes between the layer and the loss cannot be differentiated twice, as compiled functions and some of "
         f"PyTorch's own operations cannot ({reason}). If the loss has a closed form, name it: `loss=`."
+    )
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Return whether something other than eager reverse mode differentiates or traces, or a tensor is distributed.
+
+    Args:
+        tensors: the tensors to be worked with.
+
+    Returns:
+        Whether it is so.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
     )

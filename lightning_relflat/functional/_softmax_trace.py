@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
+from torch.linalg import vecdot
 
 from lightning_relflat.functional._checks import full_precision
+from lightning_relflat.functional._graph import is_transformed
+from lightning_relflat.functional._late_gradients import Beside, Box
 from lightning_relflat.functional.output_hessian import OutputHessian
 
 # Below so many outputs in all the plain formula is as fast, or faster, and what it keeps is no matter.
@@ -19,16 +22,36 @@ _TILE, _TILE_ROWS = 1 << 19, 1 << 9
 _GPU_TILE, _GPU_TILE_ROWS = 1 << 25, 1 << 13
 
 
-def softmax_trace(logits: Tensor, weight: Tensor, *, temperature: float, dtype: torch.dtype) -> Tensor:
-    r"""Return ``Tr(Wᵀ (diag(p_i) − p_i p_iᵀ) W)`` of every sample i, with p_i = softmax(z_i / τ).
+def is_large(outputs: Tensor) -> bool:
+    """Return whether the outputs are so many that the plain formula is the slower one.
+
+    Args:
+        outputs: the outputs, of any shape.
+
+    Returns:
+        Whether they are.
+    """
+    return outputs.numel() >= _FEW
+
+
+def softmax_trace(
+    logits: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float,
+    dtype: torch.dtype,
+    directions: Tensor | None = None,
+    beside: Beside | None = None,
+) -> Tensor:
+    r"""Return ``Tr(Uᵀ (diag(p_i) − p_i p_iᵀ) U)`` of every sample i, with p_i = softmax(z_i / τ) and U = W or WV.
 
     Equal to :meth:`OutputHessian.trace_through`, but no other array of shape (n, d) is made than the gradient, and
     forward and backward cost three products of the size of the head's own. With k the most probable output,
-    u_s = w_s − w_k, r = Σ_s p_s u_s and q = w_k + r:
+    v_s = u_s − u_k, r = Σ_s p_s v_s and q = u_k + r:
 
-    - t = Σ_s p_s ‖u_s‖² − ‖r‖², where Σ_s p_s w_s is the first product;
-    - ∂t/∂z_s = p_s (h_s − Σ_s' p_s' h_s') / τ with h_s = ‖u_s‖² − 2⟨u_s, r⟩, where ⟨w_s, q⟩ is the second;
-    - ∂t/∂w_s = 2 p_s (w_s − q), whose sum over samples is the third.
+    - t = Σ_s p_s ‖v_s‖² − ‖r‖², where Σ_s p_s u_s is the first product;
+    - ∂t/∂z_s = p_s (h_s − Σ_s' p_s' h_s') / τ with h_s = ‖v_s‖² − 2⟨v_s, r⟩, where ⟨u_s, q⟩ is the second;
+    - ∂t/∂u_s = 2 p_s (u_s − q), whose sum over samples is the third.
 
     Fewer than 2²¹ outputs in all, derivatives of higher order, and those that torch.func or a compiler takes go through
     the plain formula.
@@ -38,120 +61,185 @@ def softmax_trace(logits: Tensor, weight: Tensor, *, temperature: float, dtype: 
         weight: the matrix W, of shape (d, m).
         temperature: τ.
         dtype: what to compute in.
+        directions: V, of shape (m, K).
+        beside: a loss that is differentiated together with the traces. If it takes the log-softmax of these outputs,
+            that is what is kept for the backward pass, and the gradients are made after the loss's own.
 
     Returns:
         The traces, of shape (n,) and of ``dtype``.
     """
-    if logits.numel() < _FEW or _is_transformed(logits, weight):
-        return _plain(logits, weight, temperature, dtype)
-    traces: Tensor = _SoftmaxTrace.apply(logits, weight, temperature, dtype)  # type: ignore[no-untyped-call]
+    if not is_large(logits) or is_transformed(logits, weight):
+        return _plain(logits, weight, directions, temperature, dtype)
+    mark, box = None, None
+    log_p = None if beside is None else beside.log_softmax(dtype)
+    if beside is not None and log_p is not None:  # a softmax does not see that log Σ_s exp(z_s) was subtracted from z
+        logits, mark, box = log_p, beside.late.mark, beside.late.box
+    traces: Tensor = _SoftmaxTrace.apply(logits, weight, mark, box, directions, temperature, dtype)  # type: ignore[no-untyped-call]
     return traces
 
 
-def _plain(logits: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+def _plain(logits: Tensor, weight: Tensor, directions: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
     p = (logits.to(dtype) / temperature).softmax(dim=1)
     ones = p.new_ones(len(p))
-    return OutputHessian(p, p, ones, ones.sum(), annihilates_constants=True).trace_through(weight.to(dtype))
+    hessian = OutputHessian(p, p, ones, ones.sum(), annihilates_constants=True)
+    return hessian.trace_through(_matrix(weight, directions, dtype))
 
 
-def _is_transformed(*tensors: Tensor) -> bool:
-    """Return whether something other than eager reverse mode differentiates or traces, or a tensor is distributed."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
-    )
+def _matrix(weight: Tensor, directions: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if directions is None else weight.to(dtype) @ directions
 
 
 class _SoftmaxTrace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        m = weight.shape[1]
+    def forward(
+        ctx: Any,
+        kept: Tensor,
+        weight: Tensor,
+        _: Tensor | None,
+        box: Box | None,
+        directions: Tensor | None,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        logits = _flat(kept)
+        matrix = weight if directions is None else _matrix(weight, directions, dtype)
+        m = matrix.shape[1]
         highest, origin = _highest(logits, dtype)
+        # e_s is p_s where the logarithms of the p_s are at hand, else p_s / p_k; 0 for s = k.
+        normalized = box is not None and temperature == 1
+        shift = None if normalized else highest
         row_slices, column_slices, space = _tiling(logits, dtype)
         sums = logits.new_zeros(len(logits), _width(m), dtype=dtype)
         for columns in column_slices:
-            extended = _extended(weight[columns], dtype)
+            extended = _extended(matrix[columns], dtype)
             for rows in row_slices:
-                tile = logits[rows, columns]
-                others = _others(tile, highest[rows], origin[rows] - columns.start, temperature, space)
-                # One product for Σ_s e_s w_s, Σ_s e_s ‖w_s‖² and Σ_s e_s, with e_s = p_s / p_k for s ≠ k.
+                others = _others(logits[rows, columns], shift, rows, origin[rows] - columns.start, temperature, space)
+                # One product for Σ_s e_s u_s, Σ_s e_s ‖u_s‖² and Σ_s e_s.
                 sums[rows].addmm_(others, extended)
-        most = 1 / (1 + sums[:, m + 1 : m + 2])  # p_k
-        sums *= most
-        origin_row = weight[origin].to(dtype)
-        weighted, spread, mass = sums[:, :m], sums[:, m], sums[:, m + 1]
-        pull = weighted - mass[:, None] * origin_row
-        spread = spread - 2 * (pull * origin_row).sum(dim=1) - mass * origin_row.square().sum(dim=1)
-        length = pull.square().sum(dim=1)
-        ctx.save_for_backward(logits, weight, origin, highest, most, pull, spread - 2 * length)
-        ctx.temperature, ctx.dtype = temperature, dtype
-        return spread - length
+        most = highest[:, None].exp() if normalized else 1 / (1 + sums[:, m + 1 : m + 2])  # p_k
+        if not normalized:
+            sums *= most
+        origin_row = matrix[origin].to(dtype)
+        mass = sums[:, m + 1]
+        pull = torch.addcmul(sums[:, :m], mass[:, None], origin_row, value=-1)
+        spread = sums[:, m] - 2 * vecdot(pull, origin_row) - mass * vecdot(origin_row, origin_row)
+        length = vecdot(pull, pull)
+        ctx.save_for_backward(kept, weight, matrix, directions, origin, shift, most, pull, spread - 2 * length)
+        ctx.temperature, ctx.dtype, ctx.box = temperature, dtype, box
+        traces: Tensor = spread - length
+        return traces
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        logits, weight, *saved = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight, matrix, directions, origin, shift, most, pull, mean = ctx.saved_tensors
         to_logits, to_weight = ctx.needs_input_grad[:2]
-        with full_precision(logits):
+        nothing = (None,) * 5
+        with full_precision(kept):
             if torch.is_grad_enabled():  # create_graph: derivatives of the derivatives are wanted
                 # Views of their own: the outputs depend on the weight too, which is for who comes before us.
-                logits, weight = logits.view_as(logits), weight.view_as(weight)
-                inputs = [value for value, needed in ((logits, to_logits), (weight, to_weight)) if needed]
-                traces = _plain(logits, weight, ctx.temperature, ctx.dtype)
+                kept, weight = kept.view_as(kept), weight.view_as(weight)
+                inputs = [value for value, needed in ((kept, to_logits), (weight, to_weight)) if needed]
+                traces = _plain(_flat(kept), weight, directions, ctx.temperature, ctx.dtype)
                 found = list(torch.autograd.grad(traces, inputs, grad, create_graph=True))
-                return found.pop(0) if to_logits else None, found.pop(0) if to_weight else None, None, None
-            logits_grad = torch.empty_like(logits) if to_logits else None
-            weight_grad = torch.empty_like(weight, dtype=ctx.dtype) if to_weight else None
-            _fill_gradients(logits_grad, weight_grad, grad, logits, weight, *saved, temperature=ctx.temperature)
-            return logits_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None
-
-
-def _fill_gradients(
-    logits_grad: Tensor | None,
-    weight_grad: Tensor | None,
-    grad: Tensor,
-    logits: Tensor,
-    weight: Tensor,
-    origin: Tensor,
-    highest: Tensor,
-    most: Tensor,
-    pull: Tensor,
-    mean: Tensor,
-    *,
-    temperature: float,
-) -> None:
-    """Write the gradients, given those of the traces, and r, p_k and Σ_s p_s h_s from the forward pass."""
-    m, dtype = weight.shape[1], grad.dtype
-    origin_row = weight[origin].to(dtype)
-    factor = grad[:, None] * most  # times e_s, it is the trace's gradient times p_s
-    center = origin_row + pull
-    # The product of these with (w_s, ‖w_s‖², 1) is h_s − Σ_s' p_s' h_s', times the factor.
-    constant = origin_row.square().sum(dim=1) + 2 * (origin_row * pull).sum(dim=1) - mean
-    lift = _columns(-2 * center, torch.ones_like(most), constant[:, None]).mul_(factor / temperature)
-    # The product of these with e_s over the samples is −2 Σ_i g_i p_s q_i, 2 Σ_i g_i p_s.
-    drag = _columns(-2 * factor * center, 2 * factor)
-    row_slices, column_slices, space = _tiling(logits, dtype)
-    lifts_space = torch.empty_like(space)
-    for columns in column_slices:
-        extended = _extended(weight[columns], dtype)
-        sums = torch.zeros_like(extended)
-        for rows in row_slices:
-            tile = logits[rows, columns]
-            others = _others(tile, highest[rows], origin[rows] - columns.start, temperature, space)
-            if weight_grad is not None:
-                sums.addmm_(others.mT, drag[rows])
+                return found.pop(0) if to_logits else None, found.pop(0) if to_weight else None, *nothing
+            # log p leads to the loss's graph, which is not to be held.
+            kept, weight, matrix = kept.detach(), weight.detach(), matrix.detach()
+            given = grad, _flat(kept), weight, matrix, directions, origin, shift, most, pull, mean
+            gradients = _Gradients(*given, ctx.temperature, to_weight)
+            if ctx.box is not None:
+                ctx.box.gradients = gradients
+                return None, None, grad.new_zeros(()), *nothing[1:]
+            logits_grad = torch.empty_like(kept) if to_logits else None
             if logits_grad is not None:
-                lifts = torch.mm(lift[rows], extended.mT, out=_like(tile, lifts_space))
-                torch.mul(lifts, others, out=logits_grad[rows, columns])
-        if weight_grad is not None:
-            torch.addcmul(sums[:, :m], extended[:, :m], sums[:, m : m + 1], out=weight_grad[columns])
-    # For s = k, h_k = 0 and w_k − q = −r, so that nothing is lost where p_k is nearly one.
-    if logits_grad is not None:
-        at_origin = grad * most[:, 0] * mean / -temperature
-        logits_grad.scatter_(1, origin[:, None], at_origin[:, None].to(logits.dtype))
-    if weight_grad is not None:
-        weight_grad.index_add_(0, origin, factor * pull, alpha=-2)
+                gradients.fill_outputs(logits_grad, with_weight=True)
+            return logits_grad, gradients.of_weight() if to_weight else None, *nothing
+
+
+@dataclass(eq=False)
+class _Gradients:
+    """What the gradients are made of: those of the traces, the logits or log p, U and V, p_k, r and Σ_s p_s h_s."""
+
+    grad: Tensor
+    logits: Tensor
+    weight: Tensor
+    matrix: Tensor
+    directions: Tensor | None
+    origin: Tensor
+    shift: Tensor | None
+    most: Tensor
+    pull: Tensor
+    mean: Tensor
+    temperature: float
+    to_weight: bool
+    made: list[Tensor] = field(default_factory=list)
+
+    def fill_outputs(self, total: Tensor, *, beside: Tensor | None = None, with_weight: bool = False) -> None:
+        """Write the gradient of the outputs, added to ``beside``, and make that of U on the way if it is small."""
+        with full_precision(total):
+            if self.to_weight and (with_weight or self.directions is not None):
+                self.made = [torch.empty_like(self.matrix, dtype=self.grad.dtype)]
+            self._fill(total.view(self.logits.shape), *self.made, beside=None if beside is None else _flat(beside))
+
+    def of_weight(self) -> Tensor:
+        """Return the gradient of the weight."""
+        with full_precision(self.weight):
+            if not self.made:
+                self.made.append(torch.empty_like(self.matrix, dtype=self.grad.dtype))
+                self._fill(None, *self.made)
+            made = self.made[0] if self.directions is None else self.made[0] @ self.directions.mT
+            return made.to(self.weight.dtype)
+
+    def _fill(
+        self, logits_grad: Tensor | None, matrix_grad: Tensor | None = None, *, beside: Tensor | None = None
+    ) -> None:
+        """Write the gradients of outputs, added to ``beside``, and of U."""
+        matrix, origin, pull, mean = self.matrix, self.origin, self.pull, self.mean
+        m, dtype = matrix.shape[1], self.grad.dtype
+        grad = self.grad[:, None]
+        factor = grad if self.shift is None else grad * self.most  # times e_s, it is the trace's gradient times p_s
+        center = matrix[origin].to(dtype)
+        constant = vecdot(center, center) + 2 * vecdot(center, pull) - mean
+        center += pull
+        row_slices, column_slices, space = _tiling(self.logits, dtype)
+        if logits_grad is not None:
+            # The product of these with (u_s, ‖u_s‖², 1) is h_s − Σ_s' p_s' h_s', times the factor.
+            scale = factor / self.temperature
+            lift = _columns(center, -2 * scale, scale, constant[:, None] * scale)
+            lifts_space = torch.empty_like(space)
+        if matrix_grad is not None:
+            # The product of these with e_s over the samples is −2 Σ_i g_i p_s q_i, 2 Σ_i g_i p_s.
+            drag = _columns(center, -2 * factor, 2 * factor)
+        del center
+        for columns in column_slices:
+            extended = _extended(matrix[columns], dtype)
+            sums = torch.zeros_like(extended)
+            for rows in row_slices:
+                tile = self.logits[rows, columns]
+                others = _others(tile, self.shift, rows, origin[rows] - columns.start, self.temperature, space)
+                if matrix_grad is not None:
+                    sums.addmm_(others.mT, drag[rows])
+                if logits_grad is not None:
+                    lifts = torch.mm(lift[rows], extended.mT, out=_like(tile, lifts_space))
+                    found = logits_grad[rows, columns]
+                    if beside is None:
+                        torch.mul(lifts, others, out=found)
+                    elif beside.dtype == found.dtype == dtype:
+                        torch.addcmul(beside[rows, columns], lifts, others, out=found)
+                    else:
+                        torch.add(lifts.mul_(others), beside[rows, columns], out=found)
+            if matrix_grad is not None:
+                torch.addcmul(sums[:, :m], extended[:, :m], sums[:, m : m + 1], out=matrix_grad[columns])
+        # For s = k, h_k = 0 and u_k − q = −r, so that nothing is lost where p_k is nearly one. e_k is 0.
+        if logits_grad is not None:
+            at_origin = self.grad * self.most[:, 0] * mean / -self.temperature
+            logits_grad.scatter_add_(1, origin[:, None], at_origin[:, None].to(logits_grad.dtype))
+        if matrix_grad is not None:
+            # The factor here is that of p_k itself.
+            matrix_grad.index_add_(0, origin, grad * self.most * pull, alpha=-2)
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
 
 
 def _tiling(logits: Tensor, dtype: torch.dtype) -> tuple[list[slice], list[slice], Tensor]:
@@ -176,17 +264,20 @@ def _width(m: int) -> int:
     return (m + 9) // 8 * 8
 
 
-def _columns(first: Tensor, *others: Tensor) -> Tensor:
-    """Return the columns side by side, and zeros up to the width."""
-    (n, m), rest = first.shape, [*others]
-    return torch.cat([first, *rest, first.new_zeros(n, _width(m) - m - len(rest))], dim=1)
+def _columns(first: Tensor, factor: Tensor | float, *others: Tensor | float) -> Tensor:
+    """Return a matrix times a factor, other columns beside it, and zeros up to the width."""
+    n, m = first.shape
+    found = first.new_zeros(n, _width(m))
+    torch.mul(first, factor, out=found[:, :m])
+    for at, other in enumerate(others, start=m):
+        found[:, at : at + 1] = other
+    return found
 
 
 def _extended(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the rows (w_s, ‖w_s‖², 1)."""
     weight = weight.to(dtype)
-    squared = weight.square().sum(dim=1, keepdim=True)
-    return _columns(weight, squared, torch.ones_like(squared))
+    return _columns(weight, 1.0, vecdot(weight, weight)[:, None], 1.0)
 
 
 def _highest(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -200,13 +291,18 @@ def _highest(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values[:, 0].to(dtype), places.gather(1, within)[:, 0]
 
 
-def _others(logits: Tensor, highest: Tensor, origin: Tensor, temperature: float, space: Tensor) -> Tensor:
-    """Return e_s = p_s / p_k of a tile, and 0 for s = k, which may lie outside of the tile."""
-    others = torch.sub(logits, highest[:, None], out=_like(logits, space))
-    if temperature != 1:
-        others /= temperature
-    others.exp_()
+def _others(
+    tile: Tensor, shift: Tensor | None, rows: slice, place: Tensor, temperature: float, space: Tensor
+) -> Tensor:
+    """Return e_s of a tile, and 0 for s = k, which may lie outside of the tile."""
+    if shift is None:
+        others = torch.exp(tile, out=_like(tile, space))
+    else:
+        others = torch.sub(tile, shift[rows, None], out=_like(tile, space))
+        if temperature != 1:
+            others /= temperature
+        others.exp_()
     last = others.shape[1] - 1
-    inside = (origin >= 0) & (origin <= last)
-    index = origin.clamp(0, last)[:, None]
+    inside = (place >= 0) & (place <= last)
+    index = place.clamp(0, last)[:, None]
     return others.scatter_(1, index, others.gather(1, index).masked_fill_(inside[:, None], 0.0))

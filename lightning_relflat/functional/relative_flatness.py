@@ -17,6 +17,7 @@ from lightning_relflat.functional._checks import (
     full_precision,
     shape_of,
 )
+from lightning_relflat.functional._late_gradients import Beside
 from lightning_relflat.functional._softmax_trace import softmax_trace
 from lightning_relflat.functional.feature_laplacian import Measure
 from lightning_relflat.functional.output_hessian import (
@@ -44,6 +45,7 @@ def relative_flatness(
     normalize_features: bool = False,
     probes: int | None = None,
     generator: torch.Generator | None = None,
+    beside: Beside | None = None,
 ) -> Tensor:
     r"""Return the relative flatness κ of a linear layer, exactly unless ``probes`` is given.
 
@@ -82,6 +84,10 @@ def relative_flatness(
             Σ_i c_i ‖φ_i‖² WᵀA_iW, summed: as the probes are shared, more samples do not lower it. (Hutchinson's
             estimator of a trace.)
         generator: where the probes come from; PyTorch's global generator if left out.
+        beside: where the outputs come from a layer that a :class:`~lightning_relflat.layer_tap.LayerTap` with ``late``
+            listens to, what its record's ``beside(loss)`` returns, for a loss that is added to κ before the backward
+            pass. The numbers are the same; where that loss is a cross-entropy with very many outputs, κ takes nearly no
+            memory of its own.
 
     Returns:
         κ as a scalar, or of the shape of ``features`` without its last dimension for ``reduction="none"``. In the
@@ -123,6 +129,7 @@ def relative_flatness(
         normalize_features=normalize_features,
         probes=probes,
         generator=generator,
+        beside=beside,
     )
     if kind == "none":
         return parts.reshape(features.shape[:-1])
@@ -341,6 +348,7 @@ def _parts(
     normalize_features: bool = False,
     probes: int | None = None,
     generator: torch.Generator | None = None,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the parts of the samples in κ of the summed loss, and what the mean divides by."""
     if isinstance(criterion, nn.CrossEntropyLoss) and measure == "relative_flatness":
@@ -349,10 +357,13 @@ def _parts(
         dtype = compute_dtype(features, weight, sample_weight)
         flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
         with full_precision(flat_features):
-            if probes is not None:  # Tr(Wᵀ A W) ≈ Tr(Uᵀ A U) for U = (u_1, …, u_K) / √K
+            directions = None
+            if probes is not None:  # Tr(Wᵀ A W) ≈ Tr(Vᵀ Wᵀ A W V) for V = (v_1, …, v_K) / √K
                 signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
-                weight = weight.to(dtype) @ ((2 * signs - 1).to(dtype) / math.sqrt(probes))
-            curvature = softmax_trace(logits, weight, temperature=temperature, dtype=dtype)
+                directions = (2 * signs - 1).to(dtype) / math.sqrt(probes)
+            curvature = softmax_trace(
+                logits, weight, temperature=temperature, dtype=dtype, directions=directions, beside=beside
+            )
     else:
         flat_features, flat_weight, hessian = _flatten(
             features, weight, outputs, target, criterion, class_dim, temperature=temperature
