@@ -124,9 +124,11 @@ def test_several_loggers_lose_nothing(tmp_path: Path) -> None:
     assert len(list(Path(loggers[1].log_dir or "").rglob("*.png"))) == 8
 
 
-def test_mlflow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", ["sqlite:///{}/store.db", "file:{}/store"], ids=["database", "files"])
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     mlflow = pytest.importorskip("mlflow")
-    store = f"sqlite:///{tmp_path / 'store.db'}"
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # recent MLflow refuses a store of files without it
+    store = store.format(tmp_path)
     logger = MLFlowLogger("flatness", tracking_uri=store, artifact_location=(tmp_path / "artifacts").as_uri())
     _, values = fit(logger)
     client = mlflow.MlflowClient(store)
@@ -137,6 +139,7 @@ def test_mlflow(tmp_path: Path) -> None:
     for name in PICTURES:
         files = client.list_artifacts(logger.run_id, f"val/{name}")
         assert [Path(file.path).name for file in files] == ["0000002.png", "0000004.png"]
+    assert (tmp_path / "store").is_dir() == store.startswith("file")
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +148,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     _, values = fit(logger)
     wandb.finish()
+    wandb.teardown()  # waits for the process that writes
     [path] = tmp_path.rglob("run-*.wandb")
     last: dict[str, Any] = {}
     for record in _wandb_records(path):

@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 from torch.nn import functional as F
 
 from lightning_relflat import FlatnessMonitor
