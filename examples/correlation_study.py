@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from experiment import GREY, lighten, new_figure, prepare
+from experiment import GREY, lighten, mislabel, new_figure, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from matplotlib.axes import Axes
@@ -105,14 +105,6 @@ def make_network(width: int, init_scale: float) -> nn.Sequential:
         for parameter in network.parameters():
             parameter.mul_(init_scale)
     return network
-
-
-def change_labels(labels: Tensor, share: float) -> Tensor:
-    """Return the labels, a share of them changed to another class."""
-    changed = torch.randperm(len(labels))[: round(share * len(labels))]
-    noisy = labels.clone()
-    noisy[changed] = (labels[changed] + torch.randint(1, CLASSES, (len(changed),))) % CLASSES
-    return noisy
 
 
 def train(network: nn.Module, data: Batch, setting: Setting, loss: float, max_steps: int) -> int | None:
@@ -214,7 +206,7 @@ def run(setting: Setting, seed: int, data: dict[str, Batch], loss: float, max_st
     """Train a network, and measure it as trained and rescaled; no measures if it did not come to the loss."""
     start = time.perf_counter()
     torch.manual_seed(seed)
-    noisy = data["train"][0], change_labels(data["train"][1], setting.label_noise)
+    noisy = data["train"][0], mislabel(data["train"][1], setting.label_noise)
     network = make_network(setting.width, setting.init_scale)
     steps = train(network, noisy, setting, loss, max_steps)
     outcome = dict[str, float]()

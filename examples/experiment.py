@@ -1,16 +1,21 @@
-"""What the experiments beside this file share: a new folder for every call, a quiet terminal, one look of pictures."""
+"""What the experiments beside this file share: a new folder for every call, wrong labels, intervals, pictures."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
+import statistics
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor
 
 GREY = "#757d87"  # legible on white and on black
 
@@ -23,6 +28,22 @@ def prepare(out: str) -> Path:
     warnings.filterwarnings("ignore", ".*does not have many workers")  # the data are in memory
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)  # Lightning's, of torch
     return next(path for number in itertools.count() if not (path := Path(out, f"run-{number}")).exists())
+
+
+def mislabel(labels: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return labels of which exactly a share is changed, each to any other class."""
+    changed = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    classes = int(labels.max()) + 1
+    wrong = labels.clone()
+    wrong[changed] = (labels[changed] + torch.randint(1, classes, (len(changed),), generator=generator)) % classes
+    return wrong
+
+
+def interval(differences: Sequence[float]) -> dict[str, float]:
+    """Return the mean of paired differences, and Student's 95 % confidence interval."""
+    mean, count = statistics.mean(differences), len(differences)
+    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def new_figure(width: float, height: float) -> Figure:

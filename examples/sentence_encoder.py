@@ -32,13 +32,12 @@ import lightning as L
 import numpy as np
 import torch
 import transformers
-from experiment import GREY, lighten, new_figure, prepare
+from experiment import GREY, interval, lighten, new_figure, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -358,10 +357,7 @@ def compare(plain: list[Results], fam: list[Results]) -> dict[str, dict[str, flo
     """Return the mean difference that FAM makes with the same seed, and Student's 95 % interval of it."""
     found = {}
     for name in list(plain[0])[1:]:  # the seed is the first
-        difference = [after[name] - before[name] for before, after in zip(plain, fam, strict=True)]
-        mean = statistics.mean(difference)
-        half = float(stats.t.ppf(0.975, len(difference) - 1)) * float(stats.sem(difference))
-        found[name] = {"mean": mean, "low": mean - half, "high": mean + half}
+        found[name] = interval([after[name] - before[name] for before, after in zip(plain, fam, strict=True)])
     return found
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +14,8 @@ from scipy import stats
 from torch.nn import functional as F
 
 from tests import oracles
+from tests.experiments import EXAMPLES, run_experiment
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ("plain", "FAM", "SAM", "weight decay")
 
 
@@ -87,7 +84,7 @@ def test_split(against_sam: ModuleType, name: str) -> None:
 
 def test_wrong_labels_are_as_many_as_said(against_sam: ModuleType) -> None:
     labels = torch.arange(10).repeat_interleave(100)
-    wrong = against_sam.mislabel(labels, 0.4, seed=0)
+    wrong = against_sam.mislabel(labels, 0.4, torch.Generator().manual_seed(0))
     changed = wrong != labels
     assert int(changed.sum()) == 400
     shifts = ((wrong - labels) % 10)[changed].bincount(minlength=10)
@@ -274,26 +271,15 @@ def test_steps_are_timed_in_turns(against_sam: ModuleType, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
-    few = ["--steps", "20", "--seeds", "2", "--tuning_seeds", "1", "--tasks", "[table]", "--out", "out"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "against_sam.py"), *few],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "out" / "run-0"
-    assert (folder / "against_sam.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((folder / "against_sam.json").read_text(encoding="utf-8"))
+    few = ["--steps", "20", "--seeds", "2", "--tuning_seeds", "1", "--tasks", "[table]"]
+    printed, results, _ = run_experiment("against_sam", few, tmp_path)
     assert results["settings"]["steps"] == 20
     table = results["tasks"]["table"]
     assert [run["seed"] for run in table["plain"]["runs"]] == [0, 1]
     assert {run["seed"] for run in table["plain"]["tried"]} == {1000}
     assert 2 < table["time"]["SAM"]["steps"] <= 20  # in whatever time it had
     for method in METHODS:
-        assert method in done.stdout
+        assert method in printed
 
 
 def test_fam_is_flatter(against_sam: ModuleType) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests import oracles
+from tests.experiments import EXAMPLES, run_experiment
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 # By rescaling layers; the others stay as they are.
 CHANGED_BY_LAYERS = {
     *("hessian_trace", "hessian_eigenvalue", "weight_norm", "feature_norm", "parameter_norm"),
@@ -117,7 +114,7 @@ def test_gap_and_measures_are_those_of_the_network(
     result = trained
     torch.manual_seed(3)
     inputs, clean = data["train"]
-    labels = study.change_labels(clean, 0.1)
+    labels = study.mislabel(clean, 0.1)
     assert int((labels != clean).sum()) == 10
     network = study.make_network(12, 1.5)
     steps = study.train(network, (inputs, labels), study.Setting(**result["setting"]), 0.3, 2000)
@@ -210,22 +207,10 @@ def test_bad_arguments(study: ModuleType, tmp_path: Path) -> None:
 def test_from_the_command_line(tmp_path: Path) -> None:
     few = ["--train_size", "50", "--widths", "[8,16]", "--batch_sizes", "[25]", "--init_scales", "[1]"]
     few += ["--learning_rates", "[1e-6,0.05]", "--label_noises", "[0,0.2]", "--loss", "0.5"]
-    few += ["--max_steps", "400", "--resamples", "50", "--out", "out"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "correlation_study.py"), *few],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "out" / "run-0"
-    for name in ("correlation", "correlation-networks"):
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    written = json.loads((folder / "correlation.json").read_text(encoding="utf-8"))
+    few += ["--max_steps", "400", "--resamples", "50"]
+    printed, written, _ = run_experiment("correlation_study", few, tmp_path)
     assert (written["networks"], written["reached"]) == (8, 4)
-    assert done.stdout.count("left out") == 4
+    assert printed.count("left out") == 4
     reached = [run for run in written["runs"] if run["measures"]]
     assert all(run["setting"]["learning_rate"] == 0.05 for run in reached)
     outcomes = [run["outcome"] for run in reached]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +15,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_relflat import FAM
 from tests import oracles
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.experiments import EXAMPLES, run_experiment
 
 # So small a modulus is soon saturated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*relative flatness on val data says little about the solution")
@@ -107,24 +103,13 @@ def test_fam_is_flatter_and_unclustered_features_lie_wider(grokking: ModuleType,
 
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
-    few = ["--p", "5", "--steps", "20", "--every", "5", "--seeds", "1", "--coefficients", "[0.01]", "--out", "out"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "grokking.py"), *few],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "out" / "run-0"
-    assert (folder / "grokking.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((folder / "grokking.json").read_text(encoding="utf-8"))
+    few = ["--p", "5", "--steps", "20", "--every", "5", "--seeds", "1", "--coefficients", "[0.01]"]
+    printed, results, folder = run_experiment("grokking", few, tmp_path)
     ways = ["plain", "FAM 0.01", "anti-FAM", "unclustered", "unclustered + FAM"]
     assert list(results["runs"]) == list(results["ways"]) == ways
     assert results["settings"]["steps"] == 20
     for way in ways:
-        assert way.split()[0] in done.stdout
+        assert way.split()[0] in printed
         [run] = results["runs"][way]
         with (folder / f"{way.replace(' ', '')}-seed0" / "metrics.csv").open() as file:
             logged = [row["val/relative_flatness/dataloader_idx_0"] for row in csv.DictReader(file)]

