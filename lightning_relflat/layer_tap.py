@@ -340,8 +340,10 @@ class _LayerHook:
         features = args[0] if args else next(iter(kwargs.values()))
         version = None if outputs.is_inference() else outputs._version
         late = None
-        if any(tap.late for tap in taps) and is_large(outputs) and LateGradients.suit(features, weight, outputs):
-            late = LateGradients(features, weight, outputs)
+        wanted = any(tap.late for tap in taps) and type(layer) is nn.Linear and weight is layer.weight
+        if wanted and is_large(outputs) and LateGradients.suit(features, weight, outputs):
+            assert isinstance(layer, nn.Linear)
+            late = LateGradients(features, weight, layer.bias, outputs)
             outputs = late.outputs
         record = LayerRecord(layer, features, outputs, weight if late else weight.clone(), version, late)
         for tap in taps:

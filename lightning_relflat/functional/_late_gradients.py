@@ -1,8 +1,8 @@
 """Where the gradients of a penalty are made when those of the loss have arrived, and not before.
 
 Autograd first makes the gradients of what was computed last. A penalty's gradient with respect to the outputs of a
-layer, as large as these, would lie there while the loss goes backward. Two nodes right behind the layer, which come
-after the loss in the backward pass, make it instead.
+layer, as large as these, would lie there while the loss goes backward, and one with respect to the weight beside the
+loss's own. Here a node takes the place of a linear layer's own in the graph, and makes both at once, in tiles.
 """
 
 from __future__ import annotations
@@ -19,54 +19,66 @@ from lightning_relflat.functional._graph import is_transformed
 
 # How many nodes of the loss's graph are looked at for the log-softmax, which lies close to the loss.
 _NODES = 64
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
+
+_Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Gradients(Protocol):
     """The gradients of a penalty that are yet to be made."""
 
-    def fill_outputs(self, total: Tensor, *, beside: Tensor | None) -> None:
-        """Write that of the outputs, added to the loss's own, if there is one."""
+    def through_layer(
+        self, of_outputs: Tensor | None, features: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+    ) -> _Found:
+        """Return the gradients of features, weight and bias, of loss and penalty together.
 
-    def of_weight(self) -> Tensor:
-        """Return that of the weight, after that of the outputs."""
+        Args:
+            of_outputs: the loss's gradient of the outputs, or ``None`` for zeros.
+            features: what entered the layer.
+            weight: its weight.
+            needed: which of the three are.
+
+        Returns:
+            The three, ``None`` for what is not needed.
+        """
 
 
 class Box:
-    """What a function leaves for the nodes, within one backward pass."""
+    """What a function leaves for the node, within one backward pass."""
 
     gradients: Gradients | None = None
 
 
 class LateGradients:
-    """Two nodes behind a layer, the first at its outputs, the second at its weight.
+    """A node in the place of a linear layer's own, with which the penalty's gradients go through the layer.
 
-    They pass on what comes, and keep nothing, as long as no function leaves its gradients to them. One may: it takes
-    ``mark`` among its inputs, puts them into ``box`` in its backward pass, and returns some gradient for ``mark`` but
-    none for outputs and weight. By the graph both nodes come later in the same backward pass, and the weight's node
-    before anything that waits for the gradient of the features. Who asks for the gradient of the outputs gets the
-    loss's.
+    It does what the layer's own does, as long as no function leaves gradients to it. One may: it takes ``mark`` among
+    its inputs, puts the gradients into ``box`` in its backward pass, and returns some gradient for ``mark`` but none
+    for outputs and weight. By the graph the node comes later in the same backward pass. Who asks for the gradient of
+    the outputs gets the loss's.
 
     Args:
         features: what entered the layer.
         weight: its weight.
-        outputs: what left it; they need a gradient.
+        bias: its bias.
+        outputs: what left it.
 
     Attributes:
         outputs: the outputs, for all that comes after the layer.
         mark: a scalar.
         box: where to leave gradients.
-        taken: whether a function has the nodes for itself.
+        taken: whether a function has the node for itself.
     """
 
-    def __init__(self, features: Tensor, weight: Tensor, outputs: Tensor) -> None:
+    def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None, outputs: Tensor) -> None:
         self.box = Box()
-        anchor = _AtWeight.apply(features, weight, self.box)  # type: ignore[no-untyped-call]
-        self.outputs, self.mark = _AtOutputs.apply(outputs, anchor, self.box)  # type: ignore[no-untyped-call]
+        given = features, weight, bias, outputs.detach(), self.box
+        self.outputs, self.mark = _Layer.apply(*given)  # type: ignore[no-untyped-call]
         self.taken = False
 
     @staticmethod
     def suit(features: Tensor, weight: Tensor, outputs: Tensor) -> bool:
-        """Return whether a pass through a layer can have such nodes.
+        """Return whether a node can take the place of what computed some outputs.
 
         Args:
             features: what entered the layer.
@@ -74,9 +86,21 @@ class LateGradients:
             outputs: what left it.
 
         Returns:
-            Not if nothing is differentiated, or a compiler or torch.func is at work, or a tensor is distributed.
+            Not if nothing is differentiated, if more was computed than a linear layer in one precision, if somebody
+            has a hook on what is saved for the backward pass (checkpointing, offloading), if a compiler or torch.func
+            is at work, or if a tensor is distributed.
         """
-        return outputs.requires_grad and torch.is_grad_enabled() and not is_transformed(features, weight, outputs)
+        if not torch.is_grad_enabled() or is_transformed(features, weight, outputs):
+            return False
+        node: Any = outputs.grad_fn
+        while node is not None and node.name() in _VIEWS:
+            node = node.next_functions[0][0]
+        return (
+            node is not None
+            and node.name() in ("AddmmBackward0", "MmBackward0")
+            and features.dtype == weight.dtype == outputs.dtype
+            and all(_is_plain(getattr(node, name)) for name in dir(node) if name.startswith("_raw_saved_"))
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ class Beside:
     """A loss that is computed from a layer's outputs and added to the penalty.
 
     Attributes:
-        late: the nodes behind the layer.
+        late: the node in the layer's place.
         loss: the loss.
     """
 
@@ -113,38 +137,34 @@ class Beside:
         return None
 
 
-class _AtOutputs(torch.autograd.Function):
+class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, _: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, _: Tensor | None, outputs: Tensor, box: Box
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.box, ctx.like = box, (outputs.shape, outputs.dtype, outputs.device)
+        ctx.save_for_backward(features, weight)
+        ctx.box = box
         return outputs.detach(), outputs.new_zeros(())  # no view, so that it may be written to
 
     @staticmethod
-    def backward(ctx: Any, of_loss: Tensor | None, of_mark: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, of_outputs: Tensor | None, of_mark: Tensor | None) -> tuple[Tensor | None, ...]:
+        features, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         # Without a gradient for the mark, what is in the box is of another pass.
-        gradients = ctx.box.gradients if of_mark is not None else None
-        if gradients is None:
-            return of_loss, None, None
-        shape, dtype, device = ctx.like
-        total = torch.empty(shape, dtype=dtype, device=device)
-        gradients.fill_outputs(total, beside=of_loss)
-        return total, of_mark, None
-
-
-class _AtWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, _: Tensor, box: Box) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.box = box
-        return features.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, of_anchor: Tensor | None) -> tuple[None, Tensor | None, None]:
-        gradients, ctx.box.gradients = ctx.box.gradients, None
-        if of_anchor is None or gradients is None or not ctx.needs_input_grad[1]:
-            return None, None, None
-        return None, gradients.of_weight(), None
+        gradients, ctx.box.gradients = ctx.box.gradients if of_mark is not None else None, None
+        if gradients is not None:
+            return *gradients.through_layer(of_outputs, features, weight, needed), None, None
+        if of_outputs is None:
+            return (None,) * 5
+        flat = of_outputs.reshape(-1, of_outputs.shape[-1])
+        return (
+            of_outputs @ weight if needed[0] else None,
+            flat.mT @ features.reshape(-1, features.shape[-1]) if needed[1] else None,
+            flat.sum(dim=0) if needed[2] else None,
+            None,
+            None,
+        )
 
 
 def _nearest(root: Node | None) -> list[Node]:
@@ -170,7 +190,7 @@ def _leads_straight(node: Node, to: Node | None) -> bool:
             return number == 0
         casts += following.name() == "ToCopyBackward0"
         # Two casts may have lost digits on the way.
-        if casts > 1 or following.name() not in ("ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0"):
+        if casts > 1 or following.name() not in ("ToCopyBackward0", *_VIEWS):
             return False
         node = following
 
@@ -183,11 +203,15 @@ def _is_along_last(node: Any, log_p: Tensor, outputs: Tensor) -> bool:
 
 def _saved_result(node: Any) -> Tensor | None:
     """Return what a node keeps; ``None`` if it is freed, or is no plain memory but to be computed or moved again."""
-    # A hook of checkpointing or offloading would run. Older versions of PyTorch do not say whether there is one.
-    if getattr(node._raw_saved_result, "unpack_hook", "unknown") is not None:
+    if not _is_plain(node._raw_saved_result):
         return None
     try:
         result = node._saved_result
     except RuntimeError:  # freed, which comes up in the loss's own backward pass
         return None
     return result if type(result) is Tensor else None
+
+
+def _is_plain(saved: Any) -> bool:
+    """Return whether nobody has a hook on a saved tensor. Older versions of PyTorch do not say: then it may be."""
+    return getattr(saved, "unpack_hook", "unknown") is None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -149,10 +150,7 @@ class _SoftmaxTrace(torch.autograd.Function):
             if ctx.box is not None:
                 ctx.box.gradients = gradients
                 return None, None, grad.new_zeros(()), *nothing[1:]
-            logits_grad = torch.empty_like(kept) if to_logits else None
-            if logits_grad is not None:
-                gradients.fill_outputs(logits_grad, with_weight=True)
-            return logits_grad, gradients.of_weight() if to_weight else None, *nothing
+            return *gradients.alone(to_logits), *nothing
 
 
 @dataclass(eq=False)
@@ -171,71 +169,128 @@ class _Gradients:
     mean: Tensor
     temperature: float
     to_weight: bool
-    made: list[Tensor] = field(default_factory=list)
 
-    def fill_outputs(self, total: Tensor, *, beside: Tensor | None = None, with_weight: bool = False) -> None:
-        """Write the gradient of the outputs, added to ``beside``, and make that of U on the way if it is small."""
-        with full_precision(total):
-            if self.to_weight and (with_weight or self.directions is not None):
-                self.made = [torch.empty_like(self.matrix, dtype=self.grad.dtype)]
-            self._fill(total.view(self.logits.shape), *self.made, beside=None if beside is None else _flat(beside))
+    def alone(self, to_logits: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the logits and of the weight."""
+        of_logits = torch.empty_like(self.logits) if to_logits else None
+        of_matrix = torch.empty_like(self.matrix, dtype=self.grad.dtype) if self.to_weight else None
 
-    def of_weight(self) -> Tensor:
-        """Return the gradient of the weight."""
-        with full_precision(self.weight):
-            if not self.made:
-                self.made.append(torch.empty_like(self.matrix, dtype=self.grad.dtype))
-                self._fill(None, *self.made)
-            made = self.made[0] if self.directions is None else self.made[0] @ self.directions.mT
-            return made.to(self.weight.dtype)
+        def visit(rows: slice, columns: slice, tile: Tensor) -> None:
+            if of_logits is not None:
+                of_logits[rows, columns] = tile
 
-    def _fill(
-        self, logits_grad: Tensor | None, matrix_grad: Tensor | None = None, *, beside: Tensor | None = None
+        def end(columns: slice, of_rows: Tensor) -> None:
+            if of_matrix is not None:
+                of_matrix[columns] = of_rows
+
+        self._sweep(visit if to_logits else None, end)
+        if of_matrix is None:
+            return of_logits, None
+        self._add_origin(of_matrix)
+        of_weight = of_matrix if self.directions is None else of_matrix @ self.directions.mT
+        return of_logits, of_weight.to(self.weight.dtype)
+
+    def through_layer(
+        self, of_outputs: Tensor | None, features: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of a linear layer's features, weight and bias, of loss and penalty together.
+
+        In every tile the penalty's gradient is added to the loss's, and goes through the layer as autograd would have
+        it: g W, gᵀφ and Σ g.
+        """
+        with full_precision(features):
+            beside, inputs = None if of_outputs is None else _flat(of_outputs), _flat(features)
+            sums = torch.promote_types(features.dtype, torch.float32)  # what is added up over tiles
+            of_inputs = torch.zeros_like(inputs, dtype=sums) if needed[0] else None
+            of_weight = torch.empty_like(weight) if needed[1] else None
+            of_bias = weight.new_empty(len(weight)) if needed[2] else None
+            exact = self.to_weight and self.directions is None
+            of_matrix = torch.empty_like(self.matrix) if self.to_weight and not exact else None
+            block = {"weight": features.new_zeros(0, dtype=sums), "bias": features.new_zeros(0, dtype=sums)}
+
+            def visit(rows: slice, columns: slice, tile: Tensor) -> None:
+                if beside is not None:
+                    tile += beside[rows, columns]
+                found, part = tile.to(features.dtype), weight[columns]
+                if of_inputs is not None:
+                    _add_product(of_inputs[rows], found, part)
+                if rows.start == 0:
+                    block["weight"] = torch.zeros_like(part, dtype=sums)
+                    block["bias"] = block["weight"].new_zeros(len(part))
+                if of_weight is not None:
+                    _add_product(block["weight"], found.mT, inputs[rows])
+                if of_bias is not None:
+                    block["bias"] += found.sum(dim=0)
+
+            def end(columns: slice, of_rows: Tensor) -> None:
+                if of_weight is not None:
+                    of_weight[columns] = block["weight"] + of_rows if exact else block["weight"]
+                if of_bias is not None:
+                    of_bias[columns] = block["bias"]
+                if of_matrix is not None:
+                    of_matrix[columns] = of_rows
+
+            self._sweep(visit, end)
+            if of_weight is not None and exact:
+                self._add_origin(of_weight)
+            if of_weight is not None and of_matrix is not None and self.directions is not None:
+                self._add_origin(of_matrix)
+                _add_product(of_weight, of_matrix, self.directions.mT)
+            return (
+                None if of_inputs is None else of_inputs.to(features.dtype).view(features.shape),
+                of_weight,
+                of_bias,
+            )
+
+    def _sweep(
+        self, visit: Callable[[slice, slice, Tensor], None] | None, end: Callable[[slice, Tensor], None]
     ) -> None:
-        """Write the gradients of outputs, added to ``beside``, and of U."""
-        matrix, origin, pull, mean = self.matrix, self.origin, self.pull, self.mean
+        """Go over the outputs in blocks, and over their tiles.
+
+        ``visit`` gets the rows and columns of every tile with the gradient of the logits, which it may write to;
+        ``end`` gets the columns of every block with the gradient of U's rows, but for what :meth:`_add_origin` adds.
+        """
+        matrix, origin, mean = self.matrix, self.origin, self.mean
         m, dtype = matrix.shape[1], self.grad.dtype
         grad = self.grad[:, None]
         factor = grad if self.shift is None else grad * self.most  # times e_s, it is the trace's gradient times p_s
         center = matrix[origin].to(dtype)
-        constant = vecdot(center, center) + 2 * vecdot(center, pull) - mean
-        center += pull
-        row_slices, column_slices, space = _tiling(self.logits, dtype)
-        if logits_grad is not None:
-            # The product of these with (u_s, ‖u_s‖², 1) is h_s − Σ_s' p_s' h_s', times the factor.
-            scale = factor / self.temperature
-            lift = _columns(center, -2 * scale, scale, constant[:, None] * scale)
-            lifts_space = torch.empty_like(space)
-        if matrix_grad is not None:
-            # The product of these with e_s over the samples is −2 Σ_i g_i p_s q_i, 2 Σ_i g_i p_s.
-            drag = _columns(center, -2 * factor, 2 * factor)
+        constant = vecdot(center, center) + 2 * vecdot(center, self.pull) - mean
+        center += self.pull
+        # The product of these with (u_s, ‖u_s‖², 1) is h_s − Σ_s' p_s' h_s', times the factor.
+        scale = factor / self.temperature
+        lift = _columns(center, -2 * scale, scale, constant[:, None] * scale)
+        # The product of these with e_s over the samples is −2 Σ_i g_i p_s q_i, 2 Σ_i g_i p_s.
+        drag = _columns(center, -2 * factor, 2 * factor)
         del center
+        # For s = k, h_k = 0 and u_k − q = −r, so that nothing is lost where p_k is nearly one. e_k is 0.
+        at_origin = self.grad * self.most[:, 0] * mean / -self.temperature
+        row_slices, column_slices, space = _tiling(self.logits, dtype)
+        lifts_space = torch.empty_like(space)
         for columns in column_slices:
             extended = _extended(matrix[columns], dtype)
             sums = torch.zeros_like(extended)
             for rows in row_slices:
-                tile = self.logits[rows, columns]
-                others = _others(tile, self.shift, rows, origin[rows] - columns.start, self.temperature, space)
-                if matrix_grad is not None:
+                tile, place = self.logits[rows, columns], origin[rows] - columns.start
+                others = _others(tile, self.shift, rows, place, self.temperature, space)
+                if self.to_weight:
                     sums.addmm_(others.mT, drag[rows])
-                if logits_grad is not None:
-                    lifts = torch.mm(lift[rows], extended.mT, out=_like(tile, lifts_space))
-                    found = logits_grad[rows, columns]
-                    if beside is None:
-                        torch.mul(lifts, others, out=found)
-                    elif beside.dtype == found.dtype == dtype:
-                        torch.addcmul(beside[rows, columns], lifts, others, out=found)
-                    else:
-                        torch.add(lifts.mul_(others), beside[rows, columns], out=found)
-            if matrix_grad is not None:
-                torch.addcmul(sums[:, :m], extended[:, :m], sums[:, m : m + 1], out=matrix_grad[columns])
-        # For s = k, h_k = 0 and u_k − q = −r, so that nothing is lost where p_k is nearly one. e_k is 0.
-        if logits_grad is not None:
-            at_origin = self.grad * self.most[:, 0] * mean / -self.temperature
-            logits_grad.scatter_add_(1, origin[:, None], at_origin[:, None].to(logits_grad.dtype))
-        if matrix_grad is not None:
-            # The factor here is that of p_k itself.
-            matrix_grad.index_add_(0, origin, grad * self.most * pull, alpha=-2)
+                if visit is not None:
+                    found = torch.mm(lift[rows], extended.mT, out=_like(tile, lifts_space)).mul_(others)
+                    visit(rows, columns, _write_at(found, place, at_origin[rows]))
+            end(columns, torch.addcmul(sums[:, :m], extended[:, :m], sums[:, m : m + 1]))
+
+    def _add_origin(self, of_matrix: Tensor) -> None:
+        """Add the part of s = k, whose factor is that of p_k itself."""
+        part = self.grad[:, None] * self.most * self.pull
+        of_matrix.index_add_(0, self.origin, part.to(of_matrix.dtype), alpha=-2)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -302,7 +357,12 @@ def _others(
         if temperature != 1:
             others /= temperature
         others.exp_()
-    last = others.shape[1] - 1
+    return _write_at(others, place, torch.zeros_like(others[:, 0]))
+
+
+def _write_at(tile: Tensor, place: Tensor, values: Tensor) -> Tensor:
+    """Write a value into every row, where its place lies within the tile."""
+    last = tile.shape[1] - 1
     inside = (place >= 0) & (place <= last)
     index = place.clamp(0, last)[:, None]
-    return others.scatter_(1, index, others.gather(1, index).masked_fill_(inside[:, None], 0.0))
+    return tile.scatter_(1, index, torch.where(inside[:, None], values[:, None], tile.gather(1, index)))

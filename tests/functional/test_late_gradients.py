@@ -28,33 +28,35 @@ needs_known = pytest.mark.skipif(not known, reason="this PyTorch has no `unpack_
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_FEW", 0)
+    monkeypatch.setattr(fused, "_TILE", 8)  # tiles of four samples and two outputs, and smaller ones at the edges
+    monkeypatch.setattr(fused, "_TILE_ROWS", 4)
 
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Return a list of all gradients of outputs that were made late: whether there was one of the loss to add to."""
     seen: list[bool] = []
-    fill = fused._Gradients.fill_outputs
+    through_layer = fused._Gradients.through_layer
 
-    def note(self: Any, total: Tensor, **options: Any) -> None:
-        if "beside" in options:
-            seen.append(options["beside"] is not None)
-        fill(self, total, **options)
+    def note(self: Any, of_outputs: Tensor | None, *given: Any) -> Any:
+        seen.append(of_outputs is not None)
+        return through_layer(self, of_outputs, *given)
 
-    monkeypatch.setattr(fused._Gradients, "fill_outputs", note)
+    monkeypatch.setattr(fused._Gradients, "through_layer", note)
     return seen
 
 
 class Step:
     """The tensors of a training step in float64; κ is beside the loss or, to compare with, is not."""
 
-    late: LateGradients
+    late: LateGradients | None
 
     def __init__(self, beside: bool, shape: tuple[int, ...] = (6, 4), **options: Any) -> None:
         generator = seeded(0)
         self.beside = beside
         self.features = normal(generator, *shape).requires_grad_()
         self.weight = normal(generator, 5, 4).requires_grad_()
+        self.bias = normal(generator, 5).requires_grad_()
         self.target = torch.tensor([0, 4, -100, 1, 2, 3]).reshape(shape[:-1])
         self.criterion = nn.CrossEntropyLoss()
         self.options = options
@@ -62,10 +64,10 @@ class Step:
 
     def run(self, outputs: Tensor | None = None) -> None:
         """Let the features go through the layer."""
-        outputs = self.features @ self.weight.T if outputs is None else outputs
-        self.outputs = outputs
-        if self.beside and outputs.requires_grad:
-            self.late = LateGradients(self.features, self.weight, outputs)
+        outputs = nn.functional.linear(self.features, self.weight, self.bias) if outputs is None else outputs
+        self.outputs, self.late = outputs, None
+        if self.beside and LateGradients.suit(self.features, self.weight, outputs):
+            self.late = LateGradients(self.features, self.weight, self.bias, outputs)
             self.outputs = self.late.outputs
 
     def loss(self, outputs: Tensor | None = None) -> Tensor:
@@ -81,7 +83,7 @@ class Step:
             self.target,
             loss=self.criterion,
             class_dim=-1,
-            beside=Beside(self.late, loss) if self.beside and self.outputs.requires_grad else None,
+            beside=None if self.late is None else Beside(self.late, loss),
             **{"generator": seeded(3), **self.options, **options},
         )
 
@@ -90,7 +92,7 @@ class Step:
         return loss + 0.7 * self.kappa(loss, **options)
 
     def gradients(self) -> list[Tensor]:
-        return [leaf.grad for leaf in (self.features, self.weight) if leaf.grad is not None]
+        return [leaf.grad for leaf in (self.features, self.weight, self.bias) if leaf.grad is not None]
 
 
 def plain(step: Step) -> list[Tensor]:
@@ -209,10 +211,10 @@ def asked_for(step: Step) -> list[Tensor]:
     loss = step.loss()
     kappa = step.kappa(loss)
     total = loss + kappa
-    x, w = step.features, step.weight
+    x, w, b = step.features, step.weight, step.bias
     found: list[Tensor] = []
     for value in (total, kappa):
-        for inputs in ([w], [x], [x, w]):
+        for inputs in ([w], [x], [b], [x, w]):
             found += torch.autograd.grad(value, inputs, retain_graph=True)
     total.backward(inputs=[w], retain_graph=True)
     loss.backward(inputs=[x], retain_graph=True)
@@ -221,7 +223,7 @@ def asked_for(step: Step) -> list[Tensor]:
 
 
 def differentiated_twice(step: Step) -> list[Tensor]:
-    inputs = [step.features, step.weight]
+    inputs = [step.features, step.weight, step.bias]
     total = step.total()
     first = torch.autograd.grad(total, inputs, create_graph=True)
     for one, other in zip(first, torch.autograd.grad(total, inputs, retain_graph=True), strict=True):
@@ -249,6 +251,12 @@ def frozen_weight(step: Step) -> list[Tensor]:
 
 def frozen_features(step: Step) -> list[Tensor]:
     step.features.requires_grad_(False)
+    step.run()
+    return plain(step)
+
+
+def frozen_bias(step: Step) -> list[Tensor]:
+    step.bias.requires_grad_(False)
     step.run()
     return plain(step)
 
@@ -281,11 +289,28 @@ def a_pass_that_failed(step: Step) -> list[Tensor]:
     total = loss + step.kappa(loss)
     with pytest.raises(ZeroDivisionError):
         total.backward(retain_graph=True)
-    step.features.grad = step.weight.grad = None
+    step.features.grad = step.weight.grad = step.bias.grad = None
     failing.clear()
     loss.backward(retain_graph=True)
     total.backward()
     return step.gradients()
+
+
+def checkpointed_layer(step: Step) -> list[Tensor]:
+    def compute(features: Tensor) -> Tensor:
+        return nn.functional.linear(features, step.weight, step.bias)
+
+    step.outputs = checkpoint(compute, step.features, use_reentrant=False)
+    step.run(step.outputs)
+    return plain(step)
+
+
+def more_than_a_layer(step: Step) -> list[Tensor]:
+    factor = torch.full((5,), 2.0).double().requires_grad_()
+    step.run(nn.functional.linear(step.features, step.weight, step.bias) * factor)
+    gradients = plain(step)
+    assert factor.grad is not None
+    return [*gradients, factor.grad]
 
 
 def checkpointed_loss(step: Step) -> list[Tensor]:
@@ -333,7 +358,7 @@ def test_beside_the_loss_all_gradients_are_the_same(
 
 LATE = [plain, scaled_and_accumulated, with_options, outputs_used_elsewhere, two_losses, two_penalties, twice]
 LATE += [kept_on_the_way, penalty_alone, one_after_the_other, asked_for, differentiated_twice, weight_of_an_adapter]
-LATE += [frozen_weight, frozen_features, leaf_outputs, a_pass_that_failed]
+LATE += [frozen_weight, frozen_features, frozen_bias, a_pass_that_failed]
 
 
 @needs_known
@@ -403,7 +428,7 @@ def test_beside_a_loss_in_half_precision(wide: bool, probes: int | None, late: l
         weight = torch.randn(40, 8, generator=generator).bfloat16().requires_grad_()
         target = torch.randint(40, (30,), generator=generator)
         outputs = features @ weight.T
-        nodes = LateGradients(features, weight, outputs)
+        nodes = LateGradients(features, weight, None, outputs)
         loss = nn.functional.cross_entropy(nodes.outputs.float() if wide else nodes.outputs, target)
         kappa = relative_flatness(
             features,
@@ -479,7 +504,8 @@ def test_fam_trains_as_it_does_without(name: str, late: list[bool], monkeypatch:
         trained.append(fitted(Wide(**fit.get("module", {})), fam, **fit.get("trainer", {})))
     for one, other in zip(*trained, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    assert late == [True] * (0 if name == "Hessian a constant" or not known else 4)
+    ordinary = name in ("Hessian a constant", "checkpointed") or not known
+    assert late == [True] * (0 if ordinary else 4)
 
 
 @needs_known
