@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_relflat import FAM, FlatnessMonitor
+from lightning_relflat.functional import _softmax_trace
 from tests.models import Batch, Net, Resumable, make_batches, make_trainer
 from tests.processes import COEFFICIENT, LR
 
@@ -119,6 +120,20 @@ class Penalties(Callback):
         self.norms.append([values.norm().item(), values[0].item()])
 
 
+def count_late() -> list[None]:
+    """Take every head for a large one, and return a list that grows with every gradient that is made late."""
+    seen: list[None] = []
+    through_layer = _softmax_trace._Gradients.through_layer
+
+    def count(*given: Any) -> Any:
+        seen.append(None)
+        return through_layer(*given)
+
+    _softmax_trace._FEW = 0
+    _softmax_trace._Gradients.through_layer = count  # type: ignore[method-assign]
+    return seen
+
+
 def main(
     folder: str,
     world: int,
@@ -134,8 +149,10 @@ def main(
     monitor: dict[str, Any] | None = None,
     timeout: int = 300,
     fam: dict[str, Any] | None = None,
+    large: bool = False,
     **options: Any,
 ) -> None:
+    late = [] if not large or world == 1 else count_late()
     torch.manual_seed(0)
     net = Sharded(**options).double()
     fsdp, unused = net.fsdp, options.get("unused", False)
@@ -181,7 +198,7 @@ def main(
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     result = {"weights": weights, "values": values, "penalties": penalties.seen}
-    result |= {"coefficients": penalties.coefficients, "norms": penalties.norms}
+    result |= {"coefficients": penalties.coefficients, "norms": penalties.norms, "late": len(late)}
     torch.save(result, Path(folder) / f"{world}-{trainer.global_rank}.pt")
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_relflat.functional import flatness_report
 from tests.callbacks.fit_in_processes import TRAINING, VALIDATION, Sharded, main, share_of
+from tests.functional.cases import HOOKS_ARE_KNOWN
 from tests.models import make_batches
 from tests.oracles import kappa
 from tests.processes import free_port, run, train_by_hand
@@ -84,6 +85,21 @@ def test_processes_equal_one_on_the_union(tmp_path: Path, options: dict[str, Any
         assert ranks[0]["values"][name] == pytest.approx(one["values"][name])
     # A process's penalty is that of its own share.
     assert len({tuple(rank["penalties"]) for rank in ranks}) == len(ranks)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    "options", [{"unused": True}, {"static_graph": True}, pytest.param({"fsdp": "unit"}, marks=FSDP)]
+)
+def test_large_heads(tmp_path: Path, options: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"loss": "cross_entropy", "large": True} | options
+    ranks = fit(tmp_path, 2, **settings)
+    [one] = fit(tmp_path, 1, **settings)
+    assert_same_on_all_ranks(ranks)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-10, atol=1e-10)
+    # Where the weight is sharded, nothing is late.
+    assert [rank["late"] for rank in ranks] == [0 if "fsdp" in options or not HOOKS_ARE_KNOWN else 8] * 2
 
 
 @pytest.mark.ddp

@@ -14,6 +14,9 @@ from tests.oracles import criterion_loss, criterion_shares
 LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "huber", "smooth_l1", "poisson_nll", "gaussian_nll")
 LAYOUTS = ("rows", "tokens", "channels", "images", "unbatched")
 
+# Whether this PyTorch says of a saved tensor that somebody has a hook on it.
+HOOKS_ARE_KNOWN = hasattr(torch.ones(1, requires_grad=True).exp().grad_fn._raw_saved_result, "unpack_hook")  # type: ignore[union-attr]
+
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -18,11 +18,9 @@ from lightning_relflat.functional import _softmax_trace as fused
 from lightning_relflat.functional import relative_flatness
 from lightning_relflat.functional._late_gradients import Beside, LateGradients
 from lightning_relflat.layer_tap import LayerTap
-from tests.functional.cases import normal, seeded
+from tests.functional.cases import HOOKS_ARE_KNOWN, normal, seeded
 
-# Older versions do not say whether a saved tensor is to be unpacked by somebody.
-known = hasattr(torch.ones(1, requires_grad=True).log_softmax(0).grad_fn._raw_saved_result, "unpack_hook")  # type: ignore[union-attr]
-needs_known = pytest.mark.skipif(not known, reason="this PyTorch has no `unpack_hook`; nothing is late there")
+needs_known = pytest.mark.skipif(not HOOKS_ARE_KNOWN, reason="this PyTorch has no `unpack_hook`; nothing is late there")
 
 
 @pytest.fixture(autouse=True)
@@ -442,7 +440,7 @@ def test_beside_a_loss_in_half_precision(wide: bool, probes: int | None, late: l
         )
         (loss + 0.1 * kappa).backward()
         found.append([kappa.detach(), *(value.grad for value in (features, weight) if value.grad is not None)])
-    assert late == [True] * (wide and known)
+    assert late == [True] * (wide and HOOKS_ARE_KNOWN)
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
@@ -504,7 +502,7 @@ def test_fam_trains_as_it_does_without(name: str, late: list[bool], monkeypatch:
         trained.append(fitted(Wide(**fit.get("module", {})), fam, **fit.get("trainer", {})))
     for one, other in zip(*trained, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    ordinary = name in ("Hessian a constant", "checkpointed") or not known
+    ordinary = name in ("Hessian a constant", "checkpointed") or not HOOKS_ARE_KNOWN
     assert late == [True] * (0 if ordinary else 4)
 
 
