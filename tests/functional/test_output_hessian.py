@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +151,19 @@ def test_saturated_softmax_keeps_its_digits_in_float32(gap: float, d: int) -> No
     if gap >= 40:  # the textbook formula has no correct digit here
         plain = hessian.diagonal @ weight.square().sum(1) - (hessian.root @ weight).square().sum(1)
         assert (plain.double() / exact - 1).abs().max() > 0.99
+
+
+@pytest.mark.parametrize("rooted", [False, True])
+def test_samples_in_blocks(rooted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = seeded(0)
+    logits, weight = normal(generator, 11, 5), normal(generator, 5, 3)
+    hessian = output_hessian(logits, loss="cross_entropy")
+    if rooted:  # a root that is no softmax
+        hessian = OutputHessian(hessian.diagonal, hessian.diagonal / 2, hessian.weight, hessian.total_weight)
+    whole = hessian.trace_through(weight)
+    monkeypatch.setattr(sys.modules[OutputHessian.__module__], "_BLOCK", 4)
+    with torch.no_grad():
+        torch.testing.assert_close(hessian.trace_through(weight), whole, rtol=1e-13, atol=0)
 
 
 def test_saturated_softmax_has_a_finite_and_correct_gradient_in_float32() -> None:
