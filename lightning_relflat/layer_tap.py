@@ -340,9 +340,13 @@ class _LayerHook:
         features = args[0] if args else next(iter(kwargs.values()))
         version = None if outputs.is_inference() else outputs._version
         late = None
-        wanted = any(tap.late for tap in taps) and type(layer) is nn.Linear and weight is layer.weight
-        if wanted and is_large(outputs) and LateGradients.suit(features, weight, outputs):
-            assert isinstance(layer, nn.Linear)
+        large = any(tap.late for tap in taps) and is_large(outputs)
+        if (
+            large
+            and isinstance(layer, nn.Linear)
+            and weight is layer.weight
+            and LateGradients.suit(features, weight, outputs)
+        ):
             late = LateGradients(features, weight, layer.bias, outputs)
             outputs = late.outputs
         record = LayerRecord(layer, features, outputs, weight if late else weight.clone(), version, late)

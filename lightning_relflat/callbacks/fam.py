@@ -58,7 +58,9 @@ class FAM(Callback):
         coefficient: λ; negative to train away from flatness.
         loss: ``None`` to take the curvature from the loss tensor itself, with random probes: any loss, nothing to
             declare. Or the criterion, by name or as the object that the module trains with: then κ is exact. It must be
-            computed from the layer's outputs (an ``nn.Linear``) and the batch's target alone.
+            computed from the layer's outputs (an ``nn.Linear``) and the batch's target alone. With a cross-entropy of
+            2²¹ outputs or more in a batch, loss and penalty go backward through the layer together, which saves their
+            memory; a hook on the outputs then sees the gradient of the loss alone.
         target: where a named loss finds its target: an index or key of the batch, or ``None`` if its curvature needs
             none.
         probes: how many random probes to average without a named loss; ``None`` is exact, at one product for each
