@@ -64,6 +64,7 @@ class LateGradients:
         outputs: what left it.
 
     Attributes:
+        weight: the weight.
         outputs: the outputs, for all that comes after the layer.
         mark: a scalar.
         box: where to leave gradients.
@@ -71,6 +72,7 @@ class LateGradients:
     """
 
     def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None, outputs: Tensor) -> None:
+        self.weight = weight
         self.box = Box()
         given = features, weight, bias, outputs.detach(), self.box
         self.outputs, self.mark = _Layer.apply(*given)  # type: ignore[no-untyped-call]

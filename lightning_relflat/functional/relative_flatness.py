@@ -96,7 +96,7 @@ def relative_flatness(
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
         ValueError: if shapes do not fit, the criterion is not known or knows no temperature, the target is missing or
-            does not fit, or ``measure``, ``temperature`` or ``probes`` is not what it should be.
+            does not fit, or ``measure``, ``temperature``, ``probes`` or ``beside`` is not what it should be.
 
     Example:
         >>> import torch
@@ -353,6 +353,13 @@ def _parts(
     """Return the parts of the samples in κ of the summed loss, and what the mean divides by."""
     if isinstance(criterion, nn.CrossEntropyLoss) and measure == "relative_flatness":
         dim = _find_class_dim(features, weight, outputs, class_dim)
+        if beside is not None and not (weight is beside.late.weight and outputs is beside.late.outputs):
+            raise ValueError(
+                "Expected argument `beside` to come from the record whose `weight` and `outputs` are given, but got "
+                "that of another pass, or other tensors."
+            )
+        if dim != outputs.ndim - 1:
+            beside = None
         logits, sample_weight, total_weight = softmax_samples(outputs, target, loss=criterion, class_dim=dim)
         dtype = compute_dtype(features, weight, sample_weight)
         flat_features = features.reshape(-1, features.shape[-1]).to(dtype)

@@ -447,6 +447,16 @@ def test_beside_a_loss_in_half_precision(wide: bool, probes: int | None, late: l
         torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-8 * float(other.abs().max()))
 
 
+@needs_known
+@pytest.mark.parametrize("name", ["weight", "outputs"])
+def test_tensors_of_another_pass_are_refused(name: str) -> None:
+    step = Step(True)
+    loss = step.loss()
+    setattr(step, name, getattr(step, name) * 2)
+    with pytest.raises(ValueError, match="Expected argument `beside` to come from the record"):
+        step.kappa(loss)
+
+
 # --- through a tap and through FAM ----------------------------------------------------------------------------------
 
 
