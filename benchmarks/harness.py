@@ -90,10 +90,12 @@ def alone(script: str, *arguments: str, timeout: float = 1800) -> dict[str, Any]
     Returns:
         The JSON, or ``{"failed": reason}``.
     """
+    # glibc keeps what it may need again, so that the peak of a process says as much about the order of its calls as
+    # about what they need: 0.9 to 1.1 times. Larger pieces are to go back at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    command = [sys.executable, script, *arguments]
     try:
-        done = subprocess.run(
-            [sys.executable, script, *arguments], capture_output=True, text=True, check=False, timeout=timeout
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {timeout:g} s"}
     if done.returncode:

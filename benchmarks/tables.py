@@ -46,6 +46,11 @@ def number(value: object) -> str:
     return f"{value:,.0f}" if isinstance(value, int | float) else "–" if value is None else str(value)
 
 
+def mebibytes(value: object) -> str:
+    """Write an amount of memory, or the reason why it is not known."""
+    return f"{number(value)} MiB" if isinstance(value, int | float) else "not measured" if value is None else str(value)
+
+
 def where(results: dict[str, Any]) -> str:
     """Name the machine."""
     found = results.get("machine")
@@ -72,8 +77,8 @@ def training() -> str:
                 rows.append([name, f"cannot run: {entry['skipped']}", "", ""])
                 continue
             peak = entry.get("peak_mib")
-            ratio = f"{peak / plain:.3f}" if isinstance(peak, float) and isinstance(plain, float) else "–"
-            rows.append([name, times(entry["ratio"]), str(entry["ratio"]["runs"]), f"{number(peak)} MiB ({ratio})"])
+            ratio = f" ({peak / plain:.3f})" if isinstance(peak, float) and isinstance(plain, float) else ""
+            rows.append([name, times(entry["ratio"]), str(entry["ratio"]["runs"]), mebibytes(peak) + ratio])
         head = ("contender", "time / plain: median (quartiles)", "steps", "peak memory of its process (/ plain)")
         text += f"\n**{case}**, a plain step takes {contenders['plain']['seconds']:.3g} s\n\n{table(head, rows)}"
     cases = [case for case in results if case != "machine"]
@@ -103,7 +108,9 @@ def measuring() -> str:
             case.removeprefix("validation, "),
             times(entry["ratio"]),
             f"{entry['plain_seconds']:.3g} s",
-            f"{number(entry.get('plain_peak_mib'))} → {number(entry.get('monitor_peak_mib'))} MiB",
+            f"{mebibytes(entry.get('plain_peak_mib'))} → {mebibytes(entry.get('monitor_peak_mib'))}"
+            if "plain_peak_mib" in entry
+            else mebibytes(None),
         ]
         for case, entry in results.items()
         if case.startswith("validation")
@@ -114,9 +121,9 @@ def measuring() -> str:
         if not case.startswith("head"):
             continue
         own = contenders["ours"]
-        rows = [["this package", "exact", "1", "1", "1", f"{number(own.get('above_inputs_mib'))} MiB"]]
+        rows = [["this package", "exact", "1", "1", "1", mebibytes(own.get("above_inputs_mib"))]]
         for name, entry in contenders.items():
-            memory = f"{number(entry.get('above_inputs_mib', entry.get('peak_mib')))} MiB"
+            memory = mebibytes(entry.get("above_inputs_mib", entry.get("peak_mib")))
             if "skipped" in entry:
                 rows.append([name, entry["skipped"], "", "", "", ""])
             elif "times_ours" in entry:
@@ -153,7 +160,9 @@ def scaling() -> str:
             for name, found in sizes.items():
                 seconds = [entry["median"] for entry in found[axis]["seconds"]]
                 plot.loglog(found[axis]["sizes"], seconds, "o-", label=name.replace("κ", "kappa"))
-            plot.set(xlabel=axis, ylabel="seconds")
+            sizes_shown = next(iter(sizes.values()))[axis]["sizes"]
+            plot.set(xlabel=axis, ylabel="seconds", xticks=sizes_shown, xticklabels=sizes_shown)
+            plot.xaxis.minorticks_off()
         plots[0][0].legend(fontsize=6)
         figure.savefig(DOCS / "images" / "costs_scaling.png", dpi=100)
         plt.close(figure)
