@@ -8,7 +8,7 @@ what it held before the step. Forms:
 - plain: linear layer, cross-entropy, backward;
 - exact: λκ by `relative_flatness` from what a `LayerTap` recorded, as `FAM` does it: its gradients come late;
 - shared probes: the same with eight probes that the tokens share;
-- exact alone, shared probes alone: the same from the tensors, with neither tap nor loss;
+- exact alone, shared probes alone: the same without a word of the loss, so that the gradients are made at once;
 - textbook: Σ_i c_i ‖φ_i‖² (Σ_s p_s ‖w_s‖² − ‖Σ_s p_s w_s‖²), differentiated by autograd;
 - centred: the same about the most probable row, so that float32 keeps its digits, differentiated by autograd;
 - from loss: λκ from the loss tensor, with one probe for every token.

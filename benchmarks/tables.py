@@ -108,9 +108,7 @@ def measuring() -> str:
             case.removeprefix("validation, "),
             times(entry["ratio"]),
             f"{entry['plain_seconds']:.3g} s",
-            f"{mebibytes(entry.get('plain_peak_mib'))} → {mebibytes(entry.get('monitor_peak_mib'))}"
-            if "plain_peak_mib" in entry
-            else mebibytes(None),
+            " → ".join(mebibytes(entry.get(f"{name}_peak_mib")) for name in ("plain", "monitor")),
         ]
         for case, entry in results.items()
         if case.startswith("validation")

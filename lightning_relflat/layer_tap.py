@@ -41,7 +41,7 @@ class LayerRecord:
         weight: a copy of its weight at that time; in the graph where there is one, so that gradients reach the
             parameter, which an optimizer may since have changed in place or a sharding strategy freed.
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
-        late: nodes behind the layer, if the tap is to have them and the pass can.
+        late: a node in the layer's place, if the tap is to have one and the pass can; then ``weight`` is no copy.
     """
 
     layer: nn.Module
@@ -52,7 +52,7 @@ class LayerRecord:
     late: LateGradients | None = None
 
     def beside(self, loss: Tensor) -> Beside | None:
-        """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such nodes.
+        """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such a node.
 
         Args:
             loss: the loss.

@@ -45,6 +45,11 @@ def assert_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
             assert ranks[0]["values"][name] == other["values"][name]
 
 
+def assert_same_weights(result: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(result["weights"][name], value, rtol=1e-10, atol=1e-10)
+
+
 def fit_by_hand(world: int, *, share: str = "even", **options: Any) -> tuple[Sharded, float]:
     """Return the net, and κ over the last epoch."""
     torch.manual_seed(0)
@@ -79,8 +84,7 @@ def test_processes_equal_one_on_the_union(tmp_path: Path, options: dict[str, Any
     ranks = fit(tmp_path, **settings)
     [one] = fit(tmp_path, **settings | {"world": 1})
     assert_same_on_all_ranks(ranks)
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-10, atol=1e-10)
+    assert_same_weights(ranks[0], one)
     for name in ("train/relative_flatness", "val/relative_flatness"):
         assert ranks[0]["values"][name] == pytest.approx(one["values"][name])
     # A process's penalty is that of its own share.
@@ -96,8 +100,7 @@ def test_large_heads(tmp_path: Path, options: dict[str, Any]) -> None:
     ranks = fit(tmp_path, 2, **settings)
     [one] = fit(tmp_path, 1, **settings)
     assert_same_on_all_ranks(ranks)
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-10, atol=1e-10)
+    assert_same_weights(ranks[0], one)
     # Where the weight is sharded, nothing is late.
     assert [rank["late"] for rank in ranks] == [0 if "fsdp" in options or not HOOKS_ARE_KNOWN else 8] * 2
 
@@ -133,8 +136,7 @@ def test_a_cap_holds_for_the_whole_weight(tmp_path: Path, options: dict[str, Any
     ranks = fit(tmp_path, 2, **settings)
     [one] = fit(tmp_path, 1, **settings)
     assert_same_on_all_ranks(ranks)
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-10, atol=1e-10)
+    assert_same_weights(ranks[0], one)
     reached = [norms[norm == "spectral"] / cap for norms in ranks[0]["norms"]]
     assert 0.999 < max(reached) <= 1 + 1e-12
 
@@ -155,8 +157,7 @@ def test_a_relative_coefficient_is_that_of_the_union(tmp_path: Path, options: di
     assert ranks[0]["coefficients"] == ranks[1]["coefficients"]
     assert len(set(ranks[0]["coefficients"])) >= 3
     assert ranks[0]["coefficients"] == pytest.approx(one["coefficients"], rel=1e-10)
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-10, atol=1e-10)
+    assert_same_weights(ranks[0], one)
     assert ranks[0]["penalties"] != ranks[1]["penalties"]
 
 
