@@ -192,20 +192,20 @@ def scaling() -> str:
 
 
 def on_paper(state: int) -> str:
-    """Return what clusters move: gradients in a ring, states gathered."""
+    """Return what clusters move: gradients and states, both reduced in a ring."""
     rows = [
         [
             f"{world:,}",
             *(f"{2 * (world - 1) / world * 4 * size / 2**20:,.0f} MiB" for size in GRADIENTS.values()),
             "0",
-            f"{(world - 1) * state / 1024:,.2f} KiB",
+            f"{2 * (world - 1) / world * state:,.0f} bytes",
         ]
         for world in (8, 64, 512, 4096)
     ]
     head = ("processes", *(f"DDP's gradients, {name}" for name in GRADIENTS), "FAM adds", "monitor, an epoch")
     return (
         "On paper, what a process receives: DDP's gradients in float32 per step, reduced in a ring, "
-        "2(p − 1)/p times their size; FAM's part of that; the monitor's state per epoch, gathered from all others.\n\n"
+        "2(p − 1)/p times their size; FAM's part of that; the monitor's state per epoch, reduced in the same way.\n\n"
         + table(head, rows)
     )
 

@@ -112,7 +112,7 @@ class FlatnessReport(SpectralMeasure):
         if self.class_means is not None and self.num_classes == d:
             shapes["mismatches"] = ()
         self._names = tuple(shapes)
-        self._add_totals(8)
+        self._add_numbers("totals", 8)
         for name, shape in shapes.items():
             self._add_sums(name, *shape)
 
@@ -149,7 +149,7 @@ class FlatnessReport(SpectralMeasure):
                 whole, neurons = self._spectra
                 whole.add(hessian)
                 neurons.add(neuron_hessian(hessian, weight))
-        self._add_to_totals(*sums["totals"])
+        self._add_to_numbers("totals", sums["totals"].unbind())
         for name in self._names:
             setattr(self, name, getattr(self, name) + sums[name].to(self.totals))
 
@@ -177,7 +177,7 @@ class FlatnessReport(SpectralMeasure):
         """
         if not self.neural_collapse:
             raise ValueError("Expected argument `neural_collapse` to be True for class means, but got False.")
-        with self.sync_context(should_sync=self.sync_on_compute):
+        with self._together():
             return report_class_means(self._sums())
 
     def _sums(self) -> dict[str, Tensor]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_count, shape_of
 from lightning_relflat.functional.layer_measures import (
@@ -20,9 +18,10 @@ from lightning_relflat.functional.layer_measures import (
     standardized_sums,
 )
 from lightning_relflat.functional.relative_flatness import owned_criterion
+from lightning_relflat.metrics._summed import SummedMetric
 
 
-class LayerMeasure(Metric):
+class LayerMeasure(SummedMetric):
     """What the measures of a linear layer have in common: the criterion, and its mean or sum.
 
     Args:
@@ -35,9 +34,7 @@ class LayerMeasure(Metric):
         ValueError: if the loss has no closed form, or does not reduce to a mean or a sum.
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound: float = 0.0
 
     totals: Tensor
@@ -47,32 +44,9 @@ class LayerMeasure(Metric):
         self.loss = owned_criterion(loss)  # a metric moves to its device what it holds, hence the copy
         self.class_dim = class_dim
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot a single value or several, as every metric of torchmetrics does.
-
-        Args:
-            val: a result of ``forward`` or ``compute``, or a list of them; the metric's present value if left out.
-            ax: a matplotlib axis to draw on.
-
-        Returns:
-            The figure and the axis.
-        """
-        return self._plot(val, ax)
-
     @property
     def _mean(self) -> bool:
         return self.loss.reduction == "mean"
-
-    def _add_sums(self, name: str, *shape: int) -> None:
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def _add_totals(self, count: int) -> None:
-        # And a NaN: MetricCollection merges metrics whose states are equal after the first batch, as those of two
-        # criteria or scales can be; NaN is equal to nothing.
-        self.add_state("totals", torch.tensor([0.0] * count + [torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
-
-    def _add_to_totals(self, *values: Tensor) -> None:
-        self.totals = self.totals + torch.stack([*values, torch.full_like(values[0], torch.nan)]).to(self.totals)
 
 
 class HessianTrace(LayerMeasure):
@@ -121,7 +95,7 @@ class HessianTrace(LayerMeasure):
         super().__init__(loss, class_dim=class_dim, **kwargs)
         check_scale(scale)
         self.scale: Scale = scale
-        self._add_totals(2)
+        self._add_numbers("totals", 2)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -140,7 +114,7 @@ class HessianTrace(LayerMeasure):
             trace, total_weight = hessian_trace_sums(
                 features, weight, outputs, target, loss=self.loss, scale=self.scale, class_dim=self.class_dim
             )
-        self._add_to_totals(trace, total_weight)
+        self._add_to_numbers("totals", [trace, total_weight])
 
     def compute(self) -> Tensor:
         """Return the trace over all data so far, over all processes."""
@@ -202,7 +176,7 @@ class ColumnFlatness(LayerMeasure):
             raise ValueError(f"Expected argument `summary` to be 'none', 'max' or 'sum', but got {summary!r}.")
         self.summary = summary
         self._add_sums("columns", check_count("in_features", in_features, at_least=1))
-        self._add_totals(1)
+        self._add_numbers("totals", 1)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -223,7 +197,7 @@ class ColumnFlatness(LayerMeasure):
             )
         check_weight_shape(weight, (len(weight), len(self.columns)))
         self.columns = self.columns + columns.to(self.columns)
-        self._add_to_totals(total_weight)
+        self._add_to_numbers("totals", [total_weight])
 
     def compute(self) -> Tensor:
         """Return ρ of all data so far, over all processes."""
@@ -285,7 +259,7 @@ class StandardizedRelativeFlatness(LayerMeasure):
         check_count("in_features", in_features, at_least=1)
         self._add_sums("pairs", in_features, in_features)
         self._add_sums("moments", 2, in_features)
-        self._add_totals(2)
+        self._add_numbers("totals", 2)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -305,7 +279,7 @@ class StandardizedRelativeFlatness(LayerMeasure):
         check_weight_shape(weight, (len(weight), len(self.pairs)))
         self.pairs = self.pairs + sums.pairs.to(self.pairs)
         self.moments = self.moments + torch.stack([sums.features, sums.squares]).to(self.moments)
-        self._add_to_totals(sums.samples, sums.total_weight.to(sums.samples))
+        self._add_to_numbers("totals", [sums.samples, sums.total_weight.to(sums.samples)])
 
     def compute(self) -> Tensor:
         """Return standardised κ of all data so far, over all processes."""

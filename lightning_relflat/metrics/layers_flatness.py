@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional.feature_laplacian import LayerUse, own_probe_seed, use_laplacians
+from lightning_relflat.metrics._summed import SummedMetric
 
 
-class LayersFlatness(Metric):
+class LayersFlatness(SummedMetric):
     r"""The relative flatness κ of many layers of a network, and their sum, estimated by joint random probes.
 
     One Hessian-vector product for each probe serves all layers: each has probes of its own, so that what two layers
@@ -61,9 +61,7 @@ class LayersFlatness(Metric):
         True
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
 
     sums: Tensor
     total_weight: Tensor
@@ -76,8 +74,8 @@ class LayersFlatness(Metric):
         self.mean = mean
         self.batches = 0  # numbers the probes
         # For every layer and their sum: the weighted sum, and its variance.
-        self.add_state("sums", torch.zeros(2, layers + 1, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total_weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_sums("sums", 2, layers + 1)
+        self._add_sums("total_weight")
 
     def update(self, loss: Tensor, uses: Sequence[Sequence[LayerUse]], total_weight: Tensor | float) -> None:
         """Add a batch.

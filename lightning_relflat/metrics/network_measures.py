@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_count, check_number, check_positive
 from lightning_relflat.functional.feature_robustness import (
@@ -23,22 +21,13 @@ from lightning_relflat.functional.network_measures import (
     loss_rise_sum,
     right_counts,
 )
+from lightning_relflat.metrics._summed import SummedMetric
 
 # Twelve steps of the square root of two.
 _SIGMAS = tuple(2.0 ** (power / 2 - 5) for power in range(13))
 
 
-class _Sums(Metric):
-    """A metric whose states are sums."""
-
-    is_differentiable = False
-    full_state_update = False
-
-    def _add_sums(self, name: str, *shape: int) -> None:
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-
-
-class FisherRaoNorm(_Sums):
+class FisherRaoNorm(SummedMetric):
     r"""The Fisher–Rao norm of all parameters of a network, with the Fisher information of the data.
 
     ‖θ‖_fr = √(mean_i ⟨θ, ∇ℓ_i⟩²); see :func:`~lightning_relflat.functional.fisher_rao_norm`. The states are sums over
@@ -91,7 +80,7 @@ class FisherRaoNorm(_Sums):
         return (self.total / self.samples).sqrt()
 
 
-class SAMSharpness(_Sums):
+class SAMSharpness(SummedMetric):
     r"""The sharpness that SAM descends on, L(θ + ρ∇L/‖∇L‖) − L(θ), over a data set.
 
     The direction of steepest ascent is that of all data, so that it takes two passes: a metric without ``direction``
@@ -192,12 +181,12 @@ class SAMSharpness(_Sums):
         """
         if self.direction is not None:
             raise ValueError("Expected argument `direction` to be left out where it is to be found, but got one.")
-        with self.sync_context(should_sync=self.sync_on_compute):
+        with self._together():
             length: Tensor = self.gradient.norm()
             return self.gradient / length.where(length > 0, 1.0)
 
 
-class PACBayesFlatness(_Sums):
+class PACBayesFlatness(SummedMetric):
     r"""The PAC-Bayes flatness 1/σ², where noise of standard deviation σ on all parameters costs 0.1 accuracy.
 
     One pass over the data takes the accuracies at several σ, and σ is found between two of them by linear
@@ -290,7 +279,7 @@ class PACBayesFlatness(_Sums):
         )
 
 
-class FeatureRobustness(_Sums):
+class FeatureRobustness(SummedMetric):
     r"""Feature robustness in the mean over random rotations and reflections, over a data set.
 
     See :func:`~lightning_relflat.functional.random_feature_robustness`. The maps are the same for all batches and
@@ -351,7 +340,7 @@ class FeatureRobustness(_Sums):
 
     def compute_estimate(self) -> RobustnessEstimate:
         """Return the mean over the maps and its standard error for all data so far, over all processes."""
-        with self.sync_context(should_sync=self.sync_on_compute):
+        with self._together():
             return self._estimate()
 
     def _estimate(self) -> RobustnessEstimate:

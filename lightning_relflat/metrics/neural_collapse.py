@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_count, check_floating, shape_of
 from lightning_relflat.functional.neural_collapse import (
@@ -17,9 +16,10 @@ from lightning_relflat.functional.neural_collapse import (
     collapse_from_moments,
     means_from_moments,
 )
+from lightning_relflat.metrics._summed import SummedMetric
 
 
-class NeuralCollapse(Metric):
+class NeuralCollapse(SummedMetric):
     r"""The measures NC1 to NC4 and the class-distance normalised variance over a data set; all are 0 at collapse.
 
     The states are sums over samples, in float64: a count, a sum and a squared norm of each class, and one m × m matrix
@@ -74,9 +74,7 @@ class NeuralCollapse(Metric):
         tensor(0., dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound: float = 0.0
 
     counts: Tensor
@@ -117,11 +115,8 @@ class NeuralCollapse(Metric):
             "weight_sums": (num_classes, num_features),
         }
         for name, shape in shapes.items():
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        # Samples with a weight, samples with a decision, those that mismatch, and a NaN. MetricCollection merges
-        # metrics whose states are equal after the first batch, as those with different class means can be; NaN is
-        # equal to nothing.
-        self.add_state("numbers", torch.tensor([0.0, 0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
+            self._add_sums(name, *shape)
+        self._add_numbers("numbers", 3)  # samples with a weight, samples with a decision, those that mismatch
 
     def update(
         self, features: Tensor, target: Tensor, weight: Tensor | None = None, outputs: Tensor | None = None
@@ -178,20 +173,8 @@ class NeuralCollapse(Metric):
         Returns:
             The means, of shape (C, m), with a row of NaN for every class without samples.
         """
-        with self.sync_context(should_sync=self.sync_on_compute):
+        with self._together():
             return means_from_moments(self._moments(), center=self.center)
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot the values or several of them, as every metric of torchmetrics does.
-
-        Args:
-            val: a result of ``forward`` or ``compute``, or a list of them; the metric's present value if left out.
-            ax: a matplotlib axis to draw on.
-
-        Returns:
-            The figure and the axis.
-        """
-        return self._plot(val, ax)
 
     def _moments(self) -> ClassMoments:
         return ClassMoments(self.counts, self.sums, self.squares, self.products)

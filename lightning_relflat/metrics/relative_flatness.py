@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_count, check_floating, check_probes, shape_of
 from lightning_relflat.functional.feature_laplacian import LayerUse, own_probe_seed, use_laplacians
 from lightning_relflat.functional.output_hessian import has_closed_form, output_hessian
 from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness_sums
+from lightning_relflat.metrics._summed import SummedMetric
 
 Loss: TypeAlias = "str | nn.Module | Callable[[Tensor, Any], Tensor]"
 
 
-class RelativeFlatness(Metric):
+class RelativeFlatness(SummedMetric):
     r"""The relative flatness κ of a linear layer over a data set; the smaller, the flatter.
 
     κ is a sum over samples, so the states are sums: the weighted sum of the samples' parts and the total weight that
@@ -74,9 +74,7 @@ class RelativeFlatness(Metric):
         tensor(True)
     """
 
-    is_differentiable = False  # training towards flatness is for the functional twins and for FAM
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound: float = 0.0
 
     sums: Tensor
@@ -100,9 +98,7 @@ class RelativeFlatness(Metric):
         self.probes = probes
         self.seed = check_count("seed", seed, at_least=0)
         self.batches = 0  # numbers the probes; not reset, so that each use of the metric draws others
-        # Weighted sum, total weight, variance of the weighted sum, and a NaN. MetricCollection merges metrics whose
-        # states are equal after the first batch, as those of two criteria can be; NaN is equal to nothing.
-        self.add_state("sums", torch.tensor([0.0, 0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_numbers("sums", 3)  # weighted sum, total weight, variance of the weighted sum
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -125,8 +121,7 @@ class RelativeFlatness(Metric):
             variance = torch.zeros_like(weighted_sum)
         else:
             weighted_sum, total_weight, variance = self._estimate(features, weight, outputs, target)
-        nan = torch.full_like(weighted_sum, torch.nan)
-        self.sums = self.sums + torch.stack([weighted_sum, total_weight, variance, nan]).to(self.sums)
+        self._add_to_numbers("sums", [weighted_sum, total_weight, variance])
         self.batches += 1
 
     def compute(self) -> Tensor:
@@ -144,22 +139,10 @@ class RelativeFlatness(Metric):
         Returns:
             κ and its standard error, two scalars.
         """
-        with self.sync_context(should_sync=self.sync_on_compute):
+        with self._together():
             weighted_sum, total_weight, variance, _ = self.sums
             divisor = torch.ones_like(total_weight) if _reduction(self.loss) == "sum" else total_weight
             return weighted_sum / divisor, variance.sqrt() / divisor
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot a single value or several, as every metric of torchmetrics does.
-
-        Args:
-            val: a result of ``forward`` or ``compute``, or a list of them; the metric's present value if left out.
-            ax: a matplotlib axis to draw on.
-
-        Returns:
-            The figure and the axis.
-        """
-        return self._plot(val, ax)
 
     @property
     def takes_mean(self) -> bool:

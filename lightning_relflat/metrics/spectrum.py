@@ -108,7 +108,7 @@ class LargestEigenvalue(SpectralMeasure):
         blocks = has_blocks(self.loss, scale)
         self._spectra = (Spectrum(self, out_features, in_features, blocks=blocks, columns=columns, seed=seed),)
         self._shape = out_features, in_features
-        self._add_totals(1)
+        self._add_numbers("totals", 1)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -129,7 +129,7 @@ class LargestEigenvalue(SpectralMeasure):
             )
             check_weight_shape(weight, self._shape)
             self._spectra[0].add(hessian)
-        self._add_to_totals(hessian.outputs.total_weight)
+        self._add_to_numbers("totals", [hessian.outputs.total_weight])
 
     def compute(self) -> Tensor:
         """Return the estimate for all data so far, over all processes; it is a lower bound."""
@@ -141,7 +141,7 @@ class LargestEigenvalue(SpectralMeasure):
         Returns:
             Two scalars.
         """
-        with self.sync_context(should_sync=self.sync_on_compute):
+        with self._together():
             return self._bounds()
 
     def _bounds(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,76 @@
+"""What metrics have in common whose states are sums over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_sum
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+class SummedMetric(Metric):
+    """A metric whose states are sums over samples, which processes add up in one all-reduce.
+
+    Torchmetrics itself gathers: for every state a barrier, the shapes of all processes and their values, which it adds
+    up then. That is three calls per state, and as many copies of the state on every process as there are processes.
+    The states that are no sums still go that way, and all of them where a metric is given a ``dist_sync_fn``.
+
+    Args:
+        kwargs: the arguments of :class:`torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a single value or several, as every metric of torchmetrics does.
+
+        Args:
+            val: a result of ``forward`` or ``compute``, or a list of them; the metric's present value if left out.
+            ax: a matplotlib axis to draw on.
+
+        Returns:
+            The figure and the axis.
+        """
+        return self._plot(val, ax)
+
+    def _add_sums(self, name: str, *shape: int) -> None:
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _add_numbers(self, name: str, count: int) -> None:
+        # And a NaN: MetricCollection merges metrics whose states are equal after the first batch, as those of two
+        # criteria or scales can be; NaN is equal to nothing.
+        self.add_state(name, torch.tensor([0.0] * count + [torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _add_to_numbers(self, name: str, values: Sequence[Tensor]) -> None:
+        numbers: Tensor = getattr(self, name)
+        setattr(self, name, numbers + torch.stack([*values, torch.full_like(values[0], torch.nan)]).to(numbers))
+
+    def _together(self) -> AbstractContextManager[None]:
+        """Hold the states of all processes together, as within ``compute``."""
+        return self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute)
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        reductions = self._reductions
+        sums = [name for name in reductions if reductions[name] is dim_zero_sum and dist_sync_fn is gather_all_tensors]
+        if sums:
+            parts: list[Tensor] = [getattr(self, name) for name in sums]
+            whole = torch.cat([part.flatten() for part in parts])
+            torch.distributed.all_reduce(whole, group=process_group or self.process_group)
+            totals = torch.split(whole, [part.numel() for part in parts])
+            for name, part, total in zip(sums, parts, totals, strict=True):
+                setattr(self, name, total.view_as(part))
+        if len(sums) == len(reductions):
+            return
+        try:
+            self._reductions = {name: reduction for name, reduction in reductions.items() if name not in sums}
+            super()._sync_dist(dist_sync_fn, process_group)
+        finally:
+            self._reductions = reductions
