@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from lightning_relflat.functional import relative_flatness
 from lightning_relflat.layer_tap import LayerTap
-from tests.processes import COEFFICIENT, LR, process_group, small_batches, small_net, train_by_hand
+from tests.processes import COEFFICIENT, LR, process_group, small_batches, small_net, spawn, train_by_hand
 
 SIZES = [8, 8, 8]
 CASES = [*itertools.product(["root", "unit"], [True, False], ["named", "exact"])]

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.algorithms.join import Join
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_relflat.layer_tap import LayerTap
 from lightning_relflat.metrics import RelativeFlatness
-from tests.processes import COEFFICIENT, LR, process_group, small_batches, small_net, train_by_hand
+from tests.processes import COEFFICIENT, LR, process_group, small_batches, small_net, spawn, train_by_hand
 
 SIZES = [7, 4, 6, 5, 3], [2, 9]  # of the batches of either process
 

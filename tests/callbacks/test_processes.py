@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.callbacks.fit_in_processes import TRAINING, VALIDATION, Sharded, main
 from tests.functional.cases import HOOKS_ARE_KNOWN
 from tests.models import make_batches
 from tests.oracles import kappa
-from tests.processes import free_port, run, train_by_hand
+from tests.processes import fit_in_processes, free_port, run, train_by_hand
 
 # Fully sharded data parallel, second version, runs on CPUs only since then.
 FSDP = pytest.mark.skipif(
@@ -24,12 +25,12 @@ FSDP = pytest.mark.skipif(
 
 
 def fit(folder: Path, world: int, *, nodes: int = 1, **options: Any) -> list[dict[str, Any]]:
-    command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
     if world == 1:
         main(str(folder), world, **options)
     elif nodes == 1:
-        run(folder, command)
+        fit_in_processes(partial(main, str(folder), world, **options), world)
     else:
+        command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
         endpoint = f"127.0.0.1:{free_port()}"
         torchrun = ["torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(world // nodes)]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1", "-m", *command]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,7 +29,7 @@ from lightning_relflat.functional.spectrum import (
     sketch_columns,
 )
 from tests.functional.cases import LOSSES, Case, cases, normal, seeded
-from tests.processes import process_group
+from tests.processes import process_group, spawn
 
 SCALES: tuple[Scale, ...] = ("none", "layer", "neuron")
 assert_equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
@@ -492,7 +492,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
 @pytest.mark.ddp
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_path: Any) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
+    spawn(_worker, (str(tmp_path), world), nprocs=world)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for loss in ("cross_entropy", "mse"):
         for scale in SCALES:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
 from lightning_relflat.functional.flatness_report import flatness_report
 from lightning_relflat.metrics import FlatnessReport, LargestEigenvalue, NeuralCollapse, RelativeFlatness
-from tests.processes import process_group
+from tests.processes import process_group, spawn
 
 N, M, D = 11, 5, 4
 SHARES = [slice(0, 6), slice(6, 7), slice(7, 11)]
@@ -135,7 +135,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
 @pytest.mark.ddp
 @pytest.mark.parametrize("world", [2, 3])
 def test_uneven_shares_of_processes(world: int, tmp_path: Any) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
+    spawn(_worker, (str(tmp_path), world), nprocs=world)
     one = make()
     one.update(*problem())
     for rank in range(world):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_relflat.functional.layer_measures import (
@@ -23,6 +23,7 @@ from lightning_relflat.functional.layer_measures import (
 )
 from lightning_relflat.metrics.layer_measures import ColumnFlatness, HessianTrace, StandardizedRelativeFlatness
 from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
+from tests.processes import spawn
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13, equal_nan=True)
 
@@ -203,7 +204,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
 @pytest.mark.ddp
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_path: Any) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
+    spawn(_worker, (str(tmp_path), world), nprocs=world)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for number, criterion in enumerate(CRITERIA):
         batches = make_batches([5, 2, 3, 1, 4], criterion)

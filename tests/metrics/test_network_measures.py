@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
@@ -18,7 +18,7 @@ from lightning_relflat.functional import (
     sam_sharpness,
 )
 from lightning_relflat.metrics import FeatureRobustness, FisherRaoNorm, PACBayesFlatness, SAMSharpness
-from tests.processes import process_group, small_batches, small_net
+from tests.processes import process_group, small_batches, small_net, spawn
 
 EACH = nn.CrossEntropyLoss(reduction="none")
 SIZES = [5, 1, 7, 3]
@@ -145,7 +145,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
 @pytest.mark.ddp
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_path: Path) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
+    spawn(_worker, (str(tmp_path), world), nprocs=world)
     one = measured(small_net(), small_batches(SIZES))
     for rank in range(world):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), one, rtol=1e-10, atol=0)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_relflat.metrics.neural_collapse import NeuralCollapse
 from tests.functional.test_neural_collapse import NAMES, by_hand, floats, problem
-from tests.processes import process_group
+from tests.processes import process_group, spawn
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 CLASSES, WIDTH = 3, 4
@@ -245,7 +245,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")  # the rank without a batch
 def test_processes_with_uneven_shards_equal_one_on_the_union(tmp_path: Any) -> None:
     world = 3
-    multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
+    spawn(_worker, (str(tmp_path), world), nprocs=world)
     batches = make_batches([5, 2, 3, 1, 9])
     expected = of_union(batches)
     for rank in range(world):

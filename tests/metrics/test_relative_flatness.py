@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_relflat import RelativeFlatness
 from lightning_relflat.functional import relative_flatness
 from tests.oracles import kappa
+from tests.processes import spawn
 
 Batch = tuple[Tensor, Tensor, Tensor, Any]
 CLASSES, WIDTH = 4, 3
@@ -316,7 +317,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
 @pytest.mark.ddp
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_path: Any) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
+    spawn(_worker, (str(tmp_path), world), nprocs=world)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for name, criterion in enumerate(CRITERIA):
         batches = make_batches([5, 2, 3, 1, 4], criterion)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat.metrics import SharpestSamples
 from tests.oracles import kappa
+from tests.processes import spawn
 
 N, M, D = 9, 4, 3
 
@@ -96,7 +97,7 @@ def _worker(rank: int, folder: str) -> None:
 
 @pytest.mark.ddp
 def test_over_processes(tmp_path: Any) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=3)  # type: ignore[attr-defined]
+    spawn(_worker, (str(tmp_path),), nprocs=3)
     for rank in range(3):
         check(torch.load(tmp_path / f"{rank}.pt", weights_only=True), 5)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torchmetrics import Metric, MetricCollection
 
@@ -25,6 +25,7 @@ from lightning_relflat.functional.spectrum import (
 )
 from lightning_relflat.metrics.spectrum import LargestEigenvalue
 from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
+from tests.processes import spawn
 
 SCALES: tuple[Scale, ...] = ("none", "layer", "neuron")
 assert_equal = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-13, equal_nan=True)
@@ -239,7 +240,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
 @pytest.mark.ddp
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_path: Any) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path), world), nprocs=world)  # type: ignore[attr-defined]
+    spawn(_worker, (str(tmp_path), world), nprocs=world)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for scale in SCALES:
         for result in results:

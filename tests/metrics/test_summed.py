@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -29,7 +29,7 @@ from lightning_relflat.metrics import (
     StandardizedRelativeFlatness,
 )
 from lightning_relflat.metrics._summed import SummedMetric
-from tests.processes import process_group
+from tests.processes import process_group, spawn
 
 WORLD = 3
 KINDS = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier")
@@ -124,7 +124,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.ddp
 def test_one_all_reduce_for_each_metric(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=WORLD)  # type: ignore[attr-defined]
+    spawn(work, (str(tmp_path),), nprocs=WORLD)
     for rank in range(WORLD):
         calls = json.loads((tmp_path / f"{rank}.json").read_text())
         # Samples that are kept and the largest of them are no sums: a barrier, their shapes, themselves.
