@@ -24,13 +24,17 @@ FSDP = pytest.mark.skipif(
 )
 
 
-def fit(folder: Path, world: int, *, nodes: int = 1, **options: Any) -> list[dict[str, Any]]:
+def fit(folder: Path, world: int, *, nodes: int = 1, launched: bool = False, **options: Any) -> list[dict[str, Any]]:
+    """Return what every process writes; ``launched`` by Lightning itself, several nodes by torchrun."""
+    folder.mkdir(exist_ok=True)
+    command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
     if world == 1:
         main(str(folder), world, **options)
+    elif launched:
+        run(folder, command)
     elif nodes == 1:
         fit_in_processes(partial(main, str(folder), world, **options), world)
     else:
-        command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
         endpoint = f"127.0.0.1:{free_port()}"
         torchrun = ["torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(world // nodes)]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1", "-m", *command]
