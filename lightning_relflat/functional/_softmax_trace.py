@@ -18,6 +18,8 @@ from lightning_relflat.functional.output_hessian import OutputHessian
 
 # Below so many outputs in all the plain formula is as fast, or faster, and what it keeps is no matter.
 _FEW = 1 << 21
+# Where nothing is differentiated, so many outputs at a time, of so many samples at least, stay in a CPU's cache.
+_BLOCK, _BLOCK_ROWS = 1 << 18, 1 << 9
 # Samples and entries of a tile. On a CPU it stays in the cache between its passes; a GPU wants large products.
 _TILE, _TILE_ROWS = 1 << 19, 1 << 9
 _GPU_TILE, _GPU_TILE_ROWS = 1 << 25, 1 << 13
@@ -55,7 +57,7 @@ def softmax_trace(
     - ∂t/∂u_s = 2 p_s (u_s − q), whose sum over samples is the third.
 
     Fewer than 2²¹ outputs in all, derivatives of higher order, and those that torch.func or a compiler takes go through
-    the plain formula.
+    the plain formula. Without derivatives that goes over blocks of samples on a CPU, as long as they are small.
 
     Args:
         logits: the outputs z, of shape (n, d).
@@ -69,8 +71,14 @@ def softmax_trace(
     Returns:
         The traces, of shape (n,) and of ``dtype``.
     """
-    if not is_large(logits) or is_transformed(logits, weight):
-        return _plain(logits, weight, directions, temperature, dtype)
+    transformed = is_transformed(logits, weight)
+    if not transformed and logits.is_cpu and not torch.is_grad_enabled():
+        rows = max(_BLOCK_ROWS, _BLOCK // max(1, logits.shape[1]))
+        if rows * logits.shape[1] < _FEW:
+            matrix = _with_fewer_columns(_matrix(weight, directions, dtype), len(logits))
+            return torch.cat([_plain(part, matrix, temperature) for part in torch.split(logits, rows)])
+    if transformed or not is_large(logits):
+        return _plain(logits, _matrix(weight, directions, dtype), temperature)
     mark, box = None, None
     log_p = None if beside is None else beside.log_softmax(dtype)
     if beside is not None and log_p is not None:  # a softmax does not see that log Σ_s exp(z_s) was subtracted from z
@@ -79,15 +87,24 @@ def softmax_trace(
     return traces
 
 
-def _plain(logits: Tensor, weight: Tensor, directions: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
-    p = (logits.to(dtype) / temperature).softmax(dim=1)
+def _plain(logits: Tensor, matrix: Tensor, temperature: float) -> Tensor:
+    p = (logits.to(matrix.dtype) / temperature).softmax(dim=1)
     ones = p.new_ones(len(p))
     hessian = OutputHessian(p, p, ones, ones.sum(), annihilates_constants=True)
-    return hessian.trace_through(_matrix(weight, directions, dtype))
+    return hessian.trace_through(matrix)
 
 
 def _matrix(weight: Tensor, directions: Tensor | None, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if directions is None else weight.to(dtype) @ directions
+
+
+def _with_fewer_columns(matrix: Tensor, samples: int) -> Tensor:
+    """Return a matrix with the same products of rows, which are all that counts, where it pays for so many samples.
+
+    With Wᵀ = QR it is Rᵀ, of d columns for W's m, and no less accurate.
+    """
+    d, m = matrix.shape
+    return torch.linalg.qr(matrix.mT, mode="r").R.mT if 2 * d <= m and 8 * d <= samples else matrix
 
 
 class _SoftmaxTrace(torch.autograd.Function):
@@ -140,7 +157,7 @@ class _SoftmaxTrace(torch.autograd.Function):
                 # Views of their own: the outputs depend on the weight too, which is for who comes before us.
                 kept, weight = kept.view_as(kept), weight.view_as(weight)
                 inputs = [value for value, needed in ((kept, to_logits), (weight, to_weight)) if needed]
-                traces = _plain(_flat(kept), weight, directions, ctx.temperature, ctx.dtype)
+                traces = _plain(_flat(kept), _matrix(weight, directions, ctx.dtype), ctx.temperature)
                 found = list(torch.autograd.grad(traces, inputs, grad, create_graph=True))
                 return found.pop(0) if to_logits else None, found.pop(0) if to_weight else None, *nothing
             # log p leads to the loss's graph, which is not to be held.

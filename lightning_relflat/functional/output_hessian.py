@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -19,9 +19,6 @@ from lightning_relflat.functional._checks import (
 
 Target: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
 _ClosedForm: TypeAlias = "Callable[[Any, Tensor, Target, int], OutputHessian]"
-
-# So many samples at a time stay in a CPU's cache between the passes over them.
-_BLOCK = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +58,6 @@ class OutputHessian:
         Returns:
             The traces, of shape (n,).
         """
-        if self.root is not None and len(self.root) > _BLOCK and self.root.is_cpu and not torch.is_grad_enabled():
-            # Only W Wᵀ counts, and with Wᵀ = QR it is RᵀR, where R has d columns and not m. That is cheap where the
-            # samples are many, and no less accurate.
-            if 2 * len(weight) <= weight.shape[1] and 8 * len(weight) <= len(self.root):
-                weight = torch.linalg.qr(weight.mT, mode="r").R.mT
-            blocks = zip(torch.split(self.diagonal, _BLOCK), torch.split(self.root, _BLOCK), strict=True)
-            return torch.cat([replace(self, diagonal=a, root=r).trace_through(weight) for a, r in blocks])
         squared_norms = weight.square().sum(dim=1)
         if self.root is None:
             return self.diagonal @ squared_norms

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -234,3 +237,58 @@ def test_few_outputs_take_the_plain_formula(outputs: int, monkeypatch: pytest.Mo
     found = fused.softmax_trace(logits, torch.ones(outputs, 2), temperature=1.0, dtype=torch.float32)
     assert found.grad_fn is not None
     assert (found.grad_fn.name() == "_SoftmaxTraceBackward") == (outputs == 21)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@given(n=st.integers(0, 40), d=st.integers(1, 6), m=st.integers(0, 14), rows=st.integers(1, 9), seed=st.integers(0, 99))
+def test_blocks_without_derivatives(normalised: bool, n: int, d: int, m: int, rows: int, seed: int) -> None:
+    """In blocks of samples, and where it pays with fewer columns that have the same products of rows."""
+    generator = seeded(seed)
+    logits, weight = 3 * normal(generator, n, d), normal(generator, d, m)
+    if normalised:
+        logits = logits.log_softmax(dim=1)
+    with patch.multiple(fused, _FEW=1 << 21, _BLOCK=rows * d, _BLOCK_ROWS=1), torch.no_grad():
+        found = traces(logits, weight, 1.5)
+    torch.testing.assert_close(found, by_pairs(logits / 1.5, weight), rtol=1e-11, atol=1e-14 * m)
+
+
+@pytest.mark.parametrize("gap", [0.0, 40.0, 80.0])
+@pytest.mark.parametrize("near", [False, True])
+def test_many_samples_keep_their_digits_in_float32(gap: float, near: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_FEW", 1 << 21)
+    generator = seeded(0)
+    logits = (normal(generator, 2100, 10) - gap / 2).clamp(-50, 50).float()
+    logits[torch.arange(2100), torch.randint(10, (2100,), generator=generator)] += gap
+    weight = normal(generator, 10, 64)
+    if near:  # rows that hardly differ
+        weight = weight[:1] + 0.01 * weight
+    weight = weight.float()
+    with torch.no_grad():
+        found = traces(logits, weight, dtype=torch.float32).double()
+    exact = by_pairs(logits.double(), weight.double())
+    plain = traces(logits.requires_grad_(), weight, dtype=torch.float32).double()  # the weight as it is
+    assert (found / exact - 1).abs().max() < 2 * (plain / exact - 1).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("d", "blocks", "fewer"),
+    [(10, [2000], True), (200, [1310, 690], True), (201, [1304, 696], False), (251, [1044, 956], False)],
+)
+def test_fewer_columns_where_it_pays(d: int, blocks: list[int], fewer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_FEW", 1 << 21)
+    m = 600 if d == 251 else 400  # few enough samples in the one, few enough features in the other
+    widths: list[tuple[int, int]] = []
+    plain = fused._plain
+
+    def noted(part: Tensor, matrix: Tensor, temperature: float) -> Tensor:
+        widths.append((len(part), matrix.shape[1]))
+        return plain(part, matrix, temperature)
+
+    monkeypatch.setattr(fused, "_plain", noted)
+    with torch.inference_mode():
+        traces(torch.zeros(2000, d), torch.ones(d, m))
+    assert {width for _, width in widths} == {d if fewer else m}
+    assert [rows for rows, _ in widths] == blocks
+    widths.clear()
+    traces(torch.zeros(2000, d, requires_grad=True), torch.ones(d, m))
+    assert widths == [(2000, m)]
