@@ -44,7 +44,8 @@ class SummedMetric(Metric):
 
     def _add_numbers(self, name: str, count: int) -> None:
         # And a NaN: MetricCollection merges metrics whose states are equal after the first batch, as those of two
-        # criteria or scales can be; NaN is equal to nothing.
+        # criteria or scales can be; NaN is equal to nothing. Torchmetrics 1.4 looks at the first state alone, so that
+        # these are to be added first.
         self.add_state(name, torch.tensor([0.0] * count + [torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add_to_numbers(self, name: str, values: Sequence[Tensor]) -> None:

@@ -175,8 +175,8 @@ class ColumnFlatness(LayerMeasure):
         if summary not in ("none", "max", "sum"):
             raise ValueError(f"Expected argument `summary` to be 'none', 'max' or 'sum', but got {summary!r}.")
         self.summary = summary
-        self._add_sums("columns", check_count("in_features", in_features, at_least=1))
         self._add_numbers("totals", 1)
+        self._add_sums("columns", check_count("in_features", in_features, at_least=1))
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -257,9 +257,9 @@ class StandardizedRelativeFlatness(LayerMeasure):
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
         check_count("in_features", in_features, at_least=1)
+        self._add_numbers("totals", 2)
         self._add_sums("pairs", in_features, in_features)
         self._add_sums("moments", 2, in_features)
-        self._add_numbers("totals", 2)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.

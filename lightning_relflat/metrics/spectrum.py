@@ -105,10 +105,10 @@ class LargestEigenvalue(SpectralMeasure):
         check_count("in_features", in_features, at_least=1)
         check_count("out_features", out_features, at_least=1)
         self.scale: Scale = scale
+        self._add_numbers("totals", 1)
         blocks = has_blocks(self.loss, scale)
         self._spectra = (Spectrum(self, out_features, in_features, blocks=blocks, columns=columns, seed=seed),)
         self._shape = out_features, in_features
-        self._add_numbers("totals", 1)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.

@@ -148,4 +148,4 @@ def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_pat
     spawn(_worker, (str(tmp_path), world), nprocs=world)
     one = measured(small_net(), small_batches(SIZES))
     for rank in range(world):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), one, rtol=1e-10, atol=0)
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), one, rtol=1e-10, atol=0)
