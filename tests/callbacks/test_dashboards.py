@@ -239,8 +239,8 @@ def test_sharpest_samples_of_several_loaders_and_test() -> None:
 
 
 @pytest.mark.ddp
-def test_sharpest_samples_of_several_processes(tmp_path: Path) -> None:
-    world = 2
+@pytest.mark.parametrize("world", [2, 3])
+def test_sharpest_samples_of_several_processes(tmp_path: Path, world: int) -> None:
     with pytest.warns(UserWarning, match="pictures"):
         sharpest_in_processes.main(str(tmp_path), 1)
     for picture in tmp_path.rglob("*.png"):
