@@ -41,14 +41,9 @@ def times(found: dict[str, float]) -> str:
     return f"{found['median']:.3g} ({found['lower']:.3g} to {found['upper']:.3g})"
 
 
-def number(value: object) -> str:
-    """Write a number, or the reason why there is none."""
-    return f"{value:,.0f}" if isinstance(value, int | float) else "–" if value is None else str(value)
-
-
 def mebibytes(value: object) -> str:
     """Write an amount of memory, or the reason why it is not known."""
-    return f"{number(value)} MiB" if isinstance(value, int | float) else "not measured" if value is None else str(value)
+    return f"{value:,.0f} MiB" if isinstance(value, int | float) else "not measured" if value is None else str(value)
 
 
 def where(results: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def _as_launched(rank: int, world: int, port: str, work: Callable[[], None]) -> 
 
 @contextmanager
 def process_group(rank: int, world: int, folder: str) -> Iterator[None]:
-    """Be one of the processes that ``torch.multiprocessing.spawn`` started."""
+    """Be one of the processes that :func:`spawn` started."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     yield

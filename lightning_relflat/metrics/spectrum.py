@@ -186,7 +186,7 @@ class Spectrum:
         owner.add_state(self._samples, [], dist_reduce_fx="cat")
         shapes = (out_features, in_features, self._test.shape[1]), (out_features,), ()
         for name, shape in zip(self._sums, shapes, strict=True):
-            owner.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+            owner._add_sums(name, *shape)
 
     def add(self, hessian: LayerHessian) -> None:
         """Add a batch.

@@ -23,7 +23,7 @@ from lightning_relflat.functional.layer_measures import (
 )
 from lightning_relflat.metrics.layer_measures import ColumnFlatness, HessianTrace, StandardizedRelativeFlatness
 from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
-from tests.processes import spawn
+from tests.processes import process_group, spawn
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13, equal_nan=True)
 
@@ -185,20 +185,19 @@ def test_a_weight_of_another_width_is_refused_and_changes_nothing(kind: type[Any
 
 
 def _worker(rank: int, folder: str, world: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    results = {}
-    for number, criterion in enumerate(CRITERIA):
-        batches = make_batches([5, 2, 3, 1, 4], criterion)
-        # The first process has one batch, the last of three none.
-        mine = batches[:1] if rank == 0 else batches[1:] if rank == 1 else []
-        for name, (make, _) in MEASURES.items():
-            metric = make(criterion)
-            for batch in mine:
-                metric.update(*batch)
-            metric._update_count = max(metric._update_count, 1)  # no warning about the process without a batch
-            results[f"{number} {name}"] = metric.compute()
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with process_group(rank, world, folder):
+        results = {}
+        for number, criterion in enumerate(CRITERIA):
+            batches = make_batches([5, 2, 3, 1, 4], criterion)
+            # The first process has one batch, the last of three none.
+            mine = batches[:1] if rank == 0 else batches[1:] if rank == 1 else []
+            for name, (make, _) in MEASURES.items():
+                metric = make(criterion)
+                for batch in mine:
+                    metric.update(*batch)
+                metric._update_count = max(metric._update_count, 1)  # no warning about the process without a batch
+                results[f"{number} {name}"] = metric.compute()
+        torch.save(results, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.ddp

@@ -18,7 +18,7 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 from lightning_relflat import RelativeFlatness
 from lightning_relflat.functional import relative_flatness
 from tests.oracles import kappa
-from tests.processes import spawn
+from tests.processes import process_group, spawn
 
 Batch = tuple[Tensor, Tensor, Tensor, Any]
 CLASSES, WIDTH = 4, 3
@@ -294,24 +294,23 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def _worker(rank: int, folder: str, world: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    results: dict[str, Any] = {}
-    for name, criterion in enumerate(CRITERIA):
-        batches = make_batches([5, 2, 3, 1, 4], criterion)
-        # Uneven in number and in size: the last rank has what is left, the first one batch.
-        mine = batches[:1] if rank == 0 else batches[1 + rank - 1 :: world - 1]
-        metric = RelativeFlatness(criterion)
-        results[str(name)] = accumulated(metric, mine)
-    batches = make_batches([5, 2, 3, 1, 4], nn.MSELoss())
-    estimated = RelativeFlatness(log_cosh)
-    for batch in batches[rank::world]:
-        estimated.update(*batch)
-    results["estimated"] = [part.item() for part in estimated.compute_with_error()]
-    # One batch on all: only the probes can differ.
-    same = RelativeFlatness(log_cosh, sync_on_compute=False)
-    results["same batch"] = accumulated(same, batches[:1])
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with process_group(rank, world, folder):
+        results: dict[str, Any] = {}
+        for name, criterion in enumerate(CRITERIA):
+            batches = make_batches([5, 2, 3, 1, 4], criterion)
+            # Uneven in number and in size: the last rank has what is left, the first one batch.
+            mine = batches[:1] if rank == 0 else batches[1 + rank - 1 :: world - 1]
+            metric = RelativeFlatness(criterion)
+            results[str(name)] = accumulated(metric, mine)
+        batches = make_batches([5, 2, 3, 1, 4], nn.MSELoss())
+        estimated = RelativeFlatness(log_cosh)
+        for batch in batches[rank::world]:
+            estimated.update(*batch)
+        results["estimated"] = [part.item() for part in estimated.compute_with_error()]
+        # One batch on all: only the probes can differ.
+        same = RelativeFlatness(log_cosh, sync_on_compute=False)
+        results["same batch"] = accumulated(same, batches[:1])
+        torch.save(results, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.ddp

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_relflat.metrics import SharpestSamples
 from tests.oracles import kappa
-from tests.processes import spawn
+from tests.processes import process_group, spawn
 
 N, M, D = 9, 4, 3
 
@@ -84,15 +84,14 @@ def test_nothing_seen() -> None:
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    features, weight, outputs, target = problem()
-    sharpest = SharpestSamples(5)
-    share = torch.arange(N)[[slice(0, 6), slice(6, 8), slice(8, 9)][rank]]
-    sharpest.update(features[share], weight, outputs[share], target[share], share)
-    torch.save(sharpest.compute(), f"{folder}/{rank}.pt")
-    with pytest.raises(ValueError, match="`indices` to number the samples on several processes, but got None"):
-        sharpest.update(features, weight, outputs, target)
-    torch.distributed.destroy_process_group()
+    with process_group(rank, 3, folder):
+        features, weight, outputs, target = problem()
+        sharpest = SharpestSamples(5)
+        share = torch.arange(N)[[slice(0, 6), slice(6, 8), slice(8, 9)][rank]]
+        sharpest.update(features[share], weight, outputs[share], target[share], share)
+        torch.save(sharpest.compute(), f"{folder}/{rank}.pt")
+        with pytest.raises(ValueError, match="`indices` to number the samples on several processes, but got None"):
+            sharpest.update(features, weight, outputs, target)
 
 
 @pytest.mark.ddp

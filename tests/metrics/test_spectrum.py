@@ -25,7 +25,7 @@ from lightning_relflat.functional.spectrum import (
 )
 from lightning_relflat.metrics.spectrum import LargestEigenvalue
 from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
-from tests.processes import spawn
+from tests.processes import process_group, spawn
 
 SCALES: tuple[Scale, ...] = ("none", "layer", "neuron")
 assert_equal = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-13, equal_nan=True)
@@ -212,29 +212,28 @@ KINDS = [("sketch", 16, 10**6), ("some kept", None, 4500), ("all kept", None, 10
 
 
 def _worker(rank: int, folder: str, world: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    results: dict[str, Any] = {}
+    with process_group(rank, world, folder):
+        results: dict[str, Any] = {}
 
-    def share(batches: list[Batch]) -> list[Batch]:
-        """Give the first process one batch, the second the others, and a third none."""
-        return batches[:1] if rank == 0 else batches[1:] if rank == 1 else []
+        def share(batches: list[Batch]) -> list[Batch]:
+            """Give the first process one batch, the second the others, and a third none."""
+            return batches[:1] if rank == 0 else batches[1:] if rank == 1 else []
 
-    for scale in SCALES:
-        for name, columns, room in KINDS:
-            vars(metrics.spectrum)["KEPT"] = room
-            metric = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=columns)
-            for batch in share(large_batches()):
-                metric.update(*batch)
-            metric._update_count = max(metric._update_count, 1)  # no warning about the process without a batch
-            results[f"{name} {scale}"] = torch.stack([metric.compute(), *metric.compute_bounds()])
-        for number, criterion in enumerate(CRITERIA):
-            metric = make_metric(criterion, scale=scale)
-            for batch in share(make_batches([5, 2, 3, 1, 4], criterion)):
-                metric.update(*batch)
-            metric._update_count = max(metric._update_count, 1)
-            results[f"{number} {scale}"] = metric.compute()
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+        for scale in SCALES:
+            for name, columns, room in KINDS:
+                vars(metrics.spectrum)["KEPT"] = room
+                metric = LargestEigenvalue(in_features=40, out_features=5, scale=scale, columns=columns)
+                for batch in share(large_batches()):
+                    metric.update(*batch)
+                metric._update_count = max(metric._update_count, 1)  # no warning about the process without a batch
+                results[f"{name} {scale}"] = torch.stack([metric.compute(), *metric.compute_bounds()])
+            for number, criterion in enumerate(CRITERIA):
+                metric = make_metric(criterion, scale=scale)
+                for batch in share(make_batches([5, 2, 3, 1, 4], criterion)):
+                    metric.update(*batch)
+                metric._update_count = max(metric._update_count, 1)
+                results[f"{number} {scale}"] = metric.compute()
+        torch.save(results, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.ddp
