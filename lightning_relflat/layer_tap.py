@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,17 +17,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_relflat._behind import Behind
 from lightning_relflat.functional._late_gradients import Beside, LateGradients
+from lightning_relflat.functional._linear_map import as_use
+from lightning_relflat.functional._meeting import Looker
+from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._softmax_trace import is_large
-from lightning_relflat.functional.feature_laplacian import (
-    Measure,
+from lightning_relflat.functional._weights import (
     adapted_weight,
+    class_path,
+    computes,
     has_matrix,
     is_adapted,
-    is_linear_layer,
-    layer_use,
-    use_laplacians,
+    layer_weight,
+    may_be_linear,
 )
+from lightning_relflat.functional.layer_flatness import flatness_of_layers
+from lightning_relflat.linear_layers import find_layer, linear_layers, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +44,12 @@ class LayerRecord:
         layer: the layer.
         features: what entered it.
         outputs: what left it.
-        weight: a copy of its weight at that time; in the graph where there is one, so that gradients reach the
-            parameter, which an optimizer may since have changed in place or a sharding strategy freed.
+        weight: a copy of its kernel or of its matrix, of shape (d, m), at that time; in the graph where there is one,
+            so that gradients reach the parameter, which an optimizer may since have changed in place or a sharding
+            strategy freed.
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
         late: a node in the layer's place, if the tap is to have one and the pass can; then ``weight`` is no copy.
+        handed: the copy of the outputs that was handed on, if one was, so that it may be changed in place.
     """
 
     layer: nn.Module
@@ -50,6 +58,7 @@ class LayerRecord:
     weight: Tensor
     version: int | None
     late: LateGradients | None = None
+    handed: Tensor | None = None
 
     def beside(self, loss: Tensor) -> Beside | None:
         """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such a node.
@@ -79,9 +88,30 @@ class LayerRecord:
         """
         if self.version is not None and self.outputs._version != self.version:
             raise RuntimeError(
-                f"The outputs of layer {name!r} were changed in place after they left it, so that the loss can no "
-                "longer be differentiated with respect to them. Use an operation that is not in place after this "
-                "layer, e.g. nn.ReLU(inplace=False)."
+                f"The outputs of layer {name!r} were changed in place after they left it, which they were not in the "
+                "first step, so that the loss can no longer be differentiated with respect to them. Use an operation "
+                "that is not in place after this layer, e.g. nn.ReLU(inplace=False)."
+            )
+
+    def check_computed(self, name: str) -> None:
+        """Raise if the outputs of a matrix are not what it makes of the features; reads the device.
+
+        Kernels that write a gradient over their input do so behind PyTorch's back.
+
+        Args:
+            name: the layer's name, for the message.
+
+        Raises:
+            RuntimeError: if they are not.
+        """
+        if not has_matrix(self.layer) or is_adapted(self.layer):  # an adapter may drop out parts of its input
+            return
+        bias = self.layer._parameters.get("bias")
+        if not computes(self.features, self.weight, bias, self.outputs):
+            raise RuntimeError(
+                f"The outputs of layer {name!r} are no longer x Wᵀ + b: something has overwritten them, as kernels do "
+                "that compute a loss and its gradient in place, or a hook computes something else. Use a loss that "
+                "leaves them as they are."
             )
 
 
@@ -99,14 +129,20 @@ class LayerTap:
 
     Args:
         module: the model.
-        layer: the dotted name of an ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` in it, or ``None``
-            for the last ``nn.Linear`` that runs while the tap records for the first time. A layer around an
-            ``nn.Linear`` that is called ``base_layer``, as LoRA's, counts as a whole, with the weight W + BA.
+        layer: the dotted name of a linear or convolution layer in it, or ``None`` for the last linear one that runs
+            while the tap records for the first time. Linear is an ``nn.Linear``; a layer around one that is called
+            ``base_layer``, as LoRA's, as a whole, with the weight W + BA; and what has a matrix ``weight`` and turns
+            out to compute x Wᵀ + b, as Hugging Face's ``Conv1D`` or PyTorch Geometric's ``Linear``.
         copies: whether records are detached copies, fit to be read at any later time, or the tensors in their graph;
             then only passes with gradients are recorded.
         late: whether, for a named cross-entropy, the gradients of a penalty are made after those of the loss where
             there are very many outputs (2²¹ in all), as ``LayerRecord.beside`` says. The weight of such a record is
             the layer's own and no copy: let nothing change it or free it before the backward pass.
+        through_loss: whether κ is to be taken from the loss. Then, while the tap records, normalisations behind the
+            layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
+            attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
+            in ``start`` and left in ``stop``. It is left out from the second time on if it has found nothing to do.
+        behind: such a mode, to be shared by several taps, which somebody else enters.
 
     Attributes:
         recording: whether the tap listens. Set it to pause.
@@ -127,12 +163,25 @@ class LayerTap:
     """
 
     def __init__(
-        self, module: nn.Module, layer: str | None = None, *, copies: bool = False, late: bool = False
+        self,
+        module: nn.Module,
+        layer: str | None = None,
+        *,
+        copies: bool = False,
+        late: bool = False,
+        through_loss: bool = True,
+        behind: Behind | None = None,
     ) -> None:
+        self._module = weakref.ref(module)
         self._candidates = _find_layers(module, layer)
         self.copies = copies
         self.late = late
         self.recording = False
+        self._own_behind = Behind() if behind is None and through_loss and not copies else None
+        self.behind = behind or self._own_behind
+        self._looking = True  # whether it is not yet known if there is anything to write out
+        self._mode = ExitStack()
+        self._looker = Looker()
         self._records: list[LayerRecord] = []
         self._hooks = [_LayerHook.of(candidate) for candidate in self._candidates.values()]
         for hook in self._hooks:
@@ -148,15 +197,30 @@ class LayerTap:
         """The layer, once it is known."""
         return next(iter(self._candidates.values())) if len(self._candidates) == 1 else None
 
+    @property
+    def flat(self) -> bool:
+        """Whether the loss last measured is piecewise linear in the outputs, so that its κ is 0 whatever they are."""
+        return self._looker.last is not None and self._looker.last.flat
+
     def start(self) -> None:
         """Forget what was recorded and begin to record."""
-        self._records = []
+        self.stop()
         self.recording = True
+        if self._own_behind is not None and self._looking:
+            self._mode.enter_context(self._own_behind)
 
     def stop(self) -> None:
         """Stop recording and forget what was recorded."""
         self._records = []
         self.recording = False
+        self._mode.close()
+        if self._own_behind is not None:
+            self._own_behind.forget()
+
+    def look_again(self) -> None:
+        """Look anew, with the next step, for what there is to write out behind the layer and for how rows meet."""
+        self._looking = True
+        self._looker = Looker()
 
     def take(self) -> list[LayerRecord]:
         """Hand out what was recorded since the last time, in order, and forget it.
@@ -177,6 +241,8 @@ class LayerTap:
         records = [record for record in records if record.layer is self.layer]
         for record in records:
             record.check_unwritten(self.name or "")
+            if record.handed is not None:
+                _LayerHook.of(record.layer).hands_copies = record.handed._version > 0
         return records
 
     def relative_flatness(
@@ -191,12 +257,13 @@ class LayerTap:
 
         Args:
             loss: the scalar loss, before its backward pass.
-            probes: as for :func:`~lightning_relflat.functional.layer_laplacian`.
-            generator: as for :func:`~lightning_relflat.functional.layer_laplacian`.
-            through_hessian: as for :func:`~lightning_relflat.functional.layer_laplacian`.
+            probes: as for :func:`~lightning_relflat.functional.layer_flatness`.
+            generator: as for :func:`~lightning_relflat.functional.layer_flatness`.
+            through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
 
         Returns:
-            κ, a scalar.
+            κ, a scalar. Where batch normalisation in training mode lies behind the layer, its gradient has been taken
+            already, and cannot be differentiated once more.
 
         Raises:
             RuntimeError: if the layer did not run with gradients, or its outputs were changed in place since.
@@ -205,11 +272,67 @@ class LayerTap:
         records = self.take()
         if not records:
             raise RuntimeError(f"There is no flatness to compute, because {did_not_run(self)} with gradients.")
-        with _within_fabric():
-            kappa = record_laplacian(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
+        kappa = self.flatness_of(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
         if kappa is None:
             raise ValueError(f"Expected argument `loss` to depend on layer {self.name!r}, but got one that does not.")
         return kappa
+
+    def flatness_of(
+        self,
+        loss: Tensor,
+        records: Sequence[LayerRecord],
+        *,
+        probes: int | None = 1,
+        generator: torch.Generator | None = None,
+        through_hessian: bool = True,
+        measure: Measure = "relative_flatness",
+        normalize_features: bool = False,
+    ) -> Tensor | None:
+        """Return κ of the layer in a loss, over all those of some passes on which the loss depends.
+
+        Args:
+            loss: the scalar loss.
+            records: the records, not copies, of the present step.
+            probes: as for :func:`~lightning_relflat.functional.layer_flatness`.
+            generator: as for :func:`~lightning_relflat.functional.layer_flatness`.
+            through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
+            measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace in its place.
+            normalize_features: whether every row counts as if it had the length 1.
+
+        Returns:
+            κ, a scalar, or ``None`` if the loss depends on none of them.
+
+        Raises:
+            ValueError: as :func:`~lightning_relflat.functional.layer_flatness` does.
+            RuntimeError: as :func:`~lightning_relflat.functional.layer_flatness` does.
+        """
+        behind, module = self.behind, self._module()
+        with ExitStack() as stack:
+            stack.enter_context(_within_fabric())
+            gated = False
+            if behind is not None:
+                stack.enter_context(behind.curvature())
+                self._looking, gated = behind.rewrote, behind.gated
+            enter = behind.enter if behind is not None and gated else _as_it_is
+            uses = [
+                as_use(record.layer, enter(record.features), record.outputs, enter(record.weight)) for record in records
+            ]
+            [parts] = flatness_of_layers(
+                loss,
+                [uses],
+                lookers=[self._looker],
+                mode=(module is not None and module.training, records[0].layer.training),
+                probes=probes,
+                generator=generator,
+                through_hessian=through_hessian,
+                measure=measure,
+                normalize_features=normalize_features,
+            )
+            sums = [part.sum() / (probes or 1) for part in parts if part is not None]
+            if not sums:
+                return None
+            kappa = torch.stack(sums).sum()
+            return behind.deposit(kappa) if behind is not None and gated else kappa
 
     def __enter__(self) -> LayerTap:
         self.start()
@@ -241,49 +364,8 @@ class LayerTap:
         self._hooks = [hook for hook in self._hooks if hook.layer() is layer]
 
 
-def record_laplacian(
-    loss: Tensor,
-    records: Sequence[LayerRecord],
-    *,
-    probes: int | None = 1,
-    generator: torch.Generator | None = None,
-    through_hessian: bool = True,
-    measure: Measure = "relative_flatness",
-    normalize_features: bool = False,
-) -> Tensor | None:
-    """Return κ of a layer in a loss, over all recorded passes on which the loss depends.
-
-    Args:
-        loss: the scalar loss.
-        records: the records, not copies.
-        probes: as for :func:`~lightning_relflat.functional.layer_laplacian`.
-        generator: as for :func:`~lightning_relflat.functional.layer_laplacian`.
-        through_hessian: as for :func:`~lightning_relflat.functional.layer_laplacian`.
-        measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace in its place.
-        normalize_features: whether every ‖φ_i‖² counts as 1.
-
-    Returns:
-        κ, a scalar, or ``None`` if the loss depends on none of them.
-
-    Raises:
-        ValueError: as :func:`~lightning_relflat.functional.layer_laplacian` does.
-    """
-    uses = [
-        layer_use(
-            record.layer,
-            record.features,
-            record.outputs,
-            record.weight,
-            measure=measure,
-            normalize_features=normalize_features,
-        )
-        for record in records
-    ]
-    parts = use_laplacians(
-        loss, uses, probes=probes, generator=generator, through_hessian=through_hessian, allow_unused=True
-    )
-    sums = [part.sum() for part in parts if part is not None]
-    return torch.stack(sums).sum() if sums else None
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextmanager
@@ -306,13 +388,20 @@ def _within_fabric() -> Iterator[None]:
 
 
 class _LayerHook:
-    """The one forward hook on a layer, for all taps that listen to it."""
+    """The one forward hook on a layer, for all taps that listen to it.
+
+    Attributes:
+        hands_copies: whether it hands a copy of the outputs on, because what follows changes them in place; ``None``
+            as long as that is not known.
+    """
 
     _of_layer: ClassVar[weakref.WeakKeyDictionary[nn.Module, _LayerHook]] = weakref.WeakKeyDictionary()
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = weakref.ref(layer)
         self.taps: list[LayerTap] = []
+        self.hands_copies: bool | None = None
+        self._transposed: bool | None = None  # whether a foreign layer's weight has the shape (m, d)
         # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
         self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
         # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
@@ -335,10 +424,15 @@ class _LayerHook:
         taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
         if not taps:
             return None
-        weight = adapted_weight(layer) if is_adapted(layer) else layer.weight if computed is None else computed
-        assert isinstance(weight, Tensor)
         features = args[0] if args else next(iter(kwargs.values()))
-        version = None if outputs.is_inference() else outputs._version
+        weight = self._weight(layer, features, outputs) if computed is None else computed
+        if weight is None:
+            if any(tap.name is None for tap in taps):
+                return None  # it is not among those that a tap may settle on
+            raise TypeError(
+                f"Expected argument `layer` to name a linear or convolution layer, but got {taps[0].name!r}, whose "
+                f"outputs are not x Wᵀ + b: a {class_path(layer)}."
+            )
         late = None
         large = any(tap.late for tap in taps) and is_large(outputs)
         if (
@@ -349,10 +443,30 @@ class _LayerHook:
         ):
             late = LateGradients(features, weight, layer.bias, outputs)
             outputs = late.outputs
-        record = LayerRecord(layer, features, outputs, weight if late else weight.clone(), version, late)
+        for tap in taps:
+            if tap.behind is not None and late is None:
+                outputs = tap.behind.begin(outputs)
+        version = None if outputs.is_inference() else outputs._version
+        handed = None
+        in_graph = late is None and any(not tap.copies for tap in taps)
+        if in_graph and self.hands_copies is not False and not torch.compiler.is_compiling():
+            handed = outputs.clone()
+        record = LayerRecord(layer, features, outputs, weight if late else weight.clone(), version, late, handed)
         for tap in taps:
             tap.receive(record)
-        return None if late is None else outputs
+        return outputs if handed is None else handed
+
+    def _weight(self, layer: nn.Module, features: Tensor, outputs: Tensor) -> Tensor | None:
+        """Return the weight that the layer computed with, or ``None`` if it turns out to compute something else."""
+        if self._transposed is None:
+            try:
+                weight = layer_weight(layer, features, outputs)
+            except TypeError:
+                return None
+            self._transposed = weight is not layer._parameters.get("weight") and may_be_linear(layer)
+            return weight
+        weight = adapted_weight(layer) if is_adapted(layer) else layer.weight  # type: ignore[assignment]
+        return weight.mT if self._transposed else weight
 
     def drop(self, tap: LayerTap) -> None:
         """Forget a tap, and go with the last one."""
@@ -395,53 +509,20 @@ class _Deaf:
         """Do nothing."""
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that a tap can listen to.
-
-    Args:
-        module: the model.
-
-    Returns:
-        The layers by their dotted names; one that has several names stands under each.
-    """
-    modules = _named(module)
-    # What an adapted layer is made of does not count: no part of it computes what the layer computes.
-    adapted = tuple(f"{found}." for found, child in modules.items() if is_adapted(child))
-    return {
-        found: child for found, child in modules.items() if is_linear_layer(child) and not found.startswith(adapted)
-    }
-
-
-def _named(module: nn.Module) -> dict[str, nn.Module]:
-    # torch.compile wraps modules under this name, which no user has chosen.
-    return {found.replace("_orig_mod.", ""): child for found, child in module.named_modules(remove_duplicate=False)}
-
-
 def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:
-    modules, linear = _named(module), linear_layers(module)
-    kind = type(module).__name__
-    if name is None:
-        candidates: dict[str, nn.Module] = {}
-        for found, child in linear.items():
-            if has_matrix(child) and child not in candidates.values():
-                candidates[found] = child
-        if not candidates:
-            raise ValueError(
-                f"Expected argument `layer` to name a layer of {kind}, because it has no nn.Linear, but got None. "
-                f"Layers that can be named: {_listed(linear)}."
-            )
-        return candidates
-    if name in linear:
-        return {name: linear[name]}
-    found = f"{name!r}, a {type(modules[name]).__name__}" if name in modules else f"{name!r}"
-    raise ValueError(
-        f"Expected argument `layer` to name a Linear, Conv1d, Conv2d or Conv3d layer of {kind}, one of "
-        f"{_listed(linear)}, but got {found}."
-    )
-
-
-def _listed(layers: dict[str, nn.Module]) -> str:
-    return ", ".join(repr(name) for name in layers) or "none"
+    if name is not None:
+        return {name: find_layer(module, name)}
+    linear = linear_layers(module)
+    candidates: dict[str, nn.Module] = {}
+    for found, child in linear.items():
+        if has_matrix(child) and child not in candidates.values():
+            candidates[found] = child
+    if not candidates:
+        raise ValueError(
+            f"Expected argument `layer` to name a layer of {class_path(module)}, because it has no nn.Linear, but got "
+            f"None. Layers that can be named: {listed(linear)}."
+        )
+    return candidates
 
 
 def did_not_run(tap: LayerTap) -> str:
@@ -454,18 +535,3 @@ def did_not_run(tap: LayerTap) -> str:
         The beginning of a message.
     """
     return "no nn.Linear ran" if tap.name is None else f"layer {tap.name!r} did not run"
-
-
-def describe(name: str, layer: nn.Module) -> str:
-    """Describe a layer in a few words.
-
-    Args:
-        name: its dotted name.
-        layer: the layer.
-
-    Returns:
-        For example ``'head', a Linear(in_features=128, out_features=10, bias=True)``.
-    """
-    if is_adapted(layer):
-        return f"{name!r}, a {type(layer).__name__} around a {layer.base_layer}"
-    return f"{name!r}, a {type(layer).__name__}({layer.extra_repr()})"

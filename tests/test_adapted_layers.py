@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
-from lightning_relflat.functional import layer_laplacian
-from lightning_relflat.functional.feature_laplacian import adapted_weight
+from lightning_relflat.functional import layer_flatness
+from lightning_relflat.functional._weights import adapted_weight
 from lightning_relflat.layer_tap import LayerTap
 from tests.callbacks.test_fam import assert_same_weights, assert_untouched
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
@@ -84,7 +84,7 @@ def test_laplacian_of_an_adapted_layer() -> None:
         lambda weight: F.cross_entropy(F.linear(features, weight, net.head.base_layer.bias), target),  # type: ignore[arg-type, union-attr]
         whole_weight(net.head).detach().requires_grad_(),
     )
-    parts = layer_laplacian(loss, net.head, features, outputs, probes=None)
+    parts = layer_flatness(loss, net.head, features, outputs, probes=None)
     torch.testing.assert_close(parts.sum(), expected)
 
 

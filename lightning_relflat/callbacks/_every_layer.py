@@ -10,10 +10,12 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_relflat._behind import Behind
 from lightning_relflat.callbacks._base import LightningModule, find_target
 from lightning_relflat.callbacks._penalised_loss import MethodPatch
-from lightning_relflat.functional.feature_laplacian import layer_use
-from lightning_relflat.layer_tap import LayerTap, linear_layers
+from lightning_relflat.functional._linear_map import as_use
+from lightning_relflat.layer_tap import LayerTap
+from lightning_relflat.linear_layers import linear_layers
 from lightning_relflat.metrics.entry import Entry
 from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from lightning_relflat.metrics.relative_flatness import RelativeFlatness
@@ -55,8 +57,9 @@ class EveryLayer:
         self._module = module
         self._prototype = prototype
         self._target = target
-        self._taps = [LayerTap(module, name) for name in self.names]
-        self._head = LayerTap(module, head)
+        self._behind = Behind()
+        self._taps = [LayerTap(module, name, behind=self._behind) for name in self.names]
+        self._head = LayerTap(module, head, through_loss=False)
         self._metric: LayersFlatness | None = None
         self._patches = [MethodPatch(module, name, self._step) for name in ("validation_step", "test_step")]
         for patch in self._patches:
@@ -105,7 +108,9 @@ class EveryLayer:
                     parameter.requires_grad_(parameter.is_floating_point())
                 for tap in (*self._taps, self._head):
                     tap.start()
-                output = call(*args, **kwargs)
+                self._behind.forget()
+                with self._behind:
+                    output = call(*args, **kwargs)
                 self._measure(metric, find_target(args[0] if args else kwargs["batch"], self._target))
             finally:
                 for parameter in frozen:
@@ -120,7 +125,7 @@ class EveryLayer:
             return  # the monitor, which listens to the same layer, says so
         losses, weights = zip(*(self._prototype.loss_of(head.outputs, target) for head in heads), strict=True)
         uses = [
-            [layer_use(record.layer, record.features, record.outputs, record.weight) for record in tap.take()]
+            [as_use(record.layer, record.features, record.outputs, record.weight) for record in tap.take()]
             for tap in self._taps
         ]
         if self._prototype.takes_mean:
@@ -128,4 +133,5 @@ class EveryLayer:
             loss = torch.stack([part * weight for part, weight in zip(losses, weights, strict=True)]).sum() / total
         else:
             total, loss = torch.stack(weights).sum(), torch.stack(losses).sum()
-        metric.update(loss, uses, total)
+        with self._behind.curvature():
+            metric.update(loss, uses, total, self._module.training)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_relflat.functional.feature_laplacian import has_matrix, is_adapted
-from lightning_relflat.layer_tap import describe
+from lightning_relflat.functional._weights import has_matrix, is_adapted
+from lightning_relflat.linear_layers import describe
 
 Norm: TypeAlias = Literal["frobenius", "spectral"]
 

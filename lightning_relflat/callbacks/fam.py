@@ -22,7 +22,9 @@ from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
 from lightning_relflat.callbacks._weight_cap import Norm, WeightCap, check_max_norm, check_norm
 from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
 from lightning_relflat.functional._graph import depends
-from lightning_relflat.functional.feature_laplacian import Measure, has_matrix, probe_seed
+from lightning_relflat.functional._probes import Measure
+from lightning_relflat.functional._weights import has_matrix
+from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.functional.relative_flatness import (
     check_measure,
     check_shared_probes,
@@ -30,7 +32,8 @@ from lightning_relflat.functional.relative_flatness import (
     owned_criterion,
     relative_flatness,
 )
-from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run, record_laplacian
+from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
+from lightning_relflat.linear_layers import describe
 
 # Strategies that leave the weights whole; of those that inherit from them some do not.
 _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
@@ -63,8 +66,9 @@ class FAM(Callback):
             memory; a hook on the outputs then sees the gradient of the loss alone.
         target: where a named loss finds its target: an index or key of the batch, or ``None`` if its curvature needs
             none.
-        probes: how many random probes to average without a named loss; ``None`` is exact, at one product for each
-            feature.
+        probes: how many random probes to average without a named loss; ``None`` takes all products that there are: the
+            smaller of the layer's sides many where no rows meet behind it, that times the number of features where they
+            do; up to 10,000.
         shared_probes: for a named cross-entropy with very many outputs: how many random probes, shared by the samples
             of a batch, stand for its exact κ; see :func:`~lightning_relflat.functional.relative_flatness`.
         through_hessian: whether gradients flow through the Hessian into all parameters, as in the paper. If not, the
@@ -87,12 +91,12 @@ class FAM(Callback):
             its targets does: centre them. λ is 0 as long as κ is less than a millionth of the fall. Schedules act on
             ``coefficient``; ``fam/coefficient`` is the λ that they come to. Costs an all-reduce of three numbers after
             a penalised step.
-        measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace ‖W‖_F² Tr(H) in its place, of an
-            ``nn.Linear``; its probes lie in the space of the outputs.
+        measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace ‖W‖_F² Tr(H) in its place.
         temperature: τ, to penalise the κ that the loss has at z/τ, which is that of z but for 1/τ² and softer
             probabilities. For a named cross-entropy or binary cross-entropy alone.
-        normalize_features: whether ‖φ_i‖² counts as 1 in κ for every sample, with the curvature at the outputs as they
-            are: features can then neither be shrunk for a smaller κ nor, with a negative λ, grow without end.
+        normalize_features: whether ‖φ_p‖ counts as 1 in κ for every row that the weight is multiplied with (sample,
+            token, patch), with the curvature at the outputs as they are: features can then neither be shrunk for a
+            smaller κ nor, with a negative λ, grow without end.
         max_norm: a cap on the norm of the layer's weight, which is multiplied by min(1, max_norm / ‖W‖) when training
             starts and after every step of the optimizer that holds it; up to rounding. Needs a named layer whose weight
             is one tensor: no parametrization, no adapters. If the weight is tied to another layer's, that one is
@@ -173,7 +177,7 @@ class FAM(Callback):
         self._ratio = LossRatio()
         self._suffix = ""
         self._announced: str | None = None
-        self._warned = False
+        self._warned = self._checked = False
         self._coefficient = 0.0  # of the step; 0 also where none is due
         self._step = 0
         self._batch: Any = None
@@ -205,12 +209,17 @@ class FAM(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and wrap the module's methods."""
         self._forget_step()
-        self._warned = False
+        self._warned = self._checked = False
         self._begin_epoch()
         self._suffix = name_suffix(trainer, FAM, self.layer)
         # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
         late = pl_module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
-        self._tap = LayerTap(pl_module, self.layer, late=late and isinstance(self.criterion, nn.CrossEntropyLoss))
+        self._tap = LayerTap(
+            pl_module,
+            self.layer,
+            late=late and isinstance(self.criterion, nn.CrossEntropyLoss),
+            through_loss=self.criterion is None,
+        )
         self._module = pl_module
         if self.criterion is not None:
             self.criterion.to(pl_module.device)
@@ -314,6 +323,11 @@ class FAM(Callback):
         self._due = self._applied = 0
         self._not_finite: Tensor | None = None
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look again at what lies behind the layer, which may have changed."""
+        if self._tap is not None:
+            self._tap.look_again()
+
     def begin(self) -> None:
         """Listen to the layer, if the training step is to be penalised. Called by the module's training step."""
         self._records = []
@@ -352,6 +366,7 @@ class FAM(Callback):
         automatic = module.automatic_optimization
         if automatic:
             self._check_records()
+        self._check_computed()
         self._check_finite("loss", loss)
         kappa = self._kappa(loss) if self._records and loss.requires_grad else None
         if kappa is None:
@@ -387,7 +402,8 @@ class FAM(Callback):
             seed = probe_seed(self.seed, self._step, self._module.trainer.global_rank)
             generator = torch.Generator(device).manual_seed(seed)
         if self.criterion is None:
-            return record_laplacian(
+            assert self._tap is not None
+            kappa = self._tap.flatness_of(
                 loss,
                 self._records,
                 probes=self.probes,
@@ -396,6 +412,9 @@ class FAM(Callback):
                 measure=self.measure,
                 normalize_features=self.normalize_features,
             )
+            if kappa is not None and self._tap.flat:
+                self._warn("has κ = 0, because the loss is piecewise linear in its outputs: FAM adds nothing.")
+            return kappa
         records, self._records = self._records, []
         if not self._module.automatic_optimization:
             # A named loss is penalised once, with the first loss that depends on the pass.
@@ -432,10 +451,6 @@ class FAM(Callback):
                 f"Expected argument `layer` to name an nn.Linear where the loss is named, but got "
                 f"{describe(name, layer)}. Leave out `loss`: then the curvature comes from the loss itself."
             )
-        if self.measure == "trace" and not has_matrix(layer):
-            raise ValueError(
-                f"Expected argument `layer` to name an nn.Linear for measure='trace', but got {describe(name, layer)}."
-            )
         if self._announced != name:
             self._announced = name
             rank_zero_info(f"{type(self).__name__}: relative flatness is penalised at layer {describe(name, layer)}.")
@@ -456,13 +471,20 @@ class FAM(Callback):
                 + (" and so is all before it." if self.through_hessian else " and through_hessian=False.")
             )
         if frozen:
-            self._warn("is frozen. The penalty reaches only what comes before it.")
+            self._warn("has a frozen weight. The penalty reaches only what comes before it.")
+
+    def _check_computed(self) -> None:
+        """Check once that the outputs are still what the layer has made of its features."""
+        if self.criterion is not None and not self._checked and self._records:
+            self._checked = True
+            for record in self._records:
+                record.check_computed(self._tap.name or "" if self._tap else "")
 
     def _warn(self, what: str) -> None:
         assert self._tap is not None
         if not self._warned:
             self._warned = True
-            rank_zero_warn(f"{self!r}: the weight of layer {self._tap.name!r} {what}")
+            rank_zero_warn(f"{self!r}: layer {self._tap.name!r} {what}")
 
     def _check_finite(self, name: str, value: Tensor) -> None:
         finite = value.detach().isfinite().all()

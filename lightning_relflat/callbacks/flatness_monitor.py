@@ -32,9 +32,10 @@ from lightning_relflat.callbacks._report import (
 )
 from lightning_relflat.callbacks._sharpest import Sharpest, loaders_of
 from lightning_relflat.functional._checks import check_count, check_flag
-from lightning_relflat.functional.feature_laplacian import has_matrix
+from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.output_hessian import has_closed_form
-from lightning_relflat.layer_tap import LayerRecord, LayerTap, describe, did_not_run
+from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
+from lightning_relflat.linear_layers import describe
 from lightning_relflat.metrics.entry import Entry
 from lightning_relflat.metrics.flatness_report import FlatnessReport
 from lightning_relflat.metrics.layers_flatness import LayersFlatness

@@ -1,6 +1,7 @@
 """Pure functions over tensors. Needs torch alone."""
 
-from lightning_relflat.functional.feature_laplacian import feature_laplacian, layer_laplacian
+from lightning_relflat.functional._graph import declare_linear
+from lightning_relflat.functional.feature_laplacian import feature_laplacian
 from lightning_relflat.functional.feature_robustness import (
     RobustnessEstimate,
     expected_robustness,
@@ -8,6 +9,7 @@ from lightning_relflat.functional.feature_robustness import (
     random_feature_robustness,
 )
 from lightning_relflat.functional.flatness_report import flatness_report
+from lightning_relflat.functional.layer_flatness import layer_flatness, layer_use
 from lightning_relflat.functional.layer_measures import (
     column_flatness,
     column_flatness_sums,
@@ -37,6 +39,7 @@ __all__ = [
     "center_mismatches",
     "column_flatness",
     "column_flatness_sums",
+    "declare_linear",
     "expected_robustness",
     "feature_laplacian",
     "feature_robustness",
@@ -46,8 +49,9 @@ __all__ = [
     "hessian_trace_sums",
     "largest_eigenvalue",
     "largest_eigenvalue_bounds",
+    "layer_flatness",
     "layer_hessian",
-    "layer_laplacian",
+    "layer_use",
     "neural_collapse",
     "output_hessian",
     "pac_bayes_flatness",

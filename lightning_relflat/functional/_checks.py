@@ -23,6 +23,14 @@ def check_probes(probes: object) -> None:
         raise ValueError(f"Expected argument `probes` to be an integer of at least 1, or None, but got {probes!r}.")
 
 
+def check_scalar_in_graph(loss: Tensor) -> None:
+    """Raise unless a loss is a scalar that can be differentiated."""
+    if loss.numel() != 1:
+        raise ValueError(f"Expected argument `loss` to be a scalar, but got a tensor of shape {shape_of(loss)}.")
+    if not loss.requires_grad:
+        raise ValueError("Expected argument `loss` to carry a graph, but got a tensor that does not require grad.")
+
+
 def check_count(name: str, value: object, *, at_least: int) -> int:
     """Return an integer of at least ``at_least``, and raise unless it is one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:

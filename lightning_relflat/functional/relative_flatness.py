@@ -18,8 +18,8 @@ from lightning_relflat.functional._checks import (
     shape_of,
 )
 from lightning_relflat.functional._late_gradients import Beside
+from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._softmax_trace import softmax_trace
-from lightning_relflat.functional.feature_laplacian import Measure
 from lightning_relflat.functional.output_hessian import (
     OutputHessian,
     Target,

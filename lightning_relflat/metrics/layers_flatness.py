@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_relflat.functional._checks import check_count
-from lightning_relflat.functional.feature_laplacian import LayerUse, own_probe_seed, use_laplacians
+from lightning_relflat.functional._errors import independent, moments, standard_error
+from lightning_relflat.functional._linear_map import LayerUse
+from lightning_relflat.functional._meeting import Looker
+from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
 from lightning_relflat.metrics._summed import SummedMetric
 
 
@@ -17,18 +20,21 @@ class LayersFlatness(SummedMetric):
     r"""The relative flatness κ of many layers of a network, and their sum, estimated by joint random probes.
 
     One Hessian-vector product for each probe serves all layers: each has probes of its own, so that what two layers
-    share in the Hessian has mean zero. Every estimate is unbiased and comes with its standard error. The states are
-    sums; uneven batches and processes are no matter.
+    share in the Hessian has mean zero. How the rows of each layer meet is looked for with the first batch, and again
+    with other sizes. Every estimate is unbiased and comes with its standard error: from the samples where they stay
+    apart, from the totals of the probes of a batch where they meet. The states are sums; uneven batches and processes
+    are no matter.
 
     As input to ``update`` the metric takes
 
     - ``loss`` (:class:`~torch.Tensor`): the loss of a batch, a scalar in whose graph the layers are
     - ``uses``: for every layer the passes of the batch through it, as
-      :func:`~lightning_relflat.functional.feature_laplacian.layer_use` describes them; none if it did not run
+      :func:`~lightning_relflat.functional.layer_use` describes them; none if it did not run
     - ``total_weight``: what the loss divides by, the number of samples for a mean; 1 for a sum
 
     As output of ``compute`` it returns two float64 tensors of shape (layers + 1,), in the loss's unit: κ of every layer
-    and their sum, and the standard errors. A layer on which the loss does not depend has a κ of zero.
+    and their sum, and the standard errors, of which ±2 cover the true value in about 95 % of all cases (with few probes
+    they are widened by Student's t). A layer on which the loss never depended has a κ of NaN and no part in the sum.
 
     Source: Petzka et al., *A Reparameterization-Invariant Flatness Measure for Deep Neural Networks* (arXiv
     1912.00058), the measure of a layer and its sum over the layers of a network; Hutchinson's estimator of a trace.
@@ -45,7 +51,7 @@ class LayersFlatness(SummedMetric):
 
     Example:
         >>> import torch
-        >>> from lightning_relflat.functional.feature_laplacian import layer_use
+        >>> from lightning_relflat.functional import layer_use
         >>> from lightning_relflat.metrics.layers_flatness import LayersFlatness
         >>> _ = torch.manual_seed(0)
         >>> first, second, inputs = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1), torch.ones(4, 2)
@@ -53,7 +59,7 @@ class LayersFlatness(SummedMetric):
         >>> between = hidden.tanh()
         >>> outputs = second(between)
         >>> flatness = LayersFlatness(layers=2, probes=64)
-        >>> uses = [layer_use(first, inputs, hidden, None)], [layer_use(second, between, outputs, None)]
+        >>> uses = [layer_use(first, inputs, hidden)], [layer_use(second, between, outputs)]
         >>> flatness.update(outputs.square().mean(), uses, 4)
         >>> values, errors = flatness.compute()
         >>> exact = 2 * between.square().sum(dim=1).mean() * second.weight.square().sum()
@@ -64,6 +70,7 @@ class LayersFlatness(SummedMetric):
     higher_is_better = False
 
     sums: Tensor
+    seen: Tensor
     total_weight: Tensor
 
     def __init__(self, layers: int, *, probes: int = 2, seed: int = 0, mean: bool = True, **kwargs: Any) -> None:
@@ -73,50 +80,67 @@ class LayersFlatness(SummedMetric):
         self.seed = check_count("seed", seed, at_least=0)
         self.mean = mean
         self.batches = 0  # numbers the probes
-        # For every layer and their sum: the weighted sum, and its variance.
-        self._add_sums("sums", 2, layers + 1)
+        self._lookers = [Looker() for _ in range(layers)]
+        # For every layer and their sum: the weighted sum, its variance, and the squares of the variance's terms.
+        self._add_sums("sums", 3, layers + 1)
+        self._add_sums("seen", layers)
         self._add_sums("total_weight")
 
-    def update(self, loss: Tensor, uses: Sequence[Sequence[LayerUse]], total_weight: Tensor | float) -> None:
+    def update(
+        self,
+        loss: Tensor,
+        uses: Sequence[Sequence[LayerUse]],
+        total_weight: Tensor | float,
+        mode: object = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             loss: the loss of the batch.
             uses: for every layer the passes of the batch through it.
             total_weight: what the loss divides by.
+            mode: anything hashable that stands for how the network computes, as whether it trains; how rows meet is
+                looked for anew with another.
 
         Raises:
             ValueError: if there are not uses of as many layers, or as
-                :func:`~lightning_relflat.functional.layer_laplacian`.
-            RuntimeError: as :func:`~lightning_relflat.functional.layer_laplacian`.
+                :func:`~lightning_relflat.functional.layer_flatness`.
+            RuntimeError: as :func:`~lightning_relflat.functional.layer_flatness`.
         """
         if len(uses) != self.layers:
             raise ValueError(f"Expected argument `uses` to be of {self.layers} layers, but got {len(uses)}.")
-        flat = [use for of_layer in uses for use in of_layer]
-        owners = [layer for layer, of_layer in enumerate(uses) for _ in of_layer]
         generator = torch.Generator(loss.device).manual_seed(own_probe_seed(self.seed, self.batches))
-        drawn = [
-            use_laplacians(loss, flat, probes=1, generator=generator, allow_unused=True) for _ in range(self.probes)
+        with torch.no_grad():
+            parts = flatness_of_layers(
+                loss, uses, lookers=self._lookers, mode=mode, probes=self.probes, generator=generator
+            )
+        aparts = [
+            looker.last if any(part is not None for part in own) else None
+            for looker, own in zip(self._lookers, parts, strict=True)
         ]
-        added = torch.zeros_like(self.sums)
-        totals = self.sums.new_zeros(self.probes)
-        for k, layer in enumerate(owners):
-            found = [parts[k] for parts in drawn]
-            if found[0] is None:
-                continue
-            estimates = torch.stack([part.detach() for part in found if part is not None]).double().flatten(1)
-            added[0, layer] += estimates.mean(dim=0).sum()
-            added[1, layer] += estimates.var(dim=0).sum() / self.probes  # samples draw independently
-            totals += estimates.sum(dim=1)
-        # The layers' estimates share products and are not independent: their sum has an error of its own.
-        added[:, -1] = torch.stack([totals.mean(), totals.var() / self.probes])
+        estimates = independent(parts, aparts)
+        added, seen = torch.zeros_like(self.sums), torch.zeros_like(self.seen)
+        for layer, estimate in enumerate(estimates):
+            if estimate is not None:
+                added[:, layer] = moments(estimate)
+                seen[layer] = 1
+        whole = [estimate for estimate in estimates if estimate is not None]
+        if whole:
+            # The layers' estimates share products and are not independent: their sum has an error of its own.
+            if len({estimate.shape for estimate in whole}) > 1:
+                whole = [estimate.sum(dim=1, keepdim=True) for estimate in whole]
+            added[:, -1] = moments(torch.stack(whole).sum(dim=0))
+        self.seen = self.seen + seen
         weight = torch.as_tensor(total_weight, dtype=torch.float64, device=self.sums.device)
         scale = weight if self.mean else torch.ones_like(weight)
-        self.sums = self.sums + added * torch.stack([scale, scale.square()])[:, None]
+        self.sums = self.sums + added * torch.stack([scale, scale.square(), scale.pow(4)])[:, None]
         self.total_weight = self.total_weight + weight
         self.batches += 1
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return κ of every layer and their sum, and the standard errors, over all processes."""
         divisor = self.total_weight if self.mean else torch.ones_like(self.total_weight)
-        return self.sums[0] / divisor, self.sums[1].sqrt() / divisor
+        known = torch.cat([self.seen > 0, (self.seen > 0).any(dim=0, keepdim=True)])
+        errors = standard_error(self.sums[1], self.sums[2], self.probes)
+        absent = torch.full_like(self.sums[0], torch.nan)
+        return torch.where(known, self.sums[0] / divisor, absent), torch.where(known, errors / divisor, absent)

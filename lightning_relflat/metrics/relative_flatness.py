@@ -7,10 +7,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lightning_relflat._behind import Behind
 from lightning_relflat.functional._checks import check_count, check_floating, check_probes, shape_of
-from lightning_relflat.functional.feature_laplacian import LayerUse, own_probe_seed, use_laplacians
+from lightning_relflat.functional._errors import independent, moments, standard_error
+from lightning_relflat.functional._linear_map import as_use
+from lightning_relflat.functional._meeting import Looker
+from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
 from lightning_relflat.functional.output_hessian import has_closed_form, output_hessian
 from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness_sums
 from lightning_relflat.metrics._summed import SummedMetric
@@ -98,7 +101,9 @@ class RelativeFlatness(SummedMetric):
         self.probes = probes
         self.seed = check_count("seed", seed, at_least=0)
         self.batches = 0  # numbers the probes; not reset, so that each use of the metric draws others
-        self._add_numbers("sums", 3)  # weighted sum, total weight, variance of the weighted sum
+        self._looker = Looker()
+        # weighted sum, total weight, variance of the weighted sum, and the squares of the variance's terms
+        self._add_numbers("sums", 4)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -118,10 +123,10 @@ class RelativeFlatness(SummedMetric):
                 weighted_sum, total_weight = relative_flatness_sums(
                     features, weight, outputs, target, loss=self.loss, class_dim=self.class_dim
                 )
-            variance = torch.zeros_like(weighted_sum)
+            numbers = [weighted_sum, total_weight, *torch.zeros_like(weighted_sum).expand(2)]
         else:
-            weighted_sum, total_weight, variance = self._estimate(features, weight, outputs, target)
-        self._add_to_numbers("sums", [weighted_sum, total_weight, variance])
+            numbers = list(self._estimate(features, weight, outputs, target))
+        self._add_to_numbers("sums", numbers)
         self.batches += 1
 
     def compute(self) -> Tensor:
@@ -140,9 +145,9 @@ class RelativeFlatness(SummedMetric):
             κ and its standard error, two scalars.
         """
         with self._together():
-            weighted_sum, total_weight, variance, _ = self.sums
+            weighted_sum, total_weight, variance, square, _ = self.sums
             divisor = torch.ones_like(total_weight) if _reduction(self.loss) == "sum" else total_weight
-            return weighted_sum / divisor, variance.sqrt() / divisor
+            return weighted_sum / divisor, standard_error(variance, square, self.probes or 2) / divisor
 
     @property
     def takes_mean(self) -> bool:
@@ -188,27 +193,28 @@ class RelativeFlatness(SummedMetric):
         # Lightning validates under inference mode, whose tensors no graph may hold: leave it, and copy.
         with torch.inference_mode(False), torch.enable_grad():
             features, weight, target = _copy(features), _copy(weight), _copy(target)
-            outputs = _copy(outputs).requires_grad_()
-            value = self.loss(outputs, target)
-            total = value.sum()
-            use = LayerUse(features, outputs, lambda probe: F.linear(probe, weight.to(probe.dtype)), features.ndim - 1)
+            with Behind() as behind:
+                outputs = behind.begin(_copy(outputs).requires_grad_())
+                value = self.loss(outputs, target)
+                total = value.sum()
             generator = torch.Generator(features.device).manual_seed(own_probe_seed(self.seed, self.batches))
-        with torch.inference_mode(False), torch.no_grad():
-            # One probe at a time: the error comes from their differences.
-            estimates = torch.stack(
-                [
-                    part
-                    for _ in range(self.probes or 1)
-                    for part in use_laplacians(total, [use], probes=self.probes and 1, generator=generator)
-                    if part is not None
-                ]
-            )
+            with behind.curvature(), torch.no_grad():
+                parts = flatness_of_layers(
+                    total,
+                    [[as_use(None, features, outputs, weight)]],
+                    lookers=[self._looker],
+                    probes=self.probes,
+                    generator=generator,
+                    allow_unused=False,
+                )
+        [estimates] = independent(parts, [self._looker.last])
+        assert estimates is not None  # the loss depends on the outputs
         samples = features.shape[:-1].numel()
         # `value` is a mean over the batch's samples, unless it is a sum over them; the states hold sums.
-        scale = 1 if value.ndim > 0 or _reduction(self.loss) == "sum" else samples
-        estimates = estimates.double().flatten(1) * scale
-        variance = estimates.var(dim=0).sum() / len(estimates) if self.probes else estimates.new_zeros(())
-        return estimates.mean(dim=0).sum(), estimates.new_full((), float(samples)), variance
+        estimates = estimates * (1 if value.ndim > 0 or _reduction(self.loss) == "sum" else samples)
+        exact = self.probes is None
+        sums = torch.stack([estimates.sum(), *estimates.new_zeros(2)]) if exact else moments(estimates)
+        return sums[0], sums.new_full((), float(samples)), *sums[1:]
 
 
 def _reduction(loss: Any) -> str:

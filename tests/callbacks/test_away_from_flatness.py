@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_relflat import FAM
 from lightning_relflat.callbacks._weight_cap import WeightCap, spectral_norm
 from lightning_relflat.functional import relative_flatness
-from lightning_relflat.functional.feature_laplacian import probe_seed
+from lightning_relflat.functional.layer_flatness import probe_seed
 from tests.callbacks.test_fam import (
     SIZES,
     Crash,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
-from lightning_relflat.functional.feature_laplacian import layer_use
+from lightning_relflat.functional import layer_use
 from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from tests.models import Batch, Net, make_batches, make_loader, make_trainer
 
@@ -167,7 +167,7 @@ def test_errors_of_two_probes_and_of_the_sum_of_coupled_layers() -> None:
     hidden = first(inputs)
     between = hidden.tanh()
     outputs = second(between)
-    uses = [layer_use(first, inputs, hidden, None)], [layer_use(second, between, outputs, None)]
+    uses = [layer_use(first, inputs, hidden)], [layer_use(second, between, outputs)]
     found = []
     for seed in range(300):
         metric = LayersFlatness(2, probes=2, seed=seed)
@@ -193,7 +193,7 @@ def test_every_batch_seed_and_process_draws_probes_of_its_own(monkeypatch: pytes
             for _ in range(batch + 1):
                 before = metric.sums
                 outputs = layer(inputs)
-                metric.update(after(outputs.tanh()).square().mean(), [[layer_use(layer, inputs, outputs, None)]], 5)
+                metric.update(after(outputs.tanh()).square().mean(), [[layer_use(layer, inputs, outputs)]], 5)
             found: list[float] = (metric.sums - before)[:, 0].tolist()
             return found
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
-from lightning_relflat.functional.feature_laplacian import probe_seed
+from lightning_relflat.functional.layer_flatness import probe_seed
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
 

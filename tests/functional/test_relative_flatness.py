@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_relflat.functional import (
     feature_laplacian,
-    layer_laplacian,
+    layer_flatness,
     relative_flatness,
     relative_flatness_per_output,
     relative_flatness_sums,
@@ -398,7 +398,7 @@ def test_reparameterising_a_relu_network_changes_no_layer(problem: Case, per_neu
         features = hidden.relu()
         outputs = two(features)
         loss = problem.criterion(outputs, problem.target)
-        inner = layer_laplacian(loss, one, problem.features, hidden, probes=None).sum()
+        inner = layer_flatness(loss, one, problem.features, hidden, probes=None).sum()
         return outputs, inner, relative_flatness(features, two.weight, outputs, loss="cross_entropy")
 
     scale = uniform(generator, 6) if per_neuron else torch.full((6,), 7.0).double()

@@ -1,0 +1,316 @@
+"""What a step computes behind a layer: normalisations written out, batch statistics held fixed in the curvature.
+
+PyTorch's third derivatives of layer, batch and instance normalisation are wrong (its issues 175754 and 186256), fused
+attention has no second one, and a batch's statistics count as constants in κ. So while a step runs, the calls behind
+the layer are seen by a function mode. A normalisation keeps its own output, bit for bit; its gradient goes through the
+same formula in elementary operations. Needs torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from lightning_relflat.functional._checks import compute_dtype, full_precision
+from lightning_relflat.functional._graph import leaves_of
+
+
+class Switch:
+    """Whether doors are shut: the loss's gradient passes, that of curvature stops."""
+
+    shut = False
+
+
+class Door(torch.autograd.Function):
+    """The identity, whose gradient stops while the door is shut."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, switch: Switch) -> Tensor:
+        """Pass on."""
+        ctx.switch = switch
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        """Pass on, or stop."""
+        return None if ctx.switch.shut else gradients[0], None
+
+
+class _Gate(torch.autograd.Function):
+    """A value whose gradient goes to one tensor, or while the switch is shut to another of the same value."""
+
+    loss_only = (0,)  # the input that curvature does not lead to
+
+    @staticmethod
+    def forward(ctx: Any, with_statistics: Tensor, fixed: Tensor, switch: Switch) -> Tensor:
+        ctx.switch = switch
+        # Not a view, so that an activation in place may follow.
+        return with_statistics.data
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        [gradient] = gradients
+        return (None, gradient, None) if ctx.switch.shut else (gradient, None, None)
+
+
+class _Instead(torch.autograd.Function):
+    """A value whose gradient goes to another tensor of the same value, to rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, written_out: Tensor, value: list[Tensor]) -> Tensor:
+        return value[0].data
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Deposit(torch.autograd.Function):
+    """A number whose gradients with respect to some tensors have been taken already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, taken: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*taken)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *((gradients[0] * part).to(part.dtype) for part in ctx.saved_tensors)
+
+
+class Behind(TorchFunctionMode):
+    """Sees what is computed behind a layer, from its first pass on.
+
+    Attributes:
+        switch: of its doors.
+        rewrote: whether anything was written out.
+        gated: whether statistics of a batch were among it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switch = Switch()
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as if the layer had not run."""
+        self.rewrote = self.gated = self._paused = False
+        self._depends: dict[Node, bool] = {}
+        self._entered: list[tuple[Tensor, Tensor]] = []
+
+    def enter(self, value: Tensor) -> Tensor:
+        """Put a tensor behind a door, beyond which κ's own gradient is not followed but handed over.
+
+        Args:
+            value: the tensor.
+
+        Returns:
+            The same, behind the door.
+        """
+        if not value.requires_grad:
+            return value
+        behind: Tensor = _apply(Door, value, self.switch)
+        self._entered.append((value, behind))
+        return behind
+
+    def begin(self, outputs: Tensor) -> Tensor:
+        """Take notice of what left the layer: what depends on it lies behind.
+
+        Args:
+            outputs: the outputs.
+
+        Returns:
+            The same, behind a door.
+        """
+        behind = self.enter(outputs)
+        if behind.grad_fn is not None:
+            self._depends[behind.grad_fn] = True
+        return behind
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Write out what has a form of its own and lies behind the layer."""
+        kwargs = kwargs or {}
+        form = _FORMS.get(func)
+        if form is None or self._paused or not self._depends or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if not any(self._is_behind(tensor) for tensor in tensors):
+            return func(*args, **kwargs)
+        return form(self, func, args, kwargs)
+
+    def _is_behind(self, tensor: Tensor) -> bool:
+        """Return whether a tensor depends on what left the layer."""
+        root = tensor.grad_fn
+        if root is None:
+            return False
+        known: dict[Any, bool] = self._depends
+        waiting: list[Any] = [root]
+        while waiting:
+            node = waiting[-1]
+            before = [found for found, _ in node.next_functions if found is not None]
+            unknown = [] if node in known else [found for found in before if found not in known]
+            if unknown:
+                waiting += unknown
+            else:
+                known.setdefault(waiting.pop(), any(known[found] for found in before))
+        return known[root]
+
+    @contextmanager
+    def curvature(self) -> Iterator[None]:
+        """Take curvature: doors and gates are shut, and nothing that is computed is written out."""
+        self._paused = self.switch.shut = True
+        try:
+            yield
+        finally:
+            self._paused = self.switch.shut = False
+
+    def deposit(self, kappa: Tensor) -> Tensor:
+        """Take the gradient of a κ whose curvature goes through gates while these are shut; call in :meth:`curvature`.
+
+        Later the loss's gradient and this one meet at the gates, where they could no longer be told apart. So κ's is
+        taken now, as far as the doors, and joins the loss's beyond them.
+
+        Args:
+            kappa: κ in its graph.
+
+        Returns:
+            κ, whose gradient is known.
+        """
+        if not self.gated or not kappa.requires_grad:
+            return kappa
+        doors = [behind for _, behind in self._entered]
+        targets = [value for value, _ in self._entered]
+        leaves = leaves_of(kappa, doors)
+        taken: Sequence[Tensor | None] = torch.autograd.grad(
+            kappa,
+            [*doors, *leaves],
+            allow_unused=True,
+            retain_graph=True,  # the loss has yet to go back through it
+        )
+        pairs = [(tensor, part) for tensor, part in zip([*targets, *leaves], taken, strict=True) if part is not None]
+        if not pairs:
+            return kappa.detach()
+        result: Tensor = _apply(_Deposit, kappa.detach(), [part for _, part in pairs], *(tensor for tensor, _ in pairs))
+        return result
+
+
+def _layer_norm(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Write out layer normalisation, over the last dimensions."""
+    given = _arguments(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs, eps=1e-5)
+    dims = tuple(range(-len(given["normalized_shape"]), 0))
+
+    def formula(x: Tensor) -> Tensor:
+        return _scaled(_standardised(x, dims, given["eps"]), given["weight"], given["bias"])
+
+    return _instead(mode, func, args, kwargs, given["input"], formula)
+
+
+def _instance_norm(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Write out instance normalisation: its statistics are of one sample alone, and a part of its function."""
+    given = _arguments(_INSTANCE_NORM, args, kwargs, use_input_stats=True, eps=1e-5)
+    if not given["use_input_stats"]:
+        return func(*args, **kwargs)
+    x = given["input"]
+    dims = tuple(range(2, x.ndim))
+
+    def formula(x: Tensor) -> Tensor:
+        return _scaled(_standardised(x, dims, given["eps"]), *_for_channels(x, given["weight"], given["bias"]))
+
+    return _instead(mode, func, args, kwargs, x, formula)
+
+
+def _batch_norm(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Let batch normalisation in training mode have fixed statistics in the curvature, and its own gradient."""
+    names = _TORCH_BATCH_NORM if func is torch.batch_norm else _BATCH_NORM
+    given = _arguments(names, args, kwargs, training=False, eps=1e-5)
+    value: Tensor = func(*args, **kwargs)
+    if not given["training"]:
+        return value
+    mode.rewrote = mode.gated = True
+    with full_precision(value):
+        x = given["input"].to(compute_dtype(value))
+        with torch.no_grad():
+            dims = (0, *range(2, x.ndim))
+            variance, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
+            deviation = (variance + given["eps"]).sqrt()
+        fixed = _scaled((x - mean) / deviation, *_for_channels(x, given["weight"], given["bias"]))
+    result: Tensor = _apply(_Gate, value, fixed.to(value.dtype), mode.switch)
+    return result
+
+
+def _attention(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Take the one kernel of attention that can be differentiated twice."""
+    mode.rewrote = True
+    with sdpa_kernel(SDPBackend.MATH):
+        return func(*args, **kwargs)
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    """Apply an autograd function, which PyTorch has no types for."""
+    return function.apply(*args)
+
+
+_Function: TypeAlias = Callable[..., Any]
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_TORCH_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+_INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+_FORMS: dict[_Function, Callable[[Behind, _Function, Sequence[Any], dict[str, Any]], Any]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _batch_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _attention,
+}
+
+
+def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return arguments by name, ``None`` where there is neither a value nor a default."""
+    return dict.fromkeys(names) | defaults | dict(zip(names, args, strict=False)) | kwargs
+
+
+def _instead(
+    mode: Behind,
+    func: _Function,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    x: Tensor,
+    formula: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return what a function computes, with the gradient of a formula for the same."""
+    mode.rewrote = True
+    with torch.no_grad():
+        value: Tensor = func(*args, **kwargs)
+    with full_precision(value):
+        written_out = formula(x.to(compute_dtype(x))).to(value.dtype)
+    result: Tensor = _apply(_Instead, written_out, [value])
+    return result
+
+
+def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(dim=dims, keepdim=True)
+    return centred * (centred.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        x = x * weight
+    return x if bias is None else x + bias
+
+
+def _for_channels(x: Tensor, *parameters: Tensor | None) -> Iterator[Tensor | None]:
+    """Give parameters of channels the shape in which they meet (n, channels, ...)."""
+    for parameter in parameters:
+        yield None if parameter is None else parameter.reshape(-1, *[1] * (x.ndim - 2))
