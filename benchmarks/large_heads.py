@@ -35,7 +35,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat.functional import output_hessian, relative_flatness
-from lightning_relflat.layer_tap import LayerRecord, LayerTap, record_laplacian
+from lightning_relflat.functional._linear_map import as_use
+from lightning_relflat.functional._meeting import Looker
+from lightning_relflat.functional.layer_flatness import flatness_of_layers
+from lightning_relflat.layer_tap import LayerRecord, LayerTap
 
 # κ of a pass through the layer, given the target and the loss.
 Form = Callable[[LayerRecord, Tensor, Tensor], Tensor]
@@ -74,11 +77,13 @@ def centred(record: LayerRecord, target: Tensor, _: Tensor) -> Tensor:
 
 def from_loss(record: LayerRecord, _: Tensor, loss: Tensor) -> Tensor:
     """Return an estimate of κ by differentiating the loss twice."""
-    kappa = record_laplacian(loss, [record])
-    assert kappa is not None
-    return kappa
+    use = as_use(record.layer, record.features, record.outputs, record.weight)
+    [[parts]] = flatness_of_layers(loss, [[use]], lookers=[LOOKER])
+    assert parts is not None  # the loss depends on the head
+    return parts.sum()
 
 
+LOOKER = Looker()  # so that how rows meet is looked for once
 FORMS: dict[str, Form | None] = {
     "plain": None,
     "exact": named(None, late=True),
@@ -101,7 +106,7 @@ class Head:
         self.layer = nn.Linear(m, d, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.layer.weight, std=m**-0.5)
         self.target = torch.randint(d, (n,), device=device)
-        self.tap = LayerTap(self.layer, "", late=True)
+        self.tap = LayerTap(self.layer, "", late=True, through_loss=False)
 
     def step(self, form: Form | None) -> None:
         self.features.grad = self.layer.weight.grad = None

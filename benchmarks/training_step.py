@@ -33,7 +33,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_relflat import FAM
 
-CONTENDERS = ["plain", "FAM, named loss", "FAM, probe", "FAM, every 10th step", "SAM", "published FAM"]
+CONTENDERS = [
+    "plain",
+    "FAM, named loss",
+    "FAM, probe",
+    "FAM, every 10th step",
+    "FAM, hidden layer",
+    "SAM",
+    "published FAM",
+]
+# A convolution in the middle of the ResNet, with batch normalisation behind it; the end of the ViT's fourth block.
+HIDDEN = {"resnet18": "body.7.second.0", "vit": "body.layers.layers.3.linear2", "mlp": "body.3"}
 OUTPUT = Path(__file__).with_suffix(".json")
 EVERY = 10
 
@@ -157,8 +167,10 @@ def fit(contender: str, case: Case, steps: int, clock: Clock) -> None:
         "FAM, named loss": {"loss": "cross_entropy"},
         "FAM, probe": {},
         "FAM, every 10th step": {"loss": "cross_entropy", "every_n_steps": EVERY},
+        "FAM, hidden layer": {},
     }
-    penalty = [FAM("head", 0.01, **options[contender])] if contender in options else []
+    layer = HIDDEN[case.body] if contender == "FAM, hidden layer" else "head"
+    penalty = [FAM(layer, 0.01, **options[contender])] if contender in options else []
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=2 * steps if contender == "SAM" else steps,  # it counts the optimizer's steps
@@ -191,7 +203,7 @@ def time_of(case: Case, contenders: list[str]) -> dict[str, dict[str, Any]]:
     for contender, clock in zip(contenders, clocks, strict=True):
         ratios = [b / a for a, b in zip(plain, clock.seconds, strict=True)][warm:]
         results[contender] = {"ratio": spread(ratios), "seconds": statistics.median(clock.seconds[warm:])}
-        if contender == CONTENDERS[3]:
+        if contender == "FAM, every 10th step":
             due = [ratio for index, ratio in enumerate(ratios, warm) if index % EVERY == 0]
             others = [ratio for index, ratio in enumerate(ratios, warm) if index % EVERY]
             if due:

@@ -41,7 +41,7 @@ from lightning_relflat.functional import (
     fisher_rao_norm,
     flatness_report,
     hessian_trace,
-    layer_laplacian,
+    layer_flatness,
     pac_bayes_flatness,
     random_feature_robustness,
     sam_sharpness,
@@ -189,7 +189,7 @@ def layers_flatness(network: nn.Sequential, data: Batch) -> Tensor:
     loss = F.cross_entropy(features, data[1])
     for layer, entered, left in uses:
         if isinstance(layer, nn.Linear):
-            parts = layer_laplacian(loss, layer, entered, left, probes=2, generator=generator, through_hessian=False)
+            parts = layer_flatness(loss, layer, entered, left, probes=2, generator=generator, through_hessian=False)
             total += parts.detach().sum()
     return total
 

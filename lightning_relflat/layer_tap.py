@@ -10,109 +10,21 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_relflat._behind import Behind
-from lightning_relflat.functional._late_gradients import Beside, LateGradients
+from lightning_relflat._layer_hook import LayerHook, LayerRecord
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
-from lightning_relflat.functional._softmax_trace import is_large
-from lightning_relflat.functional._weights import (
-    adapted_weight,
-    class_path,
-    computes,
-    has_matrix,
-    is_adapted,
-    layer_weight,
-    may_be_linear,
-)
+from lightning_relflat.functional._weights import class_path, has_matrix
 from lightning_relflat.functional.layer_flatness import flatness_of_layers
 from lightning_relflat.linear_layers import find_layer, linear_layers, listed
 
-
-@dataclass(frozen=True, eq=False)
-class LayerRecord:
-    """One pass of data through a layer.
-
-    Attributes:
-        layer: the layer.
-        features: what entered it.
-        outputs: what left it.
-        weight: a copy of its kernel or of its matrix, of shape (d, m), at that time; in the graph where there is one,
-            so that gradients reach the parameter, which an optimizer may since have changed in place or a sharding
-            strategy freed.
-        version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
-        late: a node in the layer's place, if the tap is to have one and the pass can; then ``weight`` is no copy.
-        handed: the copy of the outputs that was handed on, if one was, so that it may be changed in place.
-    """
-
-    layer: nn.Module
-    features: Tensor
-    outputs: Tensor
-    weight: Tensor
-    version: int | None
-    late: LateGradients | None = None
-    handed: Tensor | None = None
-
-    def beside(self, loss: Tensor) -> Beside | None:
-        """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such a node.
-
-        Args:
-            loss: the loss.
-
-        Returns:
-            An argument for :func:`~lightning_relflat.functional.relative_flatness`.
-        """
-        return None if self.late is None else Beside(self.late, loss)
-
-    def copied(self) -> LayerRecord:
-        """Return the record cut from the graph, with its own copies of features and outputs."""
-        features, outputs = self.features.detach().clone(), self.outputs.detach().clone()
-        weight = self.weight.detach() if self.late is None else self.weight.detach().clone()
-        return LayerRecord(self.layer, features, outputs, weight, None)
-
-    def check_unwritten(self, name: str) -> None:
-        """Raise if the outputs were written to since they left the layer.
-
-        Args:
-            name: the layer's name, for the message.
-
-        Raises:
-            RuntimeError: if they were.
-        """
-        if self.version is not None and self.outputs._version != self.version:
-            raise RuntimeError(
-                f"The outputs of layer {name!r} were changed in place after they left it, which they were not in the "
-                "first step, so that the loss can no longer be differentiated with respect to them. Use an operation "
-                "that is not in place after this layer, e.g. nn.ReLU(inplace=False)."
-            )
-
-    def check_computed(self, name: str) -> None:
-        """Raise if the outputs of a matrix are not what it makes of the features; reads the device.
-
-        Kernels that write a gradient over their input do so behind PyTorch's back.
-
-        Args:
-            name: the layer's name, for the message.
-
-        Raises:
-            RuntimeError: if they are not.
-        """
-        if not has_matrix(self.layer) or is_adapted(self.layer):  # an adapter may drop out parts of its input
-            return
-        bias = self.layer._parameters.get("bias")
-        if not computes(self.features, self.weight, bias, self.outputs):
-            raise RuntimeError(
-                f"The outputs of layer {name!r} are no longer x Wᵀ + b: something has overwritten them, as kernels do "
-                "that compute a loss and its gradient in place, or a hook computes something else. Use a loss that "
-                "leaves them as they are."
-            )
+__all__ = ["LayerRecord", "LayerTap", "did_not_run"]
 
 
 class LayerTap:
@@ -183,7 +95,7 @@ class LayerTap:
         self._mode = ExitStack()
         self._looker = Looker()
         self._records: list[LayerRecord] = []
-        self._hooks = [_LayerHook.of(candidate) for candidate in self._candidates.values()]
+        self._hooks = [LayerHook.of(candidate) for candidate in self._candidates.values()]
         for hook in self._hooks:
             hook.taps.append(self)
 
@@ -242,7 +154,7 @@ class LayerTap:
         for record in records:
             record.check_unwritten(self.name or "")
             if record.handed is not None:
-                _LayerHook.of(record.layer).hands_copies = record.handed._version > 0
+                LayerHook.of(record.layer).hands_copies = record.handed._version > 0
         return records
 
     def relative_flatness(
@@ -385,128 +297,6 @@ def _within_fabric() -> Iterator[None]:
     finally:
         for fabric, value in zip(fabrics, before, strict=True):
             fabric._in_fabric_backward = value
-
-
-class _LayerHook:
-    """The one forward hook on a layer, for all taps that listen to it.
-
-    Attributes:
-        hands_copies: whether it hands a copy of the outputs on, because what follows changes them in place; ``None``
-            as long as that is not known.
-    """
-
-    _of_layer: ClassVar[weakref.WeakKeyDictionary[nn.Module, _LayerHook]] = weakref.WeakKeyDictionary()
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = weakref.ref(layer)
-        self.taps: list[LayerTap] = []
-        self.hands_copies: bool | None = None
-        self._transposed: bool | None = None  # whether a foreign layer's weight has the shape (m, d)
-        # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
-        self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
-        # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
-        self._computed: list[Tensor] = []
-        if is_parametrized(layer, "weight"):
-            parametrization = layer.get_submodule("parametrizations.weight")
-            self._handles.append(parametrization.register_forward_hook(_Note(self._computed)))
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> _LayerHook:
-        hook = cls._of_layer.get(layer)
-        if hook is None:
-            hook = cls._of_layer[layer] = cls(layer)
-        return hook
-
-    def __call__(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
-    ) -> Tensor | None:
-        computed = self._computed.pop() if self._computed else None
-        taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
-        if not taps:
-            return None
-        features = args[0] if args else next(iter(kwargs.values()))
-        weight = self._weight(layer, features, outputs) if computed is None else computed
-        if weight is None:
-            if any(tap.name is None for tap in taps):
-                return None  # it is not among those that a tap may settle on
-            raise TypeError(
-                f"Expected argument `layer` to name a linear or convolution layer, but got {taps[0].name!r}, whose "
-                f"outputs are not x Wᵀ + b: a {class_path(layer)}."
-            )
-        late = None
-        large = any(tap.late for tap in taps) and is_large(outputs)
-        if (
-            large
-            and isinstance(layer, nn.Linear)
-            and weight is layer.weight
-            and LateGradients.suit(features, weight, outputs)
-        ):
-            late = LateGradients(features, weight, layer.bias, outputs)
-            outputs = late.outputs
-        for tap in taps:
-            if tap.behind is not None and late is None:
-                outputs = tap.behind.begin(outputs)
-        version = None if outputs.is_inference() else outputs._version
-        handed = None
-        in_graph = late is None and any(not tap.copies for tap in taps)
-        if in_graph and self.hands_copies is not False and not torch.compiler.is_compiling():
-            handed = outputs.clone()
-        record = LayerRecord(layer, features, outputs, weight if late else weight.clone(), version, late, handed)
-        for tap in taps:
-            tap.receive(record)
-        return outputs if handed is None else handed
-
-    def _weight(self, layer: nn.Module, features: Tensor, outputs: Tensor) -> Tensor | None:
-        """Return the weight that the layer computed with, or ``None`` if it turns out to compute something else."""
-        if self._transposed is None:
-            try:
-                weight = layer_weight(layer, features, outputs)
-            except TypeError:
-                return None
-            self._transposed = weight is not layer._parameters.get("weight") and may_be_linear(layer)
-            return weight
-        weight = adapted_weight(layer) if is_adapted(layer) else layer.weight  # type: ignore[assignment]
-        return weight.mT if self._transposed else weight
-
-    def drop(self, tap: LayerTap) -> None:
-        """Forget a tap, and go with the last one."""
-        self.taps.remove(tap)
-        if not self.taps:
-            for handle in self._handles:
-                handle.remove()
-            layer = self.layer()
-            if layer is not None:
-                del self._of_layer[layer]
-
-    # Models are copied (averaging callbacks) and pickled while a tap listens; the copy has nobody to tell.
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Deaf:
-        return _Deaf()
-
-    def __reduce__(self) -> tuple[type[_Deaf], tuple[()]]:
-        return _Deaf, ()
-
-
-class _Note:
-    """A forward hook that keeps the latest output."""
-
-    def __init__(self, kept: list[Tensor]) -> None:
-        self._kept = kept
-
-    def __call__(self, *args: Any) -> None:
-        self._kept[:] = [args[-1]]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Deaf:
-        return _Deaf()
-
-    def __reduce__(self) -> tuple[type[_Deaf], tuple[()]]:
-        return _Deaf, ()
-
-
-class _Deaf:
-    """What a hook becomes in a copy of the model."""
-
-    def __call__(self, *args: object) -> None:
-        """Do nothing."""
 
 
 def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:

@@ -12,15 +12,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from lightning_relflat.layer_tap import _LayerHook
+from lightning_relflat._layer_hook import LayerHook
 
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     threads = set(threading.enumerate())
-    _LayerHook._of_layer.clear()
+    LayerHook._of_layer.clear()
     yield
-    assert not _LayerHook._of_layer, f"hooks left on {list(_LayerHook._of_layer)}"
+    assert not LayerHook._of_layer, f"hooks left on {list(LayerHook._of_layer)}"
     left = [thread for thread in set(threading.enumerate()) - threads if thread.is_alive() and not thread.daemon]
     assert not left, f"threads left: {left}"
     assert not (torch.distributed.is_available() and torch.distributed.is_initialized()), "process group left"

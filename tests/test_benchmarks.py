@@ -36,7 +36,7 @@ def test_training_step(tmp_path: Path) -> None:
     case = {"body": "mlp", "classes": 3, "batch_size": 4, "steps": 10}
     found = run("training_step", tmp_path, cases=[case], memory=False)["mlp, 3 classes, batch 4"]
     assert set(found) == {
-        "plain", "FAM, named loss", "FAM, probe", "FAM, every 10th step", "SAM", "published FAM"
+        "plain", "FAM, named loss", "FAM, probe", "FAM, every 10th step", "FAM, hidden layer", "SAM", "published FAM"
     }  # fmt: skip
     assert found["plain"]["ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0, "runs": 10}
     for name, entry in found.items():
@@ -56,6 +56,16 @@ def test_the_peak_of_a_contender_in_its_own_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     peak = json.loads(done.stdout)["peak"]
     assert peak is None or peak > 2**26
+
+
+def test_estimators(tmp_path: Path) -> None:
+    situations = ["head", "contrastive"]
+    found = run("estimators", tmp_path, situations=situations, n=4, probes=3, rounds=1)
+    assert set(found) == set(situations)
+    for entry in found.values():
+        for name, candidate in entry["candidates"].items():
+            assert candidate["deviation"] > 0, name
+            assert candidate["step"]["median"] > 0, name
 
 
 def test_measuring(tmp_path: Path) -> None:
@@ -87,7 +97,7 @@ def test_scaling(tmp_path: Path) -> None:
         assert math.isfinite(axes["n"]["time_exponent"]), name
     metric = found["metric"]["2 processes"]
     for batches in (1, 3):
-        assert metric[f"{batches} batches"]["calls"] == {"all_reduce": 1, "bytes": 32}  # whatever the number of batches
+        assert metric[f"{batches} batches"]["calls"] == {"all_reduce": 1, "bytes": 40}  # whatever the number of batches
     training = found["training"]
     for steps in (1, 3):
         plain = training[f"plain, {steps} steps"]
@@ -96,7 +106,7 @@ def test_scaling(tmp_path: Path) -> None:
         assert plain["gradient_bytes_per_step"] > 0
         relative = training[f"FAM, relative, {steps} steps"]["calls"]
         assert relative["all_reduce"] == plain["calls"].get("all_reduce", 0) + steps
-    assert found["state_bytes"]["RelativeFlatness"] == 32
+    assert found["state_bytes"]["RelativeFlatness"] == 40
 
 
 def test_import_time(tmp_path: Path) -> None:
