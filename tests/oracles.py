@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
+from torch.nn import functional as F
 
 LossOfWeight = Callable[[Tensor], Tensor]
 
@@ -39,6 +41,116 @@ def kappa_per_sample(shares: LossOfWeight, weight: Tensor) -> Tensor:
 def weight_trace(loss: LossOfWeight, weight: Tensor) -> Tensor:
     """Return Tr(H), the plain trace of the Hessian over ``weight``."""
     return block_traces(loss, weight).trace()
+
+
+@contextmanager
+def computing_with(layer: nn.Module, matrix: Tensor) -> Iterator[None]:
+    """Let a Linear or a convolution compute with a matrix (d, m) in its weight's place, wherever the model runs it."""
+
+    def compute(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Tensor:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(layer, nn.Linear):
+            return F.linear(inputs, matrix, layer.bias)
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        return layer._conv_forward(inputs, matrix.reshape(layer.weight.shape), layer.bias)
+
+    handle = layer.register_forward_hook(compute, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def traces_of_layer(
+    layer: nn.Module, compute_loss: Callable[[], Tensor], *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight as a matrix W (d, m), and Tr(H_{s,s'}) for all pairs of its rows, of shape (d, d).
+
+    H is the Hessian of the loss in what the layer computes with; where the weight is used elsewhere it stays as it is.
+    Every group of a grouped convolution is a layer of its own: pairs of rows of different groups have a 0.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    d, groups = len(weight), getattr(layer, "groups", 1)
+    matrix = weight.reshape(d, -1) * 1.0
+    with computing_with(layer, matrix), torch.enable_grad():
+        [gradient] = torch.autograd.grad(compute_loss(), matrix, create_graph=True)
+    traces = [weight.new_zeros(d) for _ in range(d)]
+    group = torch.arange(d) // (d // groups)
+    if gradient.requires_grad:
+        for s in range(d):
+            for j in range(matrix.shape[1]):
+                [row] = torch.autograd.grad(
+                    gradient[s, j], matrix, retain_graph=True, create_graph=create_graph, materialize_grads=True
+                )
+                traces[s] = traces[s] + row[:, j] * (group == group[s])
+    return matrix, torch.stack(traces)
+
+
+def kappa_of_layer(layer: nn.Module, compute_loss: Callable[[], Tensor], *, create_graph: bool = False) -> Tensor:
+    """Return κ of any Linear or convolution in the loss that ``compute_loss`` makes by running the model."""
+    matrix, traces = traces_of_layer(layer, compute_loss, create_graph=create_graph)
+    return (matrix @ matrix.T * traces).sum()
+
+
+def kappa_of_rows(loss: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return Σ_{p,q} ⟨φ_p, φ_q⟩ Tr(Wᵀ A_{pq} W), A_{pq} = ∇² loss between the outputs (P, d) of rows φ (P, m).
+
+    With rows of length 1 in the sum alone: that of normalised features.
+    """
+    outputs = F.linear(rows, weight, bias)
+    blocks: Tensor = hessian(loss, outputs)
+    units = F.normalize(rows, dim=1)
+    return torch.einsum("pm,qm,psqt,sj,tj->", units, units, blocks, weight, weight)
+
+
+@contextmanager
+def norms_by_hand(*norms: nn.Module) -> Iterator[None]:
+    """Let normalisations compute in elementary operations, those over a batch in training mode by fixed statistics."""
+
+    def compute(norm: Any, args: tuple[Tensor, ...], _: Any) -> Tensor:
+        [x] = args
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        values, whole = x, x.shape
+        if isinstance(norm, nn.LayerNorm):
+            shape, dims = list(norm.normalized_shape), tuple(range(-len(norm.normalized_shape), 0))
+        elif isinstance(norm, nn.GroupNorm):
+            values, dims = x.reshape(len(x), norm.num_groups, -1), (-1,)
+        elif isinstance(norm, nn.modules.instancenorm._InstanceNorm):
+            dims = tuple(range(2, x.ndim))
+        else:
+            assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            assert norm.training
+            dims = (0, *range(2, x.ndim))
+        mean = values.mean(dims, keepdim=True)
+        variance = (values - mean).square().mean(dims, keepdim=True)
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            mean, variance = mean.detach(), variance.detach()
+        values = ((values - mean) / (variance + norm.eps).sqrt()).reshape(whole)
+        if norm.weight is None:
+            return values
+        return values * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(compute).remove)
+        yield
+
+
+def slope(
+    value: Callable[[], Tensor], parameters: Sequence[Tensor], direction: Sequence[Tensor], *, step: float = 1e-5
+) -> float:
+    """Return the derivative of a value along a direction by central differences, which need no derivative of it."""
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, part in zip(parameters, direction, strict=True):
+                parameter.add_(part, alpha=sign * step)
+        ends.append(float(value()))
+        with torch.no_grad():
+            for parameter, part in zip(parameters, direction, strict=True):
+                parameter.sub_(part, alpha=sign * step)
+    return (ends[0] - ends[1]) / (2 * step)
 
 
 def criterion_loss(criterion: nn.Module, outputs: Tensor, target: Any, *, class_dim: int, reduction: str) -> Tensor:

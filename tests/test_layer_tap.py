@@ -80,14 +80,46 @@ def test_without_gradients_nothing_is_recorded_for_the_graph() -> None:
     tap.close()
 
 
-def test_outputs_changed_in_place_are_refused() -> None:
+def test_outputs_may_be_changed_in_place_if_the_first_step_shows_it() -> None:
     net = make_net()
     tap = LayerTap(net, "2")
-    tap.start()
-    run(net).relu_()
-    with pytest.raises(RuntimeError, match=r"The outputs of layer '2' were changed in place"):
-        tap.take()
+    for _ in range(3):
+        tap.start()
+        inputs = torch.randn(5, 4)
+        outputs = run(net, inputs).relu_()
+        [record] = tap.take()
+        assert torch.equal(record.outputs, net[2](net[1](net[0](inputs))))
+        assert torch.equal(outputs, record.outputs.relu())
+        [gradient] = torch.autograd.grad(outputs.sum(), record.outputs)
+        assert torch.equal(gradient, (record.outputs > 0).float())
     tap.close()
+
+
+def test_a_copy_is_handed_on_only_where_outputs_are_changed_in_place() -> None:
+    for inplace in (False, True):
+        net = make_net()
+        tap = LayerTap(net, "2", through_loss=False)
+        shared = []
+        for _ in range(2):
+            tap.start()
+            outputs = run(net)
+            shared.append(outputs.data_ptr())
+            if inplace:
+                outputs.relu_()
+            [record] = tap.take()
+            shared[-1] = shared[-1] == record.outputs.data_ptr()
+        assert shared == [False, not inplace]
+        tap.close()
+
+
+def test_outputs_changed_in_place_in_a_later_step_alone_are_refused() -> None:
+    net = make_net()
+    with LayerTap(net, "2") as tap:
+        run(net)
+        tap.take()
+        with pytest.raises(RuntimeError, match=r"The outputs of layer '2' were changed in place"):
+            run(net).relu_()
+            tap.take()
 
 
 def test_the_last_linear_layer_that_ran() -> None:
@@ -155,8 +187,8 @@ class OwnForward(nn.Linear):
     ("net", "name", "message"),
     [
         (make_net(), "4", r"one of '0', '2', '3', but got '4'\."),
-        (make_net(), "1", r"one of '0', '2', '3', but got '1', a ReLU\."),
-        (nn.Sequential(OwnForward(2, 2)), "0", r"one of none, but got '0', a OwnForward\."),
+        (make_net(), "1", r"one of '0', '2', '3', but got '1', a torch\.nn\.modules\.activation\.ReLU\."),
+        (nn.Sequential(nn.Bilinear(2, 2, 2)), "0", r"one of none, but got '0', a torch\.nn\.modules\.linear\.Bilinear\."),
         (nn.Sequential(nn.Conv2d(1, 1, 1)), None, r"has no nn.Linear, but got None. Layers that can be named: '0'\."),
     ],
 )
@@ -164,3 +196,18 @@ def test_refused(net: nn.Module, name: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerTap(net, name)
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_linear_subclass_that_computes_something_else_is_refused_when_it_runs() -> None:
+    net = nn.Sequential(OwnForward(2, 2), nn.Linear(2, 2))
+    with (
+        LayerTap(net, "0"),
+        pytest.raises(TypeError, match=r"got '0', whose outputs are not x Wᵀ \+ b: a tests\.test_layer_tap\.OwnForward\."),
+    ):
+        net(torch.ones(3, 2))
+    with LayerTap(net) as tap:  # nor is it what an open tap settles on
+        net[0](torch.ones(3, 2))
+        assert tap.take() == []
+        net(torch.ones(3, 2))
+        net[0](torch.ones(3, 2))
+        assert [record.layer for record in tap.take()] == [net[1]]

@@ -269,13 +269,15 @@ def with_error(value: float, error: float) -> str:
         error: the standard error.
 
     Returns:
-        Their text.
+        Their text; a dash for a value that is not known.
 
     Example:
         >>> from lightning_relflat.cli._shared import with_error
         >>> with_error(12.3456, 0.0234), with_error(1234.5, 67.8), with_error(0.5, 0.0)
         ('12.346 ± 0.023', '1234 ± 68', '0.5 ± 0')
     """
+    if math.isnan(value):
+        return "–"
     if not (math.isfinite(error) and math.isfinite(value) and error > 0):
         return f"{number(value)} ± {number(error)}"
     digits = 1 - math.floor(math.log10(error))

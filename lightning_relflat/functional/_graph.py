@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointError
 
 
 def depends(loss: Tensor, outputs: Tensor) -> bool:
@@ -263,9 +264,17 @@ def naming_the_cause() -> Iterator[None]:
     """Say what it means when PyTorch itself refuses to differentiate twice."""
     try:
         yield
+    except CheckpointError as error:
+        raise RuntimeError(
+            "Activation checkpointing lies between the layer and the loss, around a normalisation or attention that is "
+            "written out where it follows the layer; computed anew, it is not. Penalise a layer behind what is "
+            "checkpointed, or leave out checkpointing there."
+        ) from error
     except RuntimeError as error:
-        # PyTorch's words: of compiled functions (two of them), and of operations without a second derivative
-        if not any(words in str(error) for words in ("double backward", "donated buffers", "not implemented")):
+        # PyTorch's words: of compiled functions (two of them), of operations without a second derivative, and of
+        # re-entrant checkpointing
+        words = ("double backward", "donated buffers", "not implemented", "use_reentrant=True")
+        if not any(word in str(error) for word in words):
             raise
         raise _not_twice(str(error)) from error
 

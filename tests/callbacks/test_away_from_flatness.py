@@ -143,14 +143,16 @@ def test_with_a_constant_hessian(options: dict[str, Any], form: dict[str, Any]) 
 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("trace", [False, True])
-def test_probes_of_the_trace_lie_in_the_space_of_the_outputs(trace: bool, normalized: bool) -> None:
+def test_probes_lie_in_the_space_of_the_outputs(trace: bool, normalized: bool) -> None:
     def probed(net: Net, batch: Batch, step: int) -> Tensor:
         features = net.features(batch[0])
         outputs = net.head(features)
         generator = torch.Generator().manual_seed(probe_seed(0, step, 0))
-        shape = outputs.shape if trace else features.shape
-        probes = torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
-        pushed = net.head.weight.square().sum().sqrt() * probes if trace else probes @ net.head.weight.T
+        probes = torch.randint(0, 2, outputs.shape, generator=generator).double() * 2 - 1
+        # Those of κ lie in the span of W's rows, of which there are as many as outputs.
+        basis = torch.linalg.qr(net.head.weight.detach().T)[0]
+        weight = net.head.weight
+        pushed = weight.square().sum().sqrt() * probes if trace else probes @ basis.T @ weight.T
         hessian: Tensor = torch.autograd.functional.hessian(
             lambda value: net.criterion(value, batch[1]), outputs, create_graph=True
         )
@@ -472,7 +474,7 @@ def assert_untouched_but_parametrized(net: Net) -> None:
     ("options", "message"),
     [
         ({"norm": "spectral", "max_norm": 1.0}, "`max_norm` to be None .* a spectral norm is that of a matrix"),
-        ({"measure": "trace"}, "`layer` to name an nn.Linear for measure='trace', but got 'conv', a Conv2d"),
+        ({"loss": "cross_entropy"}, "`layer` to name an nn.Linear where the loss is named, but got 'conv', a Conv2d"),
     ],
 )
 def test_what_a_convolution_has_not(options: dict[str, Any], message: str) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional.layer_flatness import probe_seed
+from lightning_relflat.layer_tap import LayerTap
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
 
@@ -45,16 +46,28 @@ def definition_with_constant_hessian(net: Net, batch: Batch, step: int) -> Tenso
 
 
 def fixed_probe(net: Net, batch: Batch, step: int, *, seed: int = 0) -> Tensor:
-    """Return Σ_i ‖φ_i‖² uᵢᵀ ∇² uᵢ with the probes that FAM draws, from the dense Hessian over all outputs."""
+    """Return Σ_i ‖φ_i‖² uᵢᵀ ∇² uᵢ with the probes that FAM draws, from the dense Hessian over all outputs.
+
+    They lie in the span of W's rows, of which there are fewer than features; its basis counts as a constant.
+    """
     features = net.features(batch[0])
+    basis = torch.linalg.qr(net.head.weight.detach().T)[0]
     generator = torch.Generator().manual_seed(probe_seed(seed, step, 0))
-    probes = torch.randint(0, 2, features.shape, generator=generator).double() * 2 - 1
+    signs = torch.randint(0, 2, (len(features), 3), generator=generator).double() * 2 - 1
+    probes = signs @ basis.T
     outputs = net.head(features)
     hessian: Tensor = torch.autograd.functional.hessian(
         lambda value: net.criterion(value, batch[1]), outputs, create_graph=True
     )
     pushed = probes @ net.head.weight.T
     return torch.einsum("n,ns,nsnt,nt->", features.square().sum(dim=1), pushed, hessian, pushed)
+
+
+def tapped(net: Net, batch: Batch, step: int, *, layer: str = "body") -> Tensor:
+    """Return what a plain loop has for κ, with the probes that FAM draws."""
+    generator = torch.Generator().manual_seed(probe_seed(0, step, 0))
+    with LayerTap(net, layer) as tap:
+        return tap.relative_flatness(net.loss(batch), probes=2, generator=generator)
 
 
 def train_by_hand(net: Net, batches: list[Batch], penalty: Penalty, coefficients: list[float]) -> Net:
@@ -123,6 +136,13 @@ def test_three_steps_with_fixed_probes_equal_the_dense_hessian(kind: type[Net]) 
     net, twin = twins(kind)
     train(net, FAM("head", -0.05))
     assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), fixed_probe, [-0.05] * 3))
+
+
+@pytest.mark.parametrize("kind", [Net, ManualNet])
+def test_three_steps_with_fixed_probes_equal_a_plain_loop_with_a_tap(kind: type[Net]) -> None:
+    net, twin = twins(kind)
+    train(net, FAM("body", 0.05, probes=2))
+    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), tapped, [0.05] * 3))
 
 
 @pytest.mark.parametrize("layer", ["head", None])
@@ -544,6 +564,11 @@ class InPlace(Net):
         return F.relu(super().forward(inputs), inplace=True)
 
 
+class InPlaceLater(Net):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.criterion(F.relu(self(batch[0]), inplace=batch_idx == 1), batch[1])
+
+
 class NaNLoss(Net):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.loss(batch) * (math.nan if batch_idx == 1 else 1)
@@ -600,9 +625,15 @@ REFUSED: dict[str, tuple[type[Net], Callable[[], FAM], type[BaseException], str 
         Net,
         lambda: FAM("hed"),
         ValueError,
-        r"Expected argument `layer` to name a Linear, .* of Net, one of 'body', 'head', but got 'hed'\.",
+        r"Expected argument `layer` to name a linear or convolution layer of tests\.models\.Net, one of 'body', "
+        r"'head', but got 'hed'\.",
     ),
-    "not linear": (Net, lambda: FAM("drop"), ValueError, r"one of 'body', 'head', but got 'drop', a Dropout\."),
+    "not linear": (
+        Net,
+        lambda: FAM("drop"),
+        ValueError,
+        r"one of 'body', 'head', but got 'drop', a torch\.nn\.modules\.dropout\.Dropout\.",
+    ),
     "named loss on a convolution": (
         Conv,
         lambda: FAM("conv", loss="mse"),
@@ -617,7 +648,12 @@ REFUSED: dict[str, tuple[type[Net], Callable[[], FAM], type[BaseException], str 
         RuntimeError,
         r"does not depend on the outputs of layer 'head', so that there is nothing to penalise",
     ),
-    "changed in place": (InPlace, lambda: FAM("head"), RuntimeError, r"'head' were changed in place .*inplace=False"),
+    "changed in place in a later step alone": (
+        InPlaceLater,
+        lambda: FAM("head"),
+        RuntimeError,
+        r"'head' were changed in place after they left it, which they were not in the first step, .*inplace=False",
+    ),
     "nan loss": (NaNLoss, lambda: FAM("head"), RuntimeError, r"the loss of training step 1 is nan"),
     "infinite loss": (InfiniteLoss, lambda: FAM("head"), RuntimeError, r"the loss of training step 0 is inf"),
     "infinite penalty": (
@@ -687,7 +723,7 @@ def test_refused_with_nothing_left_behind(case: str, monitored: bool) -> None:
 def test_a_frozen_head_is_said_and_what_comes_before_is_penalised() -> None:
     net, twin = twins(Frozen)
     twin.head.requires_grad_(False)
-    with pytest.warns(UserWarning, match="the weight of layer 'head' is frozen. The penalty reaches only"):
+    with pytest.warns(UserWarning, match="layer 'head' has a frozen weight. The penalty reaches only what"):
         train(net, FAM("head", 0.3, loss="cross_entropy"))
     assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
 
@@ -735,9 +771,28 @@ def test_only_in_fit() -> None:
     assert "fam/penalty" not in trainer.callback_metrics
 
 
-@pytest.mark.parametrize("form", [{}, {"loss": "cross_entropy"}, {"through_hessian": False}], ids=str)
-def test_a_step_reads_no_value_but_to_check_that_it_is_finite(form: dict[str, Any]) -> None:
-    # On a GPU every such reading makes the host wait; there these two are read when the epoch ends.
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("named", [{"loss": "cross_entropy"}, {"probes": None}], ids=["named", "exact"])
+def test_outputs_may_be_changed_in_place(named: dict[str, Any], inplace: bool) -> None:
+    class Doubled(Net):
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs = super().forward(inputs)
+            return outputs.mul_(1.0) if inplace else outputs
+
+    net, twin = twins(Doubled)
+    train(net, FAM("head", 0.3, **named), max_epochs=2)
+    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES) * 2, definition, [0.3] * 6))
+
+
+@pytest.mark.parametrize("layer", ["head", "body"])
+@pytest.mark.parametrize(
+    "form", [{}, {"loss": "cross_entropy"}, {"through_hessian": False}, {"probes": None}, {"relative": True}], ids=str
+)
+def test_only_the_first_step_of_an_epoch_reads_more_than_whether_values_are_finite(
+    form: dict[str, Any], layer: str
+) -> None:
+    # On a GPU every such reading makes the host wait; there these two are read when the epoch ends. The first step
+    # looks at how rows meet.
     class Count(TorchDispatchMode):
         read = 0
 
@@ -747,17 +802,25 @@ def test_a_step_reads_no_value_but_to_check_that_it_is_finite(form: dict[str, An
 
     class Watch(Callback):
         def __init__(self) -> None:
-            self.count = Count()
+            self.reads: list[int] = []
 
         def on_train_batch_start(self, *_: Any) -> None:
+            self.count = Count()
             self.count.__enter__()
 
         def on_before_backward(self, *_: Any) -> None:
             self.count.__exit__(None, None, None)
+            self.reads.append(self.count.read)
 
-    read = []
-    for fams in ([], [FAM("head", **form)]):
+    if layer == "body" and "loss" in form:
+        pytest.skip("a named loss is computed from the outputs of the layer")
+    reads = []
+    for fams in ([], [FAM(layer, **form)]):
         watch = Watch()
-        make_trainer(callbacks=[*fams, watch]).fit(Net(), make_loader(SIZES, dtype=torch.float32))
-        read.append(watch.count.read)
-    assert read[1] - read[0] == 2 * len(SIZES)
+        loader = make_loader([5, 5, 5], dtype=torch.float32)
+        make_trainer(callbacks=[*fams, watch], max_epochs=2).fit(Net(), loader)
+        reads.append(watch.reads)
+    assert len(reads[0]) == 6
+    more = [read - plain for plain, read in zip(*reads, strict=True)]
+    assert more[1:3] + more[4:] == [2] * 4
+    assert more[0] > 2  # which shows that readings are seen

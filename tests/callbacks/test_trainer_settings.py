@@ -390,26 +390,58 @@ class ConvNet(Net):
         return self.after(self.features(inputs))
 
 
-def laplacian_definition(net: Any, batch: Batch) -> Tensor:
-    """Return Σ_i ‖φ_i‖² times the Laplacian of the loss in the layer's input, from the dense Hessian."""
-    features = net.features(batch[0])
+def of_kernel(net: Any, batch: Batch, *, trace: bool = False) -> Tensor:
+    """Return κ of the kernel as a matrix, or ‖W‖² Tr(H), from the dense Hessian over it."""
+    features, conv = net.features(batch[0]), net.conv
+
+    def loss(matrix: Tensor) -> Tensor:
+        outputs = F.conv2d(features, matrix.reshape(conv.weight.shape), conv.bias, conv.stride, conv.padding)
+        value: Tensor = net.criterion(net.head(torch.tanh(outputs).flatten(1)), batch[1])
+        return value
+
+    matrix = conv.weight.flatten(1)
+    if trace:
+        return matrix.square().sum() * block_traces(loss, matrix, create_graph=True).trace()
+    return kappa(loss, matrix, create_graph=True)
+
+
+def of_unit_patches(net: Any, batch: Batch) -> Tensor:
+    """Return κ as if every patch had the length 1, from the dense Hessian over all outputs."""
+    features, conv = net.features(batch[0]), net.conv
+    outputs = conv(features)
     hessian: Tensor = torch.autograd.functional.hessian(
-        lambda value: net.criterion(net.after(value.reshape(features.shape)), batch[1]),
-        features.flatten(1),
-        create_graph=True,
+        lambda value: net.criterion(net.head(torch.tanh(value).flatten(1)), batch[1]), outputs, create_graph=True
     )
-    return torch.einsum("n,nini->", features.flatten(1).square().sum(dim=1), hessian)
+    patches = F.normalize(F.unfold(features, 2, padding=1, stride=2), dim=1)  # (n, m, positions)
+    blocks = hessian.flatten(2, 3).flatten(-2)  # (n, d, positions, n, d, positions)
+    matrix = conv.weight.flatten(1)
+    return torch.einsum("njp,Njq,sk,tk,nspNtq->", patches, patches, matrix, matrix, blocks)
 
 
-def test_a_convolution() -> None:
-    net = ConvNet(lr=0.2).double()
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("options", "penalty"),
+    [
+        ({}, of_kernel),
+        ({"measure": "trace"}, partial(of_kernel, trace=True)),
+        ({"normalize_features": True}, of_unit_patches),
+    ],
+    ids=["kappa", "trace", "unit"],
+)
+def test_a_convolution(options: dict[str, Any], penalty: Callable[[Any, Batch], Tensor], inplace: bool) -> None:
+    class InPlace(ConvNet):
+        def after(self, features: Tensor) -> Tensor:
+            outputs: Tensor = self.head(self.conv(features).tanh_().flatten(1))
+            return outputs
+
+    net = (InPlace if inplace else ConvNet)(lr=0.2).double()
     twin = copy.deepcopy(net)
-    train(net, FAM("conv", 0.05, probes=None))
+    train(net, FAM("conv", 0.05, probes=None, **options))
     assert_untouched(net)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.2)
     for batch in make_batches(SIZES):
         optimizer.zero_grad()
-        (twin.loss(batch) + 0.05 * laplacian_definition(twin, batch)).backward()
+        (twin.loss(batch) + 0.05 * penalty(twin, batch)).backward()
         optimizer.step()
     assert_same_weights(net, twin)
 
