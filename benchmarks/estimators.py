@@ -179,7 +179,7 @@ class Situation:
 
     @staticmethod
     def _using(draw: Draw | None) -> AbstractContextManager[Any]:
-        return nullcontext() if draw is None else patch("lightning_relflat.functional.layer_flatness.draw", draw)
+        return nullcontext() if draw is None else patch("lightning_relflat.functional._families.draw", draw)
 
 
 def _backward(loss: Tensor) -> None:

@@ -36,7 +36,7 @@ class Door(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, switch: Switch) -> Tensor:
         """Pass on."""
         ctx.switch = switch
-        return value.view_as(value)
+        return value.data  # not a view, so that whatever follows in place is seen in its version
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:

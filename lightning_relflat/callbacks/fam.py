@@ -20,6 +20,7 @@ from lightning_relflat.callbacks._base import (
 from lightning_relflat.callbacks._loss_ratio import LossRatio
 from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
 from lightning_relflat.callbacks._weight_cap import Norm, WeightCap, check_max_norm, check_norm
+from lightning_relflat.curvature import check_claim
 from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
 from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional._probes import Measure
@@ -177,7 +178,7 @@ class FAM(Callback):
         self._ratio = LossRatio()
         self._suffix = ""
         self._announced: str | None = None
-        self._warned = self._checked = False
+        self._warned = self._checked = self._verified = False
         self._coefficient = 0.0  # of the step; 0 also where none is due
         self._step = 0
         self._batch: Any = None
@@ -209,7 +210,7 @@ class FAM(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and wrap the module's methods."""
         self._forget_step()
-        self._warned = self._checked = False
+        self._warned = self._checked = self._verified = False
         self._begin_epoch()
         self._suffix = name_suffix(trainer, FAM, self.layer)
         # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
@@ -324,7 +325,8 @@ class FAM(Callback):
         self._not_finite: Tensor | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look again at what lies behind the layer, which may have changed."""
+        """Look again at what lies behind the layer, and whether the loss is the one named; both may have changed."""
+        self._verified = False
         if self._tap is not None:
             self._tap.look_again()
 
@@ -415,12 +417,11 @@ class FAM(Callback):
             if kappa is not None and self._tap.flat:
                 self._warn("has κ = 0, because the loss is piecewise linear in its outputs: FAM adds nothing.")
             return kappa
-        records, self._records = self._records, []
-        if not self._module.automatic_optimization:
-            # A named loss is penalised once, with the first loss that depends on the pass.
-            self._records = [record for record in records if not depends(loss, record.outputs)]
-            records = [record for record in records if record not in self._records]
+        # A named loss is penalised once, with the first loss that depends on the pass; other passes do not count.
+        records = [record for record in self._records if depends(loss, record.outputs)]
+        self._records = [record for record in self._records if record not in records]
         target = find_target(self._batch, self.target)
+        self._check_claim(loss, records, target)
         kappas = [
             relative_flatness(
                 record.features if self.through_hessian else record.features.detach(),
@@ -472,6 +473,21 @@ class FAM(Callback):
             )
         if frozen:
             self._warn("has a frozen weight. The penalty reaches only what comes before it.")
+
+    def _check_claim(self, loss: Tensor, records: list[LayerRecord], target: Any) -> None:
+        """Check once an epoch that the loss trained with has the curvature of the one that is named."""
+        assert self.criterion is not None
+        # Where outputs are very many, a second derivative of them would not fit beside them.
+        if self._verified or not records or any(record.late for record in records):
+            return
+        verdict = check_claim(loss, [record.outputs for record in records], target, self.criterion)
+        if verdict.holds is False:
+            name = "" if self._tap is None else self._tap.name
+            raise RuntimeError(
+                f"{self!r}: the loss that is trained with is not {self.criterion} of the outputs of layer {name!r}: "
+                f"{verdict.reason}. Leave out `loss`: then the curvature comes from the loss itself."
+            )
+        self._verified = verdict.holds is True
 
     def _check_computed(self) -> None:
         """Check once that the outputs are still what the layer has made of its features."""

@@ -161,8 +161,12 @@ def _refuse_norms(between: set[Node]) -> None:
 
 
 _LINEAR_FUNCTIONS: weakref.WeakSet[type[torch.autograd.Function]] = weakref.WeakSet()
-# Functions that gather over processes, whose terms over processes do not count (docs/trainer_settings.md).
-_GATHERING = ("GatherLayer", "AllGather", "_AllGather", "AllGatherGrad", "AllGatherFunction")
+# Linear ones that are often met: those that gather over processes (docs/trainer_settings.md says what counts), modules'
+# backward hooks, and products with quantised weights.
+_KNOWN_TO_BE_LINEAR = {
+    *("GatherLayer", "AllGather", "_AllGather", "AllGatherGrad", "AllGatherFunction"),
+    *("BackwardHookFunction", "MatMul4Bit", "MatMul8bitLt"),
+}
 
 
 def declare_linear(function: Any) -> Any:
@@ -222,7 +226,7 @@ def _is_linear(node: Any) -> bool:
     return (
         kind in _LINEAR_FUNCTIONS
         or kind.__module__.startswith(("lightning_relflat._behind", "torch.distributed", "torch.nn.parallel"))
-        or kind.__name__ in _GATHERING
+        or kind.__name__ in _KNOWN_TO_BE_LINEAR
     )
 
 

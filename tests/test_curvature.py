@@ -1,0 +1,178 @@
+"""A named loss is a claim about the loss that is trained with, and is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_relflat import FAM
+from lightning_relflat.curvature import check_claim
+from tests.callbacks.test_fam import assert_same_weights, definition, train_by_hand
+from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+
+N, D = 24, 5
+MIX = torch.randn(D, D, generator=torch.Generator().manual_seed(3)).double()
+WEIGHTS = torch.tensor([1.0, 5.0, 0.2, 1.0, 2.0]).double()
+
+
+def outputs_and_target() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(N, D, generator=generator).double().requires_grad_()
+    return outputs, torch.randint(0, D, (N,), generator=generator)
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(z, y, reduction="none")
+    return ((1 - (-each).exp()) ** 2 * each).mean()
+
+
+HOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "itself": F.cross_entropy,
+    "smoothing left out": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1),
+    "mixup": lambda z, y: 0.7 * F.cross_entropy(z, y) + 0.3 * F.cross_entropy(z, y.flip(0)),
+    "a term that is linear in the outputs": lambda z, y: F.cross_entropy(z, y) + z.mean(),
+    "a term of something else": lambda z, y: F.cross_entropy(z, y) + MIX.square().sum(),
+}
+FAILS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "a factor": (lambda z, y: 0.3 * F.cross_entropy(z, y), "0.3 times"),
+    "a sum": (lambda z, y: F.cross_entropy(z, y, reduction="sum"), f"{N} times"),
+    "scaled outputs": (lambda z, y: F.cross_entropy(z / 0.1, y), "differs by"),
+    "class weights left out": (lambda z, y: F.cross_entropy(z, y, weight=WEIGHTS), "differs by"),
+    "masked rows": (lambda z, y: F.cross_entropy(z[:7], y[:7]), "rows have no share"),
+    "a layer between": (lambda z, y: F.cross_entropy(z.tanh() @ MIX, y), "differs by"),
+    "focal loss": (focal, "differs by"),
+    "another criterion": (lambda z, y: F.mse_loss(z, F.one_hot(y, D).double()), "differs by"),
+    "piecewise linear": (lambda z, y: F.l1_loss(z, F.one_hot(y, D).double()), "no second derivatives|piecewise linear"),
+    "an entropy bonus": (
+        lambda z, y: F.cross_entropy(z, y) + 0.1 * (z.softmax(1) * z.log_softmax(1)).sum(1).mean(),
+        "differs by|times",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", HOLDS)
+def test_what_does_not_change_the_curvature_passes(case: str, dtype: torch.dtype) -> None:
+    outputs, target = outputs_and_target()
+    outputs = outputs.detach().to(dtype).requires_grad_()
+    assert check_claim(HOLDS[case](outputs, target), [outputs], target, nn.CrossEntropyLoss()).holds
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", FAILS)
+def test_what_changes_it_is_caught_with_a_reason(case: str, dtype: torch.dtype) -> None:
+    loss, reason = FAILS[case]
+    outputs, target = outputs_and_target()
+    mixed = outputs.detach().to(dtype).requires_grad_()
+    if dtype is torch.float32 and case in ("class weights left out", "a layer between"):
+        pytest.skip("its constants are in float64")
+    verdict = check_claim(loss(mixed, target), [mixed], target, nn.CrossEntropyLoss())
+    assert verdict.holds is False
+    assert any(part in verdict.reason for part in reason.split("|")), verdict.reason
+
+
+def test_two_passes_count_by_themselves() -> None:
+    outputs, target = outputs_and_target()
+    other = outputs.detach().flip(0).requires_grad_()
+    losses = F.cross_entropy(outputs, target), F.cross_entropy(other, target)
+    claim = [outputs, other], target, nn.CrossEntropyLoss()
+    assert check_claim(losses[0] + losses[1], *claim).holds
+    assert check_claim((losses[0] + losses[1]) / 2, *claim).holds is False  # R-Drop's mean of two passes
+
+
+def test_a_flat_loss_says_nothing() -> None:
+    _, target = outputs_and_target()
+    saturated = (1e3 * F.one_hot(target, D).double()).requires_grad_()
+    assert check_claim(F.cross_entropy(saturated, target), [saturated], target, nn.CrossEntropyLoss()).holds is None
+
+
+class InAdvance(torch.autograd.Function):
+    """Cross-entropy with its gradient computed in the forward pass, as fused kernels do."""
+
+    factor = 1.0
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward((z.softmax(1) - F.one_hot(y, z.shape[1])) / len(z))
+        return F.cross_entropy(z, y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return InAdvance.factor * gradients[0] * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_without_second_derivatives_the_gradients_are_compared(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InAdvance, "factor", factor)
+    outputs, target = outputs_and_target()
+    loss: Tensor = InAdvance.apply(outputs, target)
+    assert check_claim(loss, [outputs], target, nn.CrossEntropyLoss()).holds is (factor == 1)
+
+
+def test_no_random_number_is_drawn_from_the_run() -> None:
+    outputs, target = outputs_and_target()
+    torch.manual_seed(5)
+    check_claim(F.cross_entropy(outputs, target), [outputs], target, nn.CrossEntropyLoss())
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+class Other(Net):
+    """Trains on another loss than the one that is named."""
+
+    change: Callable[[Tensor, Tensor], Tensor]
+
+    def loss(self, batch: Batch) -> Tensor:
+        return type(self).change(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z, y: F.cross_entropy(z / 0.1, y),
+        lambda z, y: 0.3 * F.cross_entropy(z, y),
+        lambda z, y: F.cross_entropy(z[1:], y[1:]),
+        lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([1.0, 5.0, 0.2]).to(z)),
+    ],
+)
+@pytest.mark.parametrize("base", [Net, ManualNet])
+def test_fam_refuses_before_the_optimizer_moves(base: type[Net], change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    net = type("Changed", (Other, base), {"change": staticmethod(change)})().double()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    with pytest.raises(RuntimeError, match=r"is not CrossEntropyLoss\(\) of the outputs of layer 'head'.*Leave out"):
+        make_trainer(precision="64-true", callbacks=[FAM("head", 0.1, loss="cross_entropy")]).fit(net, make_loader([5]))
+    assert all(torch.equal(now, then) for now, then in zip(net.parameters(), before, strict=True))
+    assert not net.head._forward_hooks
+
+
+def test_a_loss_that_changes_is_refused_in_the_next_epoch() -> None:
+    class Changing(Net):
+        def loss(self, batch: Batch) -> Tensor:
+            return super().loss(batch) * (0.5 if self.current_epoch else 1.0)
+
+    net = Changing().double()
+    trainer = make_trainer(precision="64-true", max_epochs=2, callbacks=[FAM("head", 0.1, loss="cross_entropy")])
+    with pytest.raises(RuntimeError, match=r"0\.5 times"):
+        trainer.fit(net, make_loader([5, 4]))
+    assert trainer.current_epoch == 1
+
+
+def test_a_pass_that_the_loss_does_not_depend_on_does_not_count() -> None:
+    class Accuracy(Net):
+        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self(batch[0]).argmax(dim=1)  # with gradients, as a careless metric has it
+            return loss
+
+    sizes = [5, 4, 6]
+    net = Accuracy().double()
+    twin = Net().double()
+    twin.load_state_dict(net.state_dict())
+    make_trainer(precision="64-true", callbacks=[FAM("head", 0.3, loss="cross_entropy")]).fit(net, make_loader(sizes))
+    assert_same_weights(net, train_by_hand(twin, make_batches(sizes), definition, [0.3] * 3))
