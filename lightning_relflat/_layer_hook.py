@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_relflat._behind import Behind
+from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional._late_gradients import Beside, LateGradients
 from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import (
@@ -38,6 +39,7 @@ class LayerRecord:
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
         late: a node in the layer's place, if the tap is to have one and the pass can; then ``weight`` is no copy.
         handed: the copy of the outputs that was handed on, if one was, so that it may be changed in place.
+        age: how often the layer's parameters had been changed in place.
     """
 
     layer: nn.Module
@@ -47,6 +49,7 @@ class LayerRecord:
     version: int | None
     late: LateGradients | None = None
     handed: Tensor | None = None
+    age: int = 0
 
     def beside(self, loss: Tensor) -> Beside | None:
         """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such a node.
@@ -59,11 +62,22 @@ class LayerRecord:
         """
         return None if self.late is None else Beside(self.late, loss)
 
+    def is_in(self, loss: Tensor) -> bool:
+        """Return whether a loss depends on the pass.
+
+        Args:
+            loss: the loss.
+
+        Returns:
+            Whether it does.
+        """
+        return self.outputs.requires_grad and depends(loss, self.outputs)
+
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
         features, outputs = self.features.detach().clone(), self.outputs.detach().clone()
         weight = self.weight.detach() if self.late is None else self.weight.detach().clone()
-        return LayerRecord(self.layer, features, outputs, weight, None)
+        return LayerRecord(self.layer, features, outputs, weight, None, age=self.age)
 
     def check_unwritten(self, name: str) -> None:
         """Raise if the outputs were written to since they left the layer.
@@ -183,7 +197,9 @@ class LayerHook:
         in_graph = late is None and any(not tap.copies for tap in taps)
         if in_graph and self.hands_copies is not False and not torch.compiler.is_compiling():
             handed = outputs.clone()
-        record = LayerRecord(layer, features, outputs, weight if late else weight.clone(), version, late, handed)
+        age = sum(parameter._version for parameter in layer.parameters())
+        copied = weight if late else weight.clone()
+        record = LayerRecord(layer, features, outputs, copied, version, late, handed, age)
         for tap in taps:
             tap.receive(record)
         return outputs if handed is None else handed

@@ -114,6 +114,11 @@ class LayerTap:
         """Whether the loss last measured is piecewise linear in the outputs, so that its κ is 0 whatever they are."""
         return self._looker.last is not None and self._looker.last.flat
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are records that have not been handed out."""
+        return bool(self._records)
+
     def start(self) -> None:
         """Forget what was recorded and begin to record."""
         self.stop()
@@ -134,10 +139,14 @@ class LayerTap:
         self._looking = True
         self._looker = Looker()
 
-    def take(self) -> list[LayerRecord]:
+    def take(self, loss: Tensor | None = None) -> list[LayerRecord]:
         """Hand out what was recorded since the last time, in order, and forget it.
 
-        If the layer was left open, it is settled now: the last one that ran.
+        If the layer was left open, it is settled now: the last one that ran, of those that a loss depends on.
+
+        Args:
+            loss: the loss. If it depends on none of the layers that were left open, nothing is handed out and none is
+                forgotten.
 
         Returns:
             The records; none if no layer ran.
@@ -149,7 +158,11 @@ class LayerTap:
         if not records:
             return []
         if len(self._candidates) > 1:
-            self._settle(records[-1].layer)
+            last = next((record for record in reversed(records) if loss is None or record.is_in(loss)), None)
+            if last is None:
+                self._records = records
+                return []
+            self._settle(last.layer)
         records = [record for record in records if record.layer is self.layer]
         for record in records:
             record.check_unwritten(self.name or "")
@@ -181,8 +194,8 @@ class LayerTap:
             RuntimeError: if the layer did not run with gradients, or its outputs were changed in place since.
             ValueError: if the loss does not depend on the layer.
         """
-        records = self.take()
-        if not records:
+        records = self.take(loss)
+        if not records and not self.pending:
             raise RuntimeError(f"There is no flatness to compute, because {did_not_run(self)} with gradients.")
         kappa = self.flatness_of(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
         if kappa is None:
@@ -218,6 +231,8 @@ class LayerTap:
             ValueError: as :func:`~lightning_relflat.functional.layer_flatness` does.
             RuntimeError: as :func:`~lightning_relflat.functional.layer_flatness` does.
         """
+        if not records:
+            return None
         behind, module = self.behind, self._module()
         with ExitStack() as stack:
             stack.enter_context(_within_fabric())

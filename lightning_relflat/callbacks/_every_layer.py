@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
 from lightning_relflat.callbacks._base import LightningModule, find_target
-from lightning_relflat.callbacks._penalised_loss import MethodPatch
+from lightning_relflat.callbacks._method_patch import MethodPatch
+from lightning_relflat.callbacks._step import Step, noting_batch, snapshot
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.layer_tap import LayerTap
 from lightning_relflat.linear_layers import linear_layers
@@ -103,6 +104,8 @@ class EveryLayer:
         with torch.inference_mode(False), torch.enable_grad():
             # No graph may hold the tensors of inference mode.
             args, kwargs = apply_to_collection((args, kwargs), Tensor, torch.clone)
+            step = Step("", snapshot(kwargs.get("batch")))
+            args = noting_batch(step, args)
             try:
                 for parameter in frozen:  # for the graph alone; no parameter gets a gradient
                     parameter.requires_grad_(parameter.is_floating_point())
@@ -111,7 +114,7 @@ class EveryLayer:
                 self._behind.forget()
                 with self._behind:
                     output = call(*args, **kwargs)
-                self._measure(metric, find_target(args[0] if args else kwargs["batch"], self._target))
+                self._measure(metric, find_target(step.batch, self._target))
             finally:
                 for parameter in frozen:
                     parameter.requires_grad_(False)

@@ -18,11 +18,10 @@ from lightning_relflat.callbacks._base import (
     name_suffix,
 )
 from lightning_relflat.callbacks._loss_ratio import LossRatio
-from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
+from lightning_relflat.callbacks._step import Step, StepWatcher
 from lightning_relflat.callbacks._weight_cap import Norm, WeightCap, check_max_norm, check_norm
 from lightning_relflat.curvature import check_claim
 from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
-from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.layer_flatness import probe_seed
@@ -176,12 +175,14 @@ class FAM(Callback):
         self._tap: LayerTap | None = None
         self._cap: WeightCap | None = None
         self._ratio = LossRatio()
+        self._loaded = False  # whether a checkpoint has brought the state of the run that begins
         self._suffix = ""
         self._announced: str | None = None
         self._warned = self._checked = self._verified = False
         self._coefficient = 0.0  # of the step; 0 also where none is due
         self._step = 0
-        self._batch: Any = None
+        self._begun = False
+        self._evaluation: Step | None = None  # the training step that runs
         self._records: list[LayerRecord] = []
         self._begin_epoch()
 
@@ -210,6 +211,9 @@ class FAM(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and wrap the module's methods."""
         self._forget_step()
+        if trainer.global_step == 0 and not self._loaded:  # a run of its own, as the next fold of a cross-validation
+            self._steps = 0
+            self._ratio = LossRatio()
         self._warned = self._checked = self._verified = False
         self._begin_epoch()
         self._suffix = name_suffix(trainer, FAM, self.layer)
@@ -230,10 +234,11 @@ class FAM(Callback):
                 f"{self!r}: a negative coefficient trains away from flatness, which nothing bounds, so that training "
                 "can diverge. `max_norm` caps the layer's weight; `normalize_features` leaves the features' length out."
             )
-        PenalisedLoss.join(pl_module, self)
+        StepWatcher.join(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cap the weight, whose values a checkpoint may just have brought."""
+        self._loaded = False
         if self.max_norm is not None:
             assert self._tap is not None
             assert self._tap.layer is not None
@@ -255,9 +260,8 @@ class FAM(Callback):
         due = coefficient != 0 and self._steps % self.every_n_steps == 0
         self._coefficient = coefficient if due else 0.0
         self._step = self._steps
-        self._batch = batch
+        self._begun = True
         self._ratio.begin()
-        self._due += due
         self._steps += epoch >= self.start_epoch
 
     def on_train_batch_end(
@@ -277,10 +281,11 @@ class FAM(Callback):
                 f"{self!r}: the loss or the penalty of a training step in epoch {trainer.current_epoch} was nan or "
                 "infinite."
             )
-        if self._due and not self._applied:
+        # In automatic optimization a step that returned a loss was penalised, or refused; one without is no fault.
+        if self._ran and not self._applied and not pl_module.automatic_optimization:
             raise RuntimeError(
                 f"{self!r} added no penalty in epoch {trainer.current_epoch}, because no loss that depends on the "
-                "layer went through `self.manual_backward`, or `training_step` returned None throughout."
+                "layer went through `self.manual_backward`."
             )
         self._begin_epoch()
 
@@ -290,7 +295,7 @@ class FAM(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind; `teardown` is not called after an exception."""
-        if self._batch is not None:  # the step was begun in vain, and a resumed run begins it again
+        if self._begun:  # the step was begun in vain, and a resumed run begins it again
             self._steps = self._step
         self._detach()
 
@@ -300,6 +305,7 @@ class FAM(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up from a checkpoint what `state_dict` put there."""
+        self._loaded = True
         self._steps = state_dict["steps"]
         self._ratio.load(state_dict.get("sizes", []))
 
@@ -308,7 +314,7 @@ class FAM(Callback):
             self._tap.close()
             self._tap = None
         if self._module is not None:
-            PenalisedLoss.leave(self._module, self)
+            StepWatcher.leave(self._module, self)
             self._module = None
         if self._cap is not None:
             self._cap.close()
@@ -317,11 +323,12 @@ class FAM(Callback):
 
     def _forget_step(self) -> None:
         self._coefficient = 0.0
-        self._batch = None
+        self._begun = False
+        self._evaluation = None
         self._records = []
 
     def _begin_epoch(self) -> None:
-        self._due = self._applied = 0
+        self._ran = self._applied = 0
         self._not_finite: Tensor | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -330,10 +337,16 @@ class FAM(Callback):
         if self._tap is not None:
             self._tap.look_again()
 
-    def begin(self) -> None:
-        """Listen to the layer, if the training step is to be penalised. Called by the module's training step."""
+    def begin(self, step: Step) -> None:
+        """Listen to the layer, if the step is to be penalised.
+
+        Args:
+            step: a step of the module.
+        """
         self._records = []
-        if self._coefficient != 0 and self._tap is not None:
+        if step.method == "training_step" and self._coefficient != 0 and self._tap is not None:
+            self._evaluation = step
+            self._ran += 1
             self._tap.start()
 
     def pause(self, paused: bool) -> None:
@@ -363,7 +376,7 @@ class FAM(Callback):
         tap, module = self._tap, self._module
         if self._coefficient == 0 or tap is None or module is None:
             return None
-        self._records += tap.take()
+        self._records += tap.take(loss)
         self._settle()
         automatic = module.automatic_optimization
         if automatic:
@@ -374,8 +387,9 @@ class FAM(Callback):
         if kappa is None:
             if automatic:
                 raise RuntimeError(
-                    f"{self!r}: the loss of `training_step` does not depend on the outputs of layer {tap.name!r}, so "
-                    "that there is nothing to penalise."
+                    f"{self!r}: the loss of `training_step` does not depend on the outputs of "
+                    f"{'any linear layer' if tap.name is None else f'layer {tap.name!r}'}, so that there is nothing to "
+                    "penalise."
                 )
             if self._records and not any(record.outputs.requires_grad for record in self._records):
                 self._warn(
@@ -393,7 +407,8 @@ class FAM(Callback):
         self._applied += 1
         values = {"penalty": penalty.detach(), "coefficient": coefficient}
         for name, value in values.items():
-            module.log(f"fam/{name}{self._suffix}", value, on_step=True, on_epoch=False)
+            # The size is told, because Lightning would look for one in a batch that it may not have.
+            module.log(f"fam/{name}{self._suffix}", value, on_step=True, on_epoch=False, batch_size=1)
         return penalty
 
     def _kappa(self, loss: Tensor) -> Tensor | None:
@@ -418,9 +433,9 @@ class FAM(Callback):
                 self._warn("has κ = 0, because the loss is piecewise linear in its outputs: FAM adds nothing.")
             return kappa
         # A named loss is penalised once, with the first loss that depends on the pass; other passes do not count.
-        records = [record for record in self._records if depends(loss, record.outputs)]
+        records = [record for record in self._records if record.is_in(loss)]
         self._records = [record for record in self._records if record not in records]
-        target = find_target(self._batch, self.target)
+        target = find_target(self._evaluation and self._evaluation.batch, self.target)
         self._check_claim(loss, records, target)
         kappas = [
             relative_flatness(
@@ -458,13 +473,15 @@ class FAM(Callback):
 
     def _check_records(self) -> None:
         assert self._tap is not None
-        if not self._records:
+        if not self._records and not self._tap.pending:
             raise RuntimeError(
                 f"{self!r}: no penalty could be added, because {did_not_run(self._tap)} with gradients in "
                 "`training_step`. Is it used there, and outside of `torch.no_grad()`? If it lies in re-entrant "
                 "activation checkpointing, use `use_reentrant=False`. If the module was compiled and had run before "
                 "`fit`, call `torch._dynamo.reset()` first."
             )
+        if not self._records:
+            return  # the loss depends on none of the layers that ran, which is said later
         frozen = not any(record.weight.requires_grad for record in self._records)
         if frozen and not (self.through_hessian and any(record.outputs.requires_grad for record in self._records)):
             raise RuntimeError(

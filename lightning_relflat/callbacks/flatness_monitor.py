@@ -31,6 +31,8 @@ from lightning_relflat.callbacks._report import (
     warn_of_degenerate,
 )
 from lightning_relflat.callbacks._sharpest import Sharpest, loaders_of
+from lightning_relflat.callbacks._step import Step, StepWatcher
+from lightning_relflat.curvature import check_claim
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.output_hessian import has_closed_form
@@ -162,7 +164,14 @@ class FlatnessMonitor(Callback):
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
         self._resumed: dict[str, Any] = {}
         self._tap: LayerTap | None = None
-        self._last: list[LayerRecord] = []
+        self._module: LightningModule | None = None
+        self._step: Step | None = None  # of the batch
+        self._passes: list[LayerRecord] = []  # of the batch: those that count
+        self._open: list[LayerRecord] = []  # of the step that runs: passes that no loss has depended on yet
+        # Stages whose present epoch has had a step, and a batch with the layer in it.
+        self._stepped: set[str] = set()
+        self._seen: set[str] = set()
+        self._verified = False
         self._announced: str | None = None
         self._suffix = ""
 
@@ -185,6 +194,7 @@ class FlatnessMonitor(Callback):
         self._validated = False
         if "sums" in state:
             self._within_epoch = True
+            self._seen.add("train")
             metric.batches = state["batches"]
             if trainer.global_rank == 0:  # they are the sums of all processes
                 metric.sums = state["sums"].to(metric.sums)
@@ -192,6 +202,16 @@ class FlatnessMonitor(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last epoch's gap; its training values were not there before."""
         self._note_gap(trainer)
+        self._verified = False
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the epoch's sums."""
+        if not trainer.sanity_checking:
+            self._begin("val", trainer, pl_module, loaders=len(trainer.num_val_batches))
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the epoch's sums."""
+        self._begin("test", trainer, pl_module, loaders=len(trainer.num_test_batches))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last epoch's gap."""
@@ -209,20 +229,75 @@ class FlatnessMonitor(Callback):
         self._start_samples("test", trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen."""
-        self._start("train", trainer, pl_module, batch_idx)
+        """Forget the last batch; of several evaluations of this one the first counts."""
+        self._forget_batch()
+        # Not by `batch_idx`, which is 0 twice where the step takes its batches from an iterator; and not when the epoch
+        # begins, which a run that is resumed within one does too.
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready <= 1:
+            self._begin("train", trainer, pl_module, loaders=1)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep the records of the latest evaluation of the loss; a line search makes several in a batch."""
-        assert self._tap is not None
-        if pl_module.automatic_optimization:
-            self._last = self._tap.take()
-        self._tap.recording = False  # checkpointed layers run again in backward
+    def begin(self, step: Step) -> None:
+        """Listen to the layer, if the step counts.
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen again."""
-        assert self._tap is not None
-        self._tap.recording = True
+        Args:
+            step: a step of the module.
+        """
+        if self._tap is None or self._module is None or self._module.trainer.sanity_checking:
+            return
+        training = step.method == "training_step"
+        if training and self._step is not None:
+            return
+        self._step = step
+        self._stepped.add({"training_step": "train", "validation_step": "val"}.get(step.method, "test"))
+        self._passes = []
+        self._tap.copies = not training
+        self._tap.start()
+
+    def of(self, loss: Tensor) -> Tensor | None:
+        """Keep the passes that a loss depends on, with the weights as they were at the batch's first.
+
+        Args:
+            loss: a loss of the training step.
+
+        Returns:
+            Nothing: the loss stays as it is.
+
+        Raises:
+            RuntimeError: if the loss does not depend on the layer, or is not the one that was named.
+        """
+        if self._tap is None or self._module is None or self._step is None or not self._tap.recording:
+            return None
+        self._open += self._tap.take(loss)
+        mine = [record for record in self._open if record.is_in(loss)]
+        if not mine and self._module.automatic_optimization:
+            if not self._open and not self._tap.pending:
+                raise RuntimeError(self._nothing("`training_step`"))
+            layer = "any linear layer" if self._tap.name is None else f"layer {self._tap.name!r}"
+            raise RuntimeError(
+                f"{self!r}: the loss of `training_step` does not depend on the outputs of {layer}, so that there is "
+                "nothing to measure."
+            )
+        self._settle()
+        self._open = [record for record in self._open if record not in mine]
+        ages = {record.age for record in self._passes[:1]} or {record.age for record in mine[:1]}
+        mine = [record for record in mine if record.age in ages]
+        self._check_claim(loss, mine)
+        self._passes += [record.copied() for record in mine]
+        return None
+
+    def pause(self, paused: bool) -> None:
+        """Do not listen during a backward pass: checkpointed layers run again there."""
+        if self._tap is not None and self._listening:
+            self._tap.recording = not paused
+
+    def end(self) -> None:
+        """Keep what a step without a loss has brought, and stop listening."""
+        if self._tap is None or self._step is None:
+            return
+        if self._tap.copies and self._tap.recording:
+            self._passes = self._tap.take()
+        self._open = []
+        self._tap.stop()
 
     def on_train_batch_end(
         self,
@@ -234,12 +309,14 @@ class FlatnessMonitor(Callback):
     ) -> None:
         """Add the batch."""
         due = self.every_n_steps is not None and (batch_idx + 1) % self.every_n_steps == 0
-        self._update("train", pl_module, batch, dataloader_idx=0, log_step=due)
+        self._update("train", pl_module, dataloader_idx=0, log_step=due)
         self._within_epoch = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the value of the epoch."""
         if self._within_epoch:
+            if not pl_module.automatic_optimization:
+                self._check_seen("train")
             self._log("train", 0, pl_module)
         self._within_epoch = False
 
@@ -251,9 +328,10 @@ class FlatnessMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Listen, unless it is Lightning's sanity check."""
+        """Have the layers measured in the step."""
+        self._forget_batch()
         if not trainer.sanity_checking:
-            self._start("val", trainer, pl_module, batch_idx, dataloader_idx)
+            self._start_layers("val", dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -266,12 +344,13 @@ class FlatnessMonitor(Callback):
     ) -> None:
         """Add the batch."""
         if not trainer.sanity_checking:
-            self._update("val", pl_module, batch, dataloader_idx)
+            self._update("val", pl_module, dataloader_idx)
             self._log("val", dataloader_idx, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take part without a batch."""
         if not trainer.sanity_checking:
+            self._check_seen("val")
             self._take_part("val", trainer, pl_module, loaders=len(trainer.num_val_batches))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -292,8 +371,9 @@ class FlatnessMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Listen."""
-        self._start("test", trainer, pl_module, batch_idx, dataloader_idx)
+        """Have the layers measured in the step."""
+        self._forget_batch()
+        self._start_layers("test", dataloader_idx)
 
     def on_test_batch_end(
         self,
@@ -305,11 +385,12 @@ class FlatnessMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch."""
-        self._update("test", pl_module, batch, dataloader_idx)
+        self._update("test", pl_module, dataloader_idx)
         self._log("test", dataloader_idx, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take part without a batch."""
+        self._check_seen("test")
         self._take_part("test", trainer, pl_module, loaders=len(trainer.num_test_batches))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -343,8 +424,10 @@ class FlatnessMonitor(Callback):
         self._suffix = name_suffix(trainer, FlatnessMonitor, self.layer)
         self._metrics = {}
         self._within_epoch = False
-        self._tap = LayerTap(pl_module, self.layer, copies=True)
+        self._tap = LayerTap(pl_module, self.layer, through_loss=False)
         self._settle()
+        self._module = pl_module
+        StepWatcher.join(pl_module, self)
         if self.layers:
             others: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
             if sum(isinstance(other, FlatnessMonitor) and bool(other.layers) for other in others) > 1:
@@ -370,41 +453,72 @@ class FlatnessMonitor(Callback):
             self._announced = name
             rank_zero_info(f"{type(self).__name__}: relative flatness is measured at layer {describe(name, layer)}.")
 
-    def _start(
-        self, stage: str, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        assert self._tap is not None
-        if batch_idx == 0:
+    def _begin(self, stage: str, trainer: Trainer, pl_module: LightningModule, *, loaders: int) -> None:
+        """Begin the sums of an epoch, also where a checkpoint holds one that had just run out of batches."""
+        self._seen.discard(stage)
+        self._stepped.discard(stage)
+        for dataloader_idx in range(loaders):
             metric = self._metric(stage, dataloader_idx, pl_module)
-            metric.reset()  # a checkpoint may hold an epoch that had just run out of batches
+            metric.reset()
             # An epoch draws other probes than the last, but the same when it is repeated.
             metric.batches = trainer.global_step
-        if self.report is not None and stage != "train" and batch_idx == 0:
-            self._report(stage, dataloader_idx, pl_module)[0].reset()
-        if self._every is not None and stage != "train":
-            of_layers, _ = self._of_layers(stage, dataloader_idx)
-            if batch_idx == 0:
+            if self.report is not None and stage != "train":
+                self._report(stage, dataloader_idx, pl_module)[0].reset()
+            if self._every is not None and stage != "train":
+                of_layers, _ = self._of_layers(stage, dataloader_idx)
                 of_layers.reset()
                 of_layers.batches = trainer.global_step
-            self._every.start(of_layers)
-        self._last = []
-        self._tap.start()
 
-    def _update(
-        self, stage: str, pl_module: LightningModule, batch: Any, dataloader_idx: int, *, log_step: bool = False
-    ) -> None:
+    def _start_layers(self, stage: str, dataloader_idx: int) -> None:
+        if self._every is not None:
+            self._every.start(self._of_layers(stage, dataloader_idx)[0])
+
+    @property
+    def _listening(self) -> bool:
+        return self._step is not None and self._step.method == "training_step"
+
+    def _forget_batch(self) -> None:
+        self._step = None
+        self._passes = []
+        self._open = []
+
+    def _check_claim(self, loss: Tensor, records: list[LayerRecord]) -> None:
+        """Check once an epoch that the loss trained with has the curvature of the one that is named."""
         assert self._tap is not None
-        records = self._last or self._tap.take()
-        self._tap.stop()
-        self._last = []
-        if not records:
+        assert self._step is not None
+        if self._verified or not records or not has_closed_form(self.metric.loss):
+            return
+        target = find_target(self._step.batch, self.target)
+        verdict = check_claim(loss, [record.outputs for record in records], target, self.metric.loss)
+        if verdict.holds is False:
             raise RuntimeError(
-                f"{self!r}: {did_not_run(self._tap)} in a {stage} batch, so that there is nothing to measure. Is it "
-                "used in the module's step? If the module was compiled and had run before, call "
-                "`torch._dynamo.reset()` first."
+                f"{self!r}: the loss that is trained with is not {self.metric.loss} of the outputs of layer "
+                f"{self._tap.name!r}: {verdict.reason}. Give `loss` as it is computed from these outputs: another "
+                "criterion, or a callable `loss(outputs, target)`."
             )
+        self._verified = verdict.holds is True
+
+    def _check_seen(self, stage: str) -> None:
+        """Raise if there were steps in an epoch, but none with the layer in it."""
+        assert self._tap is not None
+        if stage in self._stepped and stage not in self._seen:
+            raise RuntimeError(self._nothing(f"any {stage} batch"))
+
+    def _nothing(self, where: str) -> str:
+        assert self._tap is not None
+        return (
+            f"{self!r}: {did_not_run(self._tap)} in {where}, so that there is nothing to measure. Is it used in the "
+            "module's step? If the module was compiled and had run before, call `torch._dynamo.reset()` first."
+        )
+
+    def _update(self, stage: str, pl_module: LightningModule, dataloader_idx: int, *, log_step: bool = False) -> None:
+        records, step = self._passes, self._step
+        self._forget_batch()
+        if not records or step is None:
+            return  # a batch that was skipped, or a step without a loss
+        self._seen.add(stage)
         self._settle()
-        target = find_target(batch, self.target)
+        target = find_target(step.batch, self.target)
         metric = self._metric(stage, dataloader_idx, pl_module)
         for record in records:
             metric.update(record.features, record.weight, record.outputs, target)
@@ -429,6 +543,8 @@ class FlatnessMonitor(Callback):
         return metric
 
     def _log(self, stage: str, dataloader_idx: int, pl_module: LightningModule) -> None:
+        if stage not in self._seen and pl_module.trainer.world_size == 1:
+            return  # several processes log together, whatever each has seen
         metric = self._metric(stage, dataloader_idx, pl_module)
         name = f"{stage}/relative_flatness{self._suffix}"
         # Lightning computes the metric when the epoch ends, on all processes, and resets it.
@@ -553,13 +669,16 @@ class FlatnessMonitor(Callback):
         if self._tap is not None:
             self._tap.close()
             self._tap = None
+        if self._module is not None:
+            StepWatcher.leave(self._module, self)
+            self._module = None
         if self._every is not None:
             self._every.close()
             self._every = None
         self._layer_metrics = {}
         self._reports = {}
         self._metrics = {}
-        self._last = []
+        self._forget_batch()
 
 
 def _check_patterns(layers: str | Sequence[str] | None) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
-from lightning_relflat.callbacks._penalised_loss import MethodPatch
+from lightning_relflat.callbacks._method_patch import MethodPatch
 from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, train_by_hand, twins
 from tests.callbacks.test_flatness_monitor import Still, of_union
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer

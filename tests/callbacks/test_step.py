@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from lightning_relflat.callbacks._penalised_loss import PenalisedLoss
+from lightning_relflat.callbacks._step import Step, StepWatcher
 from tests.models import ManualNet, Net, make_batches
 
 
@@ -19,7 +19,7 @@ class Constant:
         self.value = value
         self.events: list[str] = []
 
-    def begin(self) -> None:
+    def begin(self, step: Step) -> None:
         self.events.append("begin")
 
     def of(self, loss: Tensor) -> Tensor | None:
@@ -46,12 +46,12 @@ def test_penalties_come_and_go_in_any_order(first_out: int) -> None:
     net = Net().double()
     penalties = [Constant(1.0), Constant(10.0)]
     for penalty in penalties:
-        PenalisedLoss.join(net, penalty)
+        StepWatcher.join(net, penalty)
     assert added(net) == pytest.approx(11.0)
-    PenalisedLoss.leave(net, penalties[first_out])
-    PenalisedLoss.leave(net, penalties[first_out])  # again
+    StepWatcher.leave(net, penalties[first_out])
+    StepWatcher.leave(net, penalties[first_out])  # again
     assert added(net) == pytest.approx(penalties[1 - first_out].value)
-    PenalisedLoss.leave(net, penalties[1 - first_out])
+    StepWatcher.leave(net, penalties[1 - first_out])
     assert "training_step" not in net.__dict__
     assert penalties[0].events[:3] == ["begin", "of", "end"]
 
@@ -65,16 +65,16 @@ def test_a_method_set_on_the_instance_comes_back() -> None:
 
     net.training_step = own  # type: ignore[method-assign]
     penalty = Constant(1.0)
-    PenalisedLoss.join(net, penalty)
+    StepWatcher.join(net, penalty)
     assert net.training_step(BATCH, 0).item() == pytest.approx(2 * net.loss(BATCH).item() + 1)
-    PenalisedLoss.leave(net, penalty)
+    StepWatcher.leave(net, penalty)
     assert net.training_step is own
 
 
 def test_others_may_wrap_the_patch() -> None:
     net = Net().double()
     penalty = Constant(1.0)
-    PenalisedLoss.join(net, penalty)
+    StepWatcher.join(net, penalty)
     patched = net.training_step
 
     @functools.wraps(patched)
@@ -83,15 +83,15 @@ def test_others_may_wrap_the_patch() -> None:
 
     net.training_step = outer  # type: ignore[method-assign, assignment]
     other = Constant(10.0)
-    PenalisedLoss.join(net, other)
+    StepWatcher.join(net, other)
     assert added(net) == pytest.approx(11.0)
-    PenalisedLoss.leave(net, penalty)
-    PenalisedLoss.leave(net, other)
+    StepWatcher.leave(net, penalty)
+    StepWatcher.leave(net, other)
     assert net.training_step is outer
     assert added(net) == pytest.approx(0.0)
-    PenalisedLoss.join(net, penalty)
+    StepWatcher.join(net, penalty)
     assert added(net) == pytest.approx(1.0)
-    PenalisedLoss.leave(net, penalty)
+    StepWatcher.leave(net, penalty)
     assert added(net) == pytest.approx(0.0)
 
 
@@ -101,7 +101,7 @@ def test_steps_end_after_an_exception() -> None:
             raise ZeroDivisionError
 
     net, penalty = Broken(), Constant(1.0)
-    PenalisedLoss.join(net, penalty)
+    StepWatcher.join(net, penalty)
     with pytest.raises(ZeroDivisionError):
         net.training_step(BATCH, 0)
     assert penalty.events == ["begin", "end"]
@@ -111,7 +111,7 @@ def test_backward_in_manual_optimization_is_announced(monkeypatch: pytest.Monkey
     seen: list[float] = []
     monkeypatch.setattr(ManualNet, "manual_backward", lambda self, loss: seen.append(loss.item()))
     net, penalty = ManualNet().double(), Constant(0.0)
-    PenalisedLoss.join(net, penalty)
+    StepWatcher.join(net, penalty)
     loss = net.loss(BATCH)
     net.manual_backward(loss)
     assert seen == [loss.item()]
