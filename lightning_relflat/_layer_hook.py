@@ -73,6 +73,16 @@ class LayerRecord:
         """
         return self.outputs.requires_grad and depends(loss, self.outputs)
 
+    def is_overwritten(self) -> bool:
+        """Return whether the copy that was handed on has been changed in place; reads the device.
+
+        Returns:
+            Whether it has, be it behind PyTorch's back, as kernels do that write a gradient over their input.
+        """
+        return self.handed is not None and (
+            self.handed._version > 0 or not torch.equal(self.handed.detach(), self.outputs.detach())
+        )
+
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
         features, outputs = self.features.detach().clone(), self.outputs.detach().clone()
@@ -134,20 +144,18 @@ class Listener(Protocol):
 
 
 class LayerHook:
-    """The one forward hook on a layer, for all taps that listen to it.
-
-    Attributes:
-        hands_copies: whether it hands a copy of the outputs on, because what follows changes them in place; ``None``
-            as long as that is not known.
-    """
+    """The one forward hook on a layer, for all taps that listen to it; there while any of them records."""
 
     _of_layer: ClassVar[weakref.WeakKeyDictionary[nn.Module, LayerHook]] = weakref.WeakKeyDictionary()
+    # Whether a copy of the outputs has to be handed on, because what follows changes them in place; where that is not
+    # known, one is.
+    _hands_copies: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
+    # Whether a foreign layer's weight has the shape (m, d).
+    _transposed: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = weakref.ref(layer)
         self.taps: list[Listener] = []
-        self.hands_copies: bool | None = None
-        self._transposed: bool | None = None  # whether a foreign layer's weight has the shape (m, d)
         # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
         self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
         # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
@@ -158,10 +166,21 @@ class LayerHook:
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerHook:
+        """Return the hook of a layer, a new one if there is none."""
         hook = cls._of_layer.get(layer)
         if hook is None:
             hook = cls._of_layer[layer] = cls(layer)
         return hook
+
+    @classmethod
+    def note(cls, record: LayerRecord) -> None:
+        """Note whether what follows a layer changes its outputs in place."""
+        cls._hands_copies[record.layer] = record.is_overwritten()
+
+    @classmethod
+    def forget(cls, layer: nn.Module) -> None:
+        """Forget it."""
+        cls._hands_copies.pop(layer, None)
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
@@ -195,7 +214,7 @@ class LayerHook:
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = late is None and any(not tap.copies for tap in taps)
-        if in_graph and self.hands_copies is not False and not torch.compiler.is_compiling():
+        if in_graph and self._hands_copies.get(layer, True) and not torch.compiler.is_compiling():
             handed = outputs.clone()
         age = sum(parameter._version for parameter in layer.parameters())
         copied = weight if late else weight.clone()
@@ -206,20 +225,21 @@ class LayerHook:
 
     def _weight(self, layer: nn.Module, features: Tensor, outputs: Tensor) -> Tensor | None:
         """Return the weight that the layer computed with, or ``None`` if it turns out to compute something else."""
-        if self._transposed is None:
+        if layer not in self._transposed:
             try:
                 weight = layer_weight(layer, features, outputs)
             except TypeError:
                 return None
-            self._transposed = weight is not layer._parameters.get("weight") and may_be_linear(layer)
+            self._transposed[layer] = weight is not layer._parameters.get("weight") and may_be_linear(layer)
             return weight
         weight = adapted_weight(layer) if is_adapted(layer) else layer.weight  # type: ignore[assignment]
-        return weight.mT if self._transposed else weight
+        return weight.mT if self._transposed[layer] else weight
 
     def drop(self, tap: Listener) -> None:
         """Forget a tap, and go with the last one."""
         self.taps.remove(tap)
         if not self.taps:
+            self._computed.clear()
             for handle in self._handles:
                 handle.remove()
             layer = self.layer()

@@ -91,13 +91,10 @@ class LayerTap:
         self.recording = False
         self._own_behind = Behind() if behind is None and through_loss and not copies else None
         self.behind = behind or self._own_behind
-        self._looking = True  # whether it is not yet known if there is anything to write out
         self._mode = ExitStack()
-        self._looker = Looker()
         self._records: list[LayerRecord] = []
-        self._hooks = [LayerHook.of(candidate) for candidate in self._candidates.values()]
-        for hook in self._hooks:
-            hook.taps.append(self)
+        self._hooks: list[LayerHook] = []
+        self.look_again()
 
     @property
     def name(self) -> str | None:
@@ -119,24 +116,36 @@ class LayerTap:
         """Whether there are records that have not been handed out."""
         return bool(self._records)
 
-    def start(self) -> None:
-        """Forget what was recorded and begin to record."""
+    def attach(self) -> None:
+        """Put the hooks on, without recording: what is compiled now has them when there is something to record."""
         self.stop()
+        self._hooks = [LayerHook.of(candidate) for candidate in self._candidates.values()]
+        for hook in self._hooks:
+            hook.taps.append(self)
+
+    def start(self) -> None:
+        """Put the hooks on, forget what was recorded and begin to record."""
+        self.attach()
         self.recording = True
         if self._own_behind is not None and self._looking:
             self._mode.enter_context(self._own_behind)
 
     def stop(self) -> None:
-        """Stop recording and forget what was recorded."""
+        """Stop recording, forget what was recorded and take the hooks away."""
         self._records = []
         self.recording = False
+        for hook in self._hooks:
+            hook.drop(self)
+        self._hooks = []
         self._mode.close()
         if self._own_behind is not None:
             self._own_behind.forget()
 
     def look_again(self) -> None:
-        """Look anew, with the next step, for what there is to write out behind the layer and for how rows meet."""
-        self._looking = True
+        """Look anew, with the next step, for what there is to write out or is changed in place, and how rows meet."""
+        for layer in self._candidates.values():
+            LayerHook.forget(layer)
+        self._looking = True  # whether it is not yet known if there is anything to write out
         self._looker = Looker()
 
     def take(self, loss: Tensor | None = None) -> list[LayerRecord]:
@@ -167,7 +176,7 @@ class LayerTap:
         for record in records:
             record.check_unwritten(self.name or "")
             if record.handed is not None:
-                LayerHook.of(record.layer).hands_copies = record.handed._version > 0
+                LayerHook.note(record)
         return records
 
     def relative_flatness(
@@ -269,11 +278,8 @@ class LayerTap:
         self.close()
 
     def close(self) -> None:
-        """Remove the hooks. May be called again."""
+        """Stop recording. May be called again."""
         self.stop()
-        for hook in self._hooks:
-            hook.drop(self)
-        self._hooks = []
 
     def receive(self, record: LayerRecord) -> None:
         """Take in what a hook recorded.

@@ -22,8 +22,9 @@ class MethodPatch:
     """
 
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
-        self._method = getattr(module, name)
-        functools.update_wrapper(self, self._method)
+        method = getattr(module, name)
+        functools.update_wrapper(self, method)  # takes over what another patch has in its `__dict__`
+        self._method = method
         # Lightning looks there for the function itself, and for its signature, but not through several patches.
         self.__wrapped__ = inspect.unwrap(self._method)
         self._module = module

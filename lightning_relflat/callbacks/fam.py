@@ -344,10 +344,14 @@ class FAM(Callback):
             step: a step of the module.
         """
         self._records = []
-        if step.method == "training_step" and self._coefficient != 0 and self._tap is not None:
+        if self._tap is None:
+            return
+        if step.method == "training_step" and self._coefficient != 0:
             self._evaluation = step
             self._ran += 1
             self._tap.start()
+        else:
+            self._tap.attach()
 
     def pause(self, paused: bool) -> None:
         """Do not listen during a backward pass: checkpointed layers run again there."""

@@ -203,6 +203,8 @@ class FlatnessMonitor(Callback):
         """Note the last epoch's gap; its training values were not there before."""
         self._note_gap(trainer)
         self._verified = False
+        if self._tap is not None:
+            self._tap.look_again()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch's sums."""
@@ -242,10 +244,11 @@ class FlatnessMonitor(Callback):
         Args:
             step: a step of the module.
         """
-        if self._tap is None or self._module is None or self._module.trainer.sanity_checking:
+        if self._tap is None or self._module is None:
             return
         training = step.method == "training_step"
-        if training and self._step is not None:
+        if self._module.trainer.sanity_checking or (training and self._step is not None):
+            self._tap.attach()
             return
         self._step = step
         self._stepped.add({"training_step": "train", "validation_step": "val"}.get(step.method, "test"))
@@ -292,7 +295,7 @@ class FlatnessMonitor(Callback):
 
     def end(self) -> None:
         """Keep what a step without a loss has brought, and stop listening."""
-        if self._tap is None or self._step is None:
+        if self._tap is None:
             return
         if self._tap.copies and self._tap.recording:
             self._passes = self._tap.take()
@@ -534,7 +537,7 @@ class FlatnessMonitor(Callback):
             for record in records:
                 of_batch.update(record.features, record.weight, record.outputs, target)
             step_name = f"train/relative_flatness_step{self._suffix}"
-            pl_module.log(step_name, of_batch.compute(), on_step=True, on_epoch=False, sync_dist=True)
+            pl_module.log(step_name, of_batch.compute(), on_step=True, on_epoch=False, sync_dist=True, batch_size=1)
 
     def _metric(self, stage: str, dataloader_idx: int, pl_module: LightningModule) -> RelativeFlatness:
         metric = self._metrics.get((stage, dataloader_idx))
@@ -548,12 +551,14 @@ class FlatnessMonitor(Callback):
         metric = self._metric(stage, dataloader_idx, pl_module)
         name = f"{stage}/relative_flatness{self._suffix}"
         # Lightning computes the metric when the epoch ends, on all processes, and resets it.
-        pl_module.log(name, metric, prog_bar=self.prog_bar, on_step=False, on_epoch=True, metric_attribute=name)
+        # The size is told, because Lightning would look for one in a batch that it may not have.
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
+        pl_module.log(name, metric, prog_bar=self.prog_bar, metric_attribute=name, **options)
         for _, entries in self._groups(stage, dataloader_idx, pl_module):
             for label, entry in entries.items():
                 entry.update()
                 name = f"{stage}/{label}"
-                pl_module.log(name, entry, on_step=False, on_epoch=True, metric_attribute=name)
+                pl_module.log(name, entry, metric_attribute=name, **options)
 
     def _groups(
         self, stage: str, dataloader_idx: int, pl_module: LightningModule
