@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_relflat.functional._checks import compute_dtype, full_precision
-from lightning_relflat.functional._graph import leaves_of
+from lightning_relflat.functional._graph import leaves_of, reaches
 
 
 class Switch:
-    """Whether doors are shut: the loss's gradient passes, that of curvature stops."""
+    """Whether a door or the gates are shut: the loss's gradient passes, that of curvature stops or goes elsewhere."""
 
     shut = False
 
@@ -91,7 +91,7 @@ class Behind(TorchFunctionMode):
     """Sees what is computed behind a layer, from its first pass on.
 
     Attributes:
-        switch: of its doors.
+        switch: of its gates.
         rewrote: whether anything was written out.
         gated: whether statistics of a batch were among it.
     """
@@ -105,10 +105,10 @@ class Behind(TorchFunctionMode):
         """Begin anew, as if the layer had not run."""
         self.rewrote = self.gated = self._paused = False
         self._depends: dict[Node, bool] = {}
-        self._entered: list[tuple[Tensor, Tensor]] = []
+        self._entered: list[tuple[Tensor, Tensor, Switch]] = []
 
     def enter(self, value: Tensor) -> Tensor:
-        """Put a tensor behind a door, beyond which κ's own gradient is not followed but handed over.
+        """Put a tensor behind a door, beyond which κ's own gradient need not be followed but can be handed over.
 
         Args:
             value: the tensor.
@@ -118,8 +118,9 @@ class Behind(TorchFunctionMode):
         """
         if not value.requires_grad:
             return value
-        behind: Tensor = _apply(Door, value, self.switch)
-        self._entered.append((value, behind))
+        switch = Switch()
+        behind: Tensor = _apply(Door, value, switch)
+        self._entered.append((value, behind, switch))
         return behind
 
     def begin(self, outputs: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class Behind(TorchFunctionMode):
 
     @contextmanager
     def curvature(self) -> Iterator[None]:
-        """Take curvature: doors and gates are shut, and nothing that is computed is written out."""
+        """Take curvature: gates are shut, and nothing that is computed is written out."""
         self._paused = self.switch.shut = True
         try:
             yield
@@ -189,15 +190,26 @@ class Behind(TorchFunctionMode):
         """
         if not self.gated or not kappa.requires_grad:
             return kappa
-        doors = [behind for _, behind in self._entered]
-        targets = [value for value, _ in self._entered]
-        leaves = leaves_of(kappa, doors)
-        taken: Sequence[Tensor | None] = torch.autograd.grad(
-            kappa,
-            [*doors, *leaves],
-            allow_unused=True,
-            retain_graph=True,  # the loss has yet to go back through it
-        )
+        # What depends on another door lies between two passes of the layer; there the gates have to stay shut, too.
+        doors = [
+            entry
+            for entry in self._entered
+            if not reaches([entry[0]], [behind for _, behind, _ in self._entered if behind is not entry[1]])
+        ]
+        for _, _, switch in doors:
+            switch.shut = True
+        try:
+            leaves = leaves_of(kappa, [behind for _, behind, _ in doors])
+            taken: Sequence[Tensor | None] = torch.autograd.grad(
+                kappa,
+                [*(behind for _, behind, _ in doors), *leaves],
+                allow_unused=True,
+                retain_graph=True,  # the loss has yet to go back through it
+            )
+        finally:
+            for _, _, switch in doors:
+                switch.shut = False
+        targets = [value for value, _, _ in doors]
         pairs = [(tensor, part) for tensor, part in zip([*targets, *leaves], taken, strict=True) if part is not None]
         if not pairs:
             return kappa.detach()
