@@ -241,10 +241,8 @@ def _check_broadcasts(name: str, option: Tensor | None, called: Tensor) -> None:
     """Raise unless a weight of the loss fits what the loss is called with, which PyTorch does not enlarge."""
     if option is None:
         return
-    missing = called.ndim - option.ndim
-    if missing < 0 or any(
-        have not in (1, want) for have, want in zip(option.shape, called.shape[missing:], strict=True)
-    ):
+    sizes = zip(reversed(option.shape), reversed(called.shape), strict=False)
+    if option.ndim > called.ndim or any(have not in (1, want) for have, want in sizes):
         raise ValueError(
             f"Expected `{name}` of the loss to broadcast to the shape {shape_of(called)} that the loss is called with, "
             f"but got {shape_of(option)}."

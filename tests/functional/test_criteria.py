@@ -126,7 +126,8 @@ def _classes(
         first.zero_()
     elif change == "negative":
         first[0] -= 1.5
-        fault = change
+        first[-1] += 1.5  # so that the sum says nothing
+        fault = change if d > 1 else None
     elif change == "mass":
         first *= draw(st.sampled_from([0.5, 1.1, 3.0]))
         fault = change
@@ -463,3 +464,40 @@ def test_an_object_with_a_forward_of_its_own_is_another_loss() -> None:
     assert not has_closed_form(criterion)
     with pytest.raises(ValueError, match="Expected argument `loss` to be one of"):
         as_criterion(criterion)
+
+
+# --- a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_waits_for_no_target_and_survives_any() -> None:
+    generator = seeded(0)
+    features, weight = normal(generator, 3, 2).cuda(), normal(generator, 4, 2).cuda()
+    outputs = features @ weight.T
+    class_weight = torch.ones(4, device="cuda", dtype=torch.float64)
+    cases: list[tuple[nn.Module, Tensor, int]] = [
+        (nn.CrossEntropyLoss(class_weight, label_smoothing=0.1), torch.tensor([0, 1, 2]), 1000),
+        (nn.CrossEntropyLoss(), torch.tensor([0, 1, 2]), -1),
+        (nn.CrossEntropyLoss(), torch.full((3, 4), 0.25).double(), 7),
+        (nn.BCEWithLogitsLoss(class_weight), torch.full((3, 4), 0.25).double(), -1),
+    ]
+    for criterion, target, bad in cases:
+        broken = target.clone()
+        broken[1] = bad
+        on_device = [target.cuda(), broken.cuda()]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = [
+                value
+                for given_ in on_device
+                for value in (
+                    relative_flatness(features, weight, outputs, given_, loss=criterion),
+                    criterion_loss(criterion, outputs, given_)[0],
+                )
+            ]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert [bool(value.isnan()) for value in found] == [False, False, True, True]
+        assert float(found[1]) == pytest.approx(float(criterion.cpu()(outputs.cpu(), target)), rel=1e-6)

@@ -184,7 +184,7 @@ def test_the_loss_has_the_probabilities_of_tokens_where_pytorch_has_them(tokens:
 
 def test_a_class_is_no_loss() -> None:
     with pytest.raises(ValueError, match=r"Expected argument `loss` to be one of .* but got <class .*MSELoss"):
-        RelativeFlatness(nn.MSELoss)
+        RelativeFlatness(nn.MSELoss)  # type: ignore[arg-type]
 
 
 def test_tracker() -> None:
