@@ -175,7 +175,7 @@ def _numbers(
         return nn.SmoothL1Loss(beta=_one_of(draw, 0.5, 0.0, -1.0)), target, fault
     if loss == "poisson_nll":
         return nn.PoissonNLLLoss(log_input=draw(st.booleans()), full=draw(st.booleans())), target, fault
-    variances = [called, called[:-1], (*called[:-1], 1), (1, *called[1:]), (1, 1, d), (d,), (2,)]
+    variances = [called, called[:-1], (*called[:-1], 1), (1, 1, d), (d,), (2,)]
     variance = uniform(generator, *draw(st.sampled_from(variances)))
     variance.view(-1)[0] = _one_of(draw, 1.0, -1.0, 0.0, torch.nan)
     return nn.GaussianNLLLoss(eps=0.1), (target, variance), fault
@@ -346,6 +346,18 @@ def test_probabilities_are_refused_where_an_index_is_ignored() -> None:
 def test_numbers_that_cannot_be_are_named(loss: str, target: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         output_hessian(Z, target, loss=loss)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (2, 1, 4), (2, 3, 1), (2, 3)])
+def test_one_variance_may_stand_for_a_dimension(shape: tuple[int, ...]) -> None:
+    """As newer versions of PyTorch have it, in any place."""
+    generator = seeded(0)
+    outputs, target, variance = normal(generator, 2, 3, 4), normal(generator, 2, 3, 4), uniform(generator, *shape)
+    whole = (variance.unsqueeze(-1) if variance.ndim == 2 else variance).expand(2, 3, 4)
+    value, _ = criterion_loss("gaussian_nll", outputs, (target, variance))
+    torch.testing.assert_close(value, nn.GaussianNLLLoss()(outputs, target, whole))
+    hessian = output_hessian(outputs, (target, variance), loss="gaussian_nll")
+    torch.testing.assert_close(hessian.diagonal, (1 / whole).reshape(6, 4))
 
 
 def test_a_complex_target_is_refused() -> None:
