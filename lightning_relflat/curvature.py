@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat.functional._called_batch import Target
 from lightning_relflat.functional._checks import full_precision
-from lightning_relflat.functional.output_hessian import Target, output_hessian
+from lightning_relflat.functional.criteria import criterion_loss
+from lightning_relflat.functional.output_hessian import output_hessian
 
 # Relative differences: right claims come to 1e-8 in double precision, wrong ones to 0.028 and more.
 _TOLERANCE = 0.01
@@ -149,7 +151,7 @@ def _judge_gradients(
     """Compare the loss's gradient at the outputs with the criterion's own."""
     copies = [tensor.detach().clone().requires_grad_() for tensor in outputs]
     with torch.enable_grad():
-        own = torch.stack([_call(criterion, copy, target) for copy in copies]).sum()
+        own = torch.stack([criterion_loss(criterion, copy, target)[0] for copy in copies]).sum()
         claimed = torch.autograd.grad(own, copies)
     found = torch.cat([gradient.detach().flatten().float() for gradient in gradients])
     expected = torch.cat([gradient.flatten().float() for gradient in claimed])
@@ -159,11 +161,3 @@ def _judge_gradients(
     if difference <= tolerance * size:
         return Verdict(True)
     return Verdict(False, f"its gradient there differs by {difference / size:.0%}, and it has no second derivatives")
-
-
-def _call(criterion: nn.Module, outputs: Tensor, target: Target) -> Tensor:
-    """Return a criterion's value of outputs whose last dimension is that of the samples' outputs."""
-    laid_out = outputs.movedim(-1, 1) if isinstance(criterion, nn.CrossEntropyLoss) and outputs.ndim > 1 else outputs
-    targets = target if isinstance(target, tuple) else (target,)
-    value: Tensor = criterion(laid_out, *targets)
-    return value

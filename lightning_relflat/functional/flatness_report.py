@@ -215,7 +215,8 @@ def report_sums(
         norms = hessian.weight * squares.sum(dim=1)
         columns, diagonals = hessian.column_curvatures(rows), hessian.diagonals()
         traces = diagonals.sum(dim=1)
-        counts = (hessian.weight != 0).double()
+        # NaN for a target that is refused, where nothing raises (a GPU): no place may be looked up with it.
+        counts = (hessian.weight != 0).double().where(hessian.weight.isfinite(), torch.nan)
         weight_norm, trace = rows.square().sum(), norms @ traces
         zero_rows = (rows == 0).all(dim=1).double().mean()
         total, flat = hessian.total_weight, counts @ (traces < FLAT).double()
@@ -305,7 +306,7 @@ def _collapse_sums(phi: Tensor, rows: Tensor, counts: Tensor, target: Target, nu
     """Return the sums of :func:`class_moments` over the samples that count, without a look at a number."""
     assert isinstance(target, Tensor)  # as `_by_class` checked
     kept = counts[:, None] * phi.double()
-    index = target.flatten().long().where(counts != 0, 0)
+    index = target.flatten().long().where(counts > 0, 0)
     zeros = kept.new_zeros(num_classes)
     return {
         "class_counts": zeros.index_add(0, index, counts),
@@ -331,5 +332,5 @@ def _by_class(parts: Tensor, target: Target, num_classes: int) -> Tensor:
             "Expected argument `target` to hold a class index for every sample where `num_classes` is given."
         )
     # Ignored positions have no weight; whatever they hold, they are put with the first class.
-    index = target.flatten().long().where(parts[1] != 0, 0)
+    index = target.flatten().long().where(parts[1].abs() > 0, 0)
     return parts.new_zeros(2, num_classes, dtype=torch.float64).index_add(1, index, parts.double())

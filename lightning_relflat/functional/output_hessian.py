@@ -9,16 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import (
-    check_class_dim,
-    check_floating,
-    compute_dtype,
-    full_precision,
-    shape_of,
-)
+from lightning_relflat.functional._called_batch import CalledBatch, read_batch, rows_of
+from lightning_relflat.functional._called_batch import Target as Target
+from lightning_relflat.functional._checks import full_precision
+from lightning_relflat.functional.criteria import as_criterion as as_criterion
+from lightning_relflat.functional.criteria import has_closed_form as has_closed_form
 
-Target: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
-_ClosedForm: TypeAlias = "Callable[[Any, Tensor, Target, int], OutputHessian]"
+_Diagonal: TypeAlias = "Callable[[Any, Tensor, Tensor], Tensor]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +34,8 @@ class OutputHessian:
         total_weight: what the mean divides the summed loss by; a scalar.
         annihilates_constants: whether ``diagonal = root`` sums to one, as for softmax. Then A maps constant vectors
             to zero, which :meth:`trace_through` uses to stay accurate where the softmax is saturated.
+        counted: which samples the criterion does not ignore, of shape (n,), or ``None`` where all count. What an
+            ignored one holds, be it NaN, is no part of the loss.
     """
 
     diagonal: Tensor
@@ -44,6 +43,7 @@ class OutputHessian:
     weight: Tensor
     total_weight: Tensor
     annihilates_constants: bool = False
+    counted: Tensor | None = None
 
     def trace_through(self, weight: Tensor) -> Tensor:
         r"""Return ``Tr(Wᵀ A_i W)`` of every sample, without the sample's weight.
@@ -161,7 +161,8 @@ def output_hessian(
             dimensions index samples.
         target: what the criterion takes as its target: for cross-entropy class indices of shape (...) or
             probabilities of the outputs' shape; else numbers of the outputs' shape, or without ``class_dim`` where
-            d = 1; for ``GaussianNLLLoss`` the pair (target, var). May be left out where the curvature does not
+            d = 1; for ``GaussianNLLLoss`` the pair (target, var). Integers of any type count as indices; any real
+            numbers as numbers, as in a step that converts them. May be left out where the curvature does not
             depend on it: cross-entropy without class weights (no position counts as ignored then), binary
             cross-entropy without ``pos_weight``, MSE, Poisson with log_input.
         loss: a criterion of ``torch.nn``, whose options all count, or the name of one with PyTorch's defaults.
@@ -170,10 +171,16 @@ def output_hessian(
 
     Returns:
         The Hessians of the n samples, in the order of the flattened other dimensions, computed in float32 at least.
+        NaN for a sample whose loss is not finite because of its target, such as a NaN.
 
     Raises:
-        TypeError: if ``outputs`` are no floating point numbers, or the target is a tuple where it must not be.
-        ValueError: if the criterion is not known, or the target is missing or does not fit.
+        TypeError: if ``outputs`` are no floating point numbers, or the target is a tuple where it must not be, or
+            complex.
+        ValueError: if the criterion is not known or has options that PyTorch refuses, or the target is missing, does
+            not fit, or holds what the criterion's documentation excludes: a class that no output has, probabilities
+            that are negative, above 1 or of a sum that is not 1 (a row of zeros says nothing and is let be), a negative
+            variance. Numbers are looked at on a CPU alone. On any other device, and while something traces or
+            ``torch.func`` transforms, nothing waits for them, and the samples in question are NaN.
 
     Example:
         >>> import torch
@@ -183,219 +190,32 @@ def output_hessian(
         (tensor([0.5000, 0.5000]), tensor([0.5000, 0.5000]), tensor(3.))
     """
     criterion = as_criterion(loss)
-    dtype = _check_samples(outputs, target, class_dim)
+    called = read_batch(criterion, outputs, target, class_dim)
     with full_precision(outputs):
-        return _CLOSED_FORMS[_criterion_type(criterion)](criterion, outputs.to(dtype), target, class_dim)
+        if isinstance(criterion, nn.CrossEntropyLoss):
+            rows = called.outputs.to(called.weight.dtype)
+            if called.counted is not None:
+                rows = rows.masked_fill(~called.counted[:, None], 0.0)
+            p = rows.softmax(dim=1)
+            return OutputHessian(p, p, called.weight, called.total_weight, True, called.counted)
+        diagonal = rows_of(_diagonal(criterion, called).reshape(outputs.shape), class_dim)
+        return OutputHessian(diagonal, None, called.weight, called.total_weight)
 
 
-def softmax_samples(
-    outputs: Tensor, target: Target = None, *, loss: nn.CrossEntropyLoss, class_dim: int = -1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what :func:`output_hessian` is made of for cross-entropy, without an array of the outputs' size.
-
-    Args:
-        outputs: as for :func:`output_hessian`.
-        target: as for :func:`output_hessian`.
-        loss: the criterion.
-        class_dim: as for :func:`output_hessian`.
-
-    Returns:
-        The outputs as they are, of shape (n, d); ``weight`` and ``total_weight`` of :class:`OutputHessian`, in the
-        dtype to compute in.
-
-    Raises:
-        TypeError: as :func:`output_hessian` does.
-        ValueError: as :func:`output_hessian` does.
-    """
-    dtype = _check_samples(outputs, target, class_dim)
-    with full_precision(outputs):
-        return _rows(outputs, class_dim), *_cross_entropy_weights(loss, outputs, target, class_dim, dtype)
-
-
-def _check_samples(outputs: Tensor, target: Target, class_dim: int) -> torch.dtype:
-    """Return the dtype to compute in."""
-    check_floating("outputs", outputs)
-    if outputs.ndim == 0:
-        raise ValueError("Expected argument `outputs` to have at least one dimension, but got a scalar.")
-    check_class_dim(class_dim, outputs)
-    parts = target if isinstance(target, tuple) else () if target is None else (target,)
-    if not all(isinstance(part, Tensor) for part in parts):
-        raise TypeError(f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {target!r}.")
-    return compute_dtype(outputs, *(part for part in parts if part.is_floating_point()))
-
-
-def as_criterion(loss: object) -> nn.Module:
-    """Return the criterion that ``loss`` names or is.
-
-    Args:
-        loss: a name such as ``"cross_entropy"``, or a criterion of ``torch.nn`` with a closed form.
-
-    Returns:
-        The criterion object.
-
-    Raises:
-        ValueError: if there is no closed form for it.
-    """
-    if isinstance(loss, str) and loss in _NAMES:
-        return _NAMES[loss]()
-    if isinstance(loss, nn.Module) and has_closed_form(loss):
-        return loss
-    raise ValueError(
-        f"Expected argument `loss` to be one of {', '.join(map(repr, _NAMES))}, or an object of one of "
-        f"{', '.join(kind.__name__ for kind in _CLOSED_FORMS)}, but got {loss!r}. For any other loss, "
-        "`feature_laplacian` takes the curvature from the loss tensor itself."
-    )
-
-
-def has_closed_form(loss: object) -> bool:
-    """Return whether :func:`output_hessian` knows the curvature of ``loss``, a name or a criterion object.
-
-    A subclass that computes something else (its own ``forward``) is not known.
-
-    Args:
-        loss: anything.
-
-    Returns:
-        Whether it is known.
-    """
-    if isinstance(loss, nn.Module):
-        return any(isinstance(loss, kind) and type(loss).forward is kind.forward for kind in _CLOSED_FORMS)
-    return isinstance(loss, str) and loss in _NAMES
-
-
-def _criterion_type(criterion: nn.Module) -> type[nn.Module]:
-    return next(kind for kind in _CLOSED_FORMS if isinstance(criterion, kind))
-
-
-def _cross_entropy(criterion: Any, outputs: Tensor, target: Target, class_dim: int) -> OutputHessian:
-    weight, total = _cross_entropy_weights(criterion, outputs, target, class_dim, outputs.dtype)
-    probabilities = _rows(outputs, class_dim).softmax(dim=1)
-    return OutputHessian(probabilities, probabilities, weight, total, annihilates_constants=True)
-
-
-def _cross_entropy_weights(
-    criterion: Any, outputs: Tensor, target: Target, class_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the samples' weights and what the mean divides by."""
-    target = _single(target, criterion)
-    positions = _without(outputs, class_dim)
-    samples, classes = positions.numel(), outputs.shape[class_dim]
-    like = outputs.new_empty(0, dtype=dtype)
-    class_weight = None if criterion.weight is None else criterion.weight.to(like)
-    if class_weight is not None and class_weight.shape != (classes,):
+def _diagonal(criterion: Any, called: CalledBatch) -> Tensor:
+    """Return the second derivatives of a loss that is a sum over outputs, of the shape that it is called with."""
+    outputs, targets = called.outputs, called.targets
+    curvature, needs_target = next(of for kind, of in _DIAGONALS.items() if isinstance(criterion, kind))
+    if not targets and needs_target(criterion):
         raise ValueError(
-            f"Expected the class weights of the loss to be of shape {shape_of((classes,))}, one for every output, "
-            f"but got {shape_of(class_weight)}."
+            f"Expected argument `target` to be a tensor, because the curvature of {type(criterion).__name__} "
+            "depends on it, but got None."
         )
-    smoothing: float = criterion.label_smoothing
-    total = _count(samples, like)
-    if target is None:
-        if class_weight is not None:
-            raise ValueError(
-                "Expected argument `target` to be a tensor, because the class weights of the loss need it, "
-                "but got None."
-            )
-        weight = like.new_ones(samples)
-    elif target.is_floating_point():
-        if target.shape != outputs.shape:
-            raise _misfit(target, outputs, f"{shape_of(outputs)}, the shape of the outputs, for class probabilities")
-        masses = _rows(target, class_dim)
-        if class_weight is None:
-            weight = masses.sum(dim=1, dtype=dtype) * (1 - smoothing) + smoothing
-        else:
-            weight = masses.to(dtype) @ class_weight * (1 - smoothing) + smoothing * class_weight.mean()
-    else:
-        if target.shape != positions:
-            raise _misfit(target, outputs, f"{shape_of(positions)}, one class index for every sample,")
-        indices = target.reshape(-1)
-        kept = indices != criterion.ignore_index
-        weight = kept.to(dtype)
-        if class_weight is not None:
-            of_target = class_weight[indices.where(kept, 0)] * weight
-            weight, total = (1 - smoothing) * of_target + smoothing * class_weight.mean() * weight, of_target.sum()
-        else:
-            total = weight.sum()
-    return weight, total
-
-
-def _elementwise(
-    curvature: Callable[[Any, Tensor, Tensor], Tensor], *, needs_target: Callable[[Any], bool] = lambda _: True
-) -> _ClosedForm:
-    """Make the closed form of a loss that is a sum over outputs: ``a = curvature(criterion, outputs, target)``."""
-
-    def closed_form(criterion: Any, outputs: Tensor, target: Target, class_dim: int) -> OutputHessian:
-        target = _single(target, criterion)
-        if target is not None:
-            called = _as_called(outputs, target, class_dim)
-            return _diagonal(curvature(criterion, called, target.to(outputs.dtype)), outputs, class_dim)
-        if needs_target(criterion):
-            raise ValueError(
-                f"Expected argument `target` to be a tensor, because the curvature of {type(criterion).__name__} "
-                "depends on it, but got None."
-            )
-        return _diagonal(curvature(criterion, outputs, outputs), outputs, class_dim)
-
-    return closed_form
-
-
-def _gaussian_nll(criterion: Any, outputs: Tensor, target: Target, class_dim: int) -> OutputHessian:
-    if not isinstance(target, tuple) or len(target) != 2:
-        raise ValueError(
-            "Expected argument `target` to be the tuple (target, var) of two tensors for GaussianNLLLoss, "
-            f"but got {type(target).__name__}."
-        )
-    called = _as_called(outputs, target[0], class_dim)
-    # The shapes that nn.GaussianNLLLoss takes: one variance for every output, or one for each last dimension.
-    variance = target[1].to(outputs)
-    if variance.shape != called.shape and variance.shape == called.shape[:-1]:
-        variance = variance.unsqueeze(-1)
-    if variance.shape not in (called.shape, (*called.shape[:-1], 1)):
-        raise ValueError(
-            f"Expected the variances in argument `target` to be of shape {shape_of(called)}, "
-            f"{shape_of((*called.shape[:-1], 1))} or {shape_of(called.shape[:-1])}, but got {shape_of(target[1])}."
-        )
-    curvature = (1 / variance.detach().clamp(min=criterion.eps)).expand_as(called)
-    return _diagonal(curvature, outputs, class_dim)
-
-
-def _single(target: Target, criterion: nn.Module) -> Tensor | None:
-    if isinstance(target, tuple):
-        raise TypeError(f"Expected argument `target` to be a tensor for {type(criterion).__name__}, but got a tuple.")
-    return target
-
-
-def _rows(values: Tensor, class_dim: int) -> Tensor:
-    return values.movedim(class_dim, -1).reshape(-1, values.shape[class_dim])
-
-
-def _without(outputs: Tensor, class_dim: int) -> torch.Size:
-    return outputs.movedim(class_dim, -1).shape[:-1]
-
-
-def _count(number: int, like: Tensor) -> Tensor:
-    return like.new_full((), float(number))
-
-
-def _diagonal(curvature: Tensor, outputs: Tensor, class_dim: int) -> OutputHessian:
-    diagonal = _rows(curvature.reshape(outputs.shape), class_dim)
-    return OutputHessian(diagonal, None, diagonal.new_ones(len(diagonal)), _count(diagonal.numel(), diagonal))
-
-
-def _as_called(outputs: Tensor, target: Tensor, class_dim: int) -> Tensor:
-    """Return the outputs in the shape in which the criterion is called with them, that of the target."""
-    # A head with one output is trained on `outputs.squeeze(-1)`; broadcasting (n,) against (n, 1) would give (n, n).
-    if outputs.shape[class_dim] == 1 and target.shape == _without(outputs, class_dim):
-        return outputs.squeeze(class_dim)
-    if target.shape != outputs.shape:
-        raise _misfit(target, outputs, f"{shape_of(outputs)}, the shape of the outputs,")
-    return outputs
-
-
-def _misfit(target: Tensor, outputs: Tensor, expected: str) -> ValueError:
-    return ValueError(
-        f"Expected argument `target` to be of shape {expected} where the outputs are of shape {shape_of(outputs)}, "
-        f"but got {target.dtype} of shape {shape_of(target)}."
-    )
+    found = curvature(criterion, outputs, targets[-1] if targets else outputs)
+    # Where the loss is not finite, neither is its curvature, even if it would not depend on what makes it so.
+    for part in (outputs, *targets):
+        found = found.where(part.isfinite(), torch.nan)
+    return found
 
 
 def _binary_cross_entropy(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
@@ -405,10 +225,8 @@ def _binary_cross_entropy(criterion: Any, outputs: Tensor, target: Tensor) -> Te
     return curvature if criterion.weight is None else curvature * criterion.weight.to(outputs)
 
 
-def _poisson_nll(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
-    if criterion.log_input:
-        return outputs.exp()
-    return target / (outputs + float(criterion.eps)).square()
+def _mse(_: Any, outputs: Tensor, __: Tensor) -> Tensor:
+    return torch.full_like(outputs, 2.0)
 
 
 def _huber(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
@@ -421,24 +239,28 @@ def _smooth_l1(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
     return ((outputs - target).abs() < float(criterion.beta)).to(outputs.dtype) / float(criterion.beta)
 
 
-_CLOSED_FORMS: dict[type[nn.Module], _ClosedForm] = {
-    nn.CrossEntropyLoss: _cross_entropy,
-    nn.BCEWithLogitsLoss: _elementwise(
-        _binary_cross_entropy, needs_target=lambda criterion: criterion.pos_weight is not None
-    ),
-    nn.MSELoss: _elementwise(lambda _, outputs, __: torch.full_like(outputs, 2.0), needs_target=lambda _: False),
-    nn.HuberLoss: _elementwise(_huber),
-    nn.SmoothL1Loss: _elementwise(_smooth_l1),
-    nn.PoissonNLLLoss: _elementwise(_poisson_nll, needs_target=lambda criterion: not criterion.log_input),
-    nn.GaussianNLLLoss: _gaussian_nll,
-}
+def _poisson_nll(criterion: Any, outputs: Tensor, target: Tensor) -> Tensor:
+    if criterion.log_input:
+        return outputs.exp()
+    rate = outputs + float(criterion.eps)
+    return (target / rate.square()).where(rate > 0, torch.nan)  # the loss takes its logarithm
 
-_NAMES: dict[str, type[nn.Module]] = {
-    "cross_entropy": nn.CrossEntropyLoss,
-    "binary_cross_entropy": nn.BCEWithLogitsLoss,
-    "mse": nn.MSELoss,
-    "huber": nn.HuberLoss,
-    "smooth_l1": nn.SmoothL1Loss,
-    "poisson_nll": nn.PoissonNLLLoss,
-    "gaussian_nll": nn.GaussianNLLLoss,
+
+def _gaussian_nll(criterion: Any, _: Tensor, variance: Tensor) -> Tensor:
+    return 1 / variance.detach().clamp(min=criterion.eps)
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+# Of every criterion but cross-entropy: the second derivative from the outputs and what it depends on, the target or the
+# variance; and whether it does.
+_DIAGONALS: dict[type[nn.Module], tuple[_Diagonal, Callable[[Any], bool]]] = {
+    nn.BCEWithLogitsLoss: (_binary_cross_entropy, lambda criterion: criterion.pos_weight is not None),
+    nn.MSELoss: (_mse, lambda _: False),
+    nn.HuberLoss: (_huber, _always),
+    nn.SmoothL1Loss: (_smooth_l1, _always),
+    nn.PoissonNLLLoss: (_poisson_nll, lambda criterion: not criterion.log_input),
+    nn.GaussianNLLLoss: (_gaussian_nll, _always),
 }

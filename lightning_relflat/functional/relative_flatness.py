@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat.functional._called_batch import Target, read_batch
 from lightning_relflat.functional._checks import (
     check_class_dim,
     check_count,
@@ -20,13 +20,11 @@ from lightning_relflat.functional._checks import (
 from lightning_relflat.functional._late_gradients import Beside
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._softmax_trace import softmax_trace
-from lightning_relflat.functional.output_hessian import (
-    OutputHessian,
-    Target,
-    as_criterion,
-    output_hessian,
-    softmax_samples,
-)
+from lightning_relflat.functional.criteria import as_criterion
+from lightning_relflat.functional.criteria import check_reduction as check_reduction
+from lightning_relflat.functional.criteria import check_temperature as check_temperature
+from lightning_relflat.functional.criteria import owned_criterion as owned_criterion
+from lightning_relflat.functional.output_hessian import OutputHessian, output_hessian
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -224,25 +222,6 @@ def relative_flatness_per_output(
         return rows / hessian.total_weight if kind == "mean" else rows
 
 
-def check_reduction(reduction: str | None, criterion: nn.Module) -> str:
-    """Return the reduction that counts: the argument, or the criterion's own where that is ``None``.
-
-    Args:
-        reduction: the argument.
-        criterion: a criterion of ``torch.nn``.
-
-    Returns:
-        One of ``"mean"``, ``"sum"`` and ``"none"``.
-
-    Raises:
-        ValueError: if it is none of them.
-    """
-    kind = getattr(criterion, "reduction", "mean") if reduction is None else reduction
-    if kind not in ("mean", "sum", "none"):
-        raise ValueError(f"Expected argument `reduction` to be 'mean', 'sum', 'none' or None, but got {kind!r}.")
-    return str(kind)
-
-
 def check_measure(measure: object) -> Measure:
     """Return the name of a measure.
 
@@ -260,30 +239,6 @@ def check_measure(measure: object) -> Measure:
     if measure == "trace":
         return "trace"
     raise ValueError(f"Expected argument `measure` to be 'relative_flatness' or 'trace', but got {measure!r}.")
-
-
-def check_temperature(temperature: object, criterion: nn.Module | None) -> float:
-    """Return a temperature that a criterion can have.
-
-    Args:
-        temperature: the argument.
-        criterion: the criterion, or ``None`` where the loss is not named.
-
-    Returns:
-        The temperature.
-
-    Raises:
-        ValueError: if it is no positive number, or is not 1 for a loss that does not begin with a softmax or sigmoid.
-    """
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise ValueError(f"Expected argument `temperature` to be a finite number above 0, but got {temperature!r}.")
-    if temperature != 1 and not isinstance(criterion, nn.CrossEntropyLoss | nn.BCEWithLogitsLoss):
-        loss = None if criterion is None else type(criterion).__name__
-        raise ValueError(
-            "Expected argument `temperature` to be 1 unless `loss` names a cross-entropy, 'cross_entropy' or "
-            f"'binary_cross_entropy', but got {temperature!r} with loss {loss}."
-        )
-    return float(temperature)
 
 
 def check_shared_probes(name: str, probes: object, criterion: nn.Module | None, measure: Measure) -> int | None:
@@ -314,27 +269,6 @@ def check_shared_probes(name: str, probes: object, criterion: nn.Module | None, 
     return count
 
 
-def owned_criterion(loss: object) -> nn.Module:
-    """Return a copy of the criterion that ``loss`` names or is, for those who keep it and move it to a device.
-
-    Args:
-        loss: a name, or a criterion of ``torch.nn`` with a closed form.
-
-    Returns:
-        The copy.
-
-    Raises:
-        ValueError: if there is no closed form, or the criterion reduces to neither a mean nor a sum.
-    """
-    criterion = copy.deepcopy(as_criterion(loss))
-    if check_reduction(None, criterion) == "none":
-        raise ValueError(
-            "Expected argument `loss` to reduce to a mean or a sum, because that decides what κ is, "
-            f"but got {type(criterion).__name__} with reduction='none'."
-        )
-    return criterion
-
-
 def _parts(
     features: Tensor,
     weight: Tensor,
@@ -360,7 +294,13 @@ def _parts(
             )
         if dim != outputs.ndim - 1:
             beside = None
-        logits, sample_weight, total_weight = softmax_samples(outputs, target, loss=criterion, class_dim=dim)
+        called = read_batch(criterion, outputs, target, dim)
+        logits, sample_weight, total_weight, counted = (
+            called.outputs,
+            called.weight,
+            called.total_weight,
+            called.counted,
+        )
         dtype = compute_dtype(features, weight, sample_weight)
         flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
         with full_precision(flat_features):
@@ -375,7 +315,7 @@ def _parts(
         flat_features, flat_weight, hessian = _flatten(
             features, weight, outputs, target, criterion, class_dim, temperature=temperature
         )
-        sample_weight, total_weight = hessian.weight, hessian.total_weight
+        sample_weight, total_weight, counted = hessian.weight, hessian.total_weight, hessian.counted
         with full_precision(flat_features):
             if measure == "trace":
                 curvature = hessian.diagonals().sum(dim=1) * flat_weight.square().sum()
@@ -384,7 +324,9 @@ def _parts(
     with full_precision(flat_features):
         if not normalize_features:
             curvature = curvature * flat_features.square().sum(dim=1)
-        return sample_weight * curvature / temperature**2, total_weight
+        parts = sample_weight * curvature / temperature**2
+        # Padding that the criterion ignores may hold anything, such as NaN, which 0 times is not 0.
+        return (parts if counted is None else parts.where(counted, 0.0)), total_weight
 
 
 def _flatten(
@@ -401,7 +343,10 @@ def _flatten(
     dtype = compute_dtype(features, weight, outputs)
     hessian = output_hessian(outputs.to(dtype) / temperature, target, loss=criterion, class_dim=dim)
     dtype = hessian.diagonal.dtype  # a float64 target makes float64 outputs, as in the criterion itself
-    return features.reshape(-1, features.shape[-1]).to(dtype), weight.to(dtype), hessian
+    phi = features.reshape(-1, features.shape[-1]).to(dtype)
+    if hessian.counted is not None:  # padding may hold anything, such as NaN, which 0 times is not 0
+        phi = phi.masked_fill(~hessian.counted[:, None], 0.0)
+    return phi, weight.to(dtype), hessian
 
 
 def _find_class_dim(features: Tensor, weight: Tensor, outputs: Tensor, class_dim: int | None) -> int:

@@ -13,9 +13,9 @@ from lightning_relflat.functional._checks import check_count, check_floating, ch
 from lightning_relflat.functional._errors import independent, moments, standard_error
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
+from lightning_relflat.functional.criteria import criterion_loss, has_closed_form, owned_criterion
 from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
-from lightning_relflat.functional.output_hessian import has_closed_form, output_hessian
-from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness_sums
+from lightning_relflat.functional.relative_flatness import relative_flatness_sums
 from lightning_relflat.metrics._summed import SummedMetric
 
 Loss: TypeAlias = "str | nn.Module | Callable[[Tensor, Any], Tensor]"
@@ -93,7 +93,8 @@ class RelativeFlatness(SummedMetric):
     ) -> None:
         super().__init__(**kwargs)
         # A metric moves to its device what it holds, hence the copy.
-        self.loss: Any = loss if callable(loss) and not has_closed_form(loss) else owned_criterion(loss)
+        any_loss = callable(loss) and not isinstance(loss, type) and not has_closed_form(loss)
+        self.loss: Any = loss if any_loss else owned_criterion(loss)
         check_probes(probes)
         if probes == 1:
             raise ValueError("Expected argument `probes` to be an integer of at least 2, or None, but got 1.")
@@ -157,8 +158,11 @@ class RelativeFlatness(SummedMetric):
     def loss_of(self, outputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch, in the graph of the outputs, and its total weight.
 
+        A criterion with a closed form is called with what κ reads in outputs and target; see
+        :func:`~lightning_relflat.functional.criteria.criterion_loss`.
+
         Args:
-            outputs: what leaves the layer, of shape (..., d).
+            outputs: what leaves the layer, of shape (..., d), or with the d outputs of a sample along ``class_dim``.
             target: as for :meth:`update`.
 
         Returns:
@@ -173,14 +177,7 @@ class RelativeFlatness(SummedMetric):
             if value.ndim == 0:
                 return value, samples
             return value.sum() / samples.to(value) if self.takes_mean else value.sum(), samples
-        with torch.no_grad():
-            total = output_hessian(outputs, target, loss=self.loss).total_weight
-        # The criterion itself wants classes where PyTorch has them.
-        laid_out = (
-            outputs.movedim(-1, 1) if isinstance(self.loss, nn.CrossEntropyLoss) and outputs.ndim > 1 else outputs
-        )
-        targets = target if isinstance(target, tuple) else (target,)
-        return self.loss(laid_out, *targets), total
+        return criterion_loss(self.loss, outputs, target, class_dim=-1 if self.class_dim is None else self.class_dim)
 
     def _estimate(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any) -> tuple[Tensor, ...]:
         for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):

@@ -87,7 +87,8 @@ def cases(draw: st.DrawFn, loss: str) -> Case:
         smoothing = draw(st.sampled_from([0.0, 0.1, 0.5]))
         if draw(st.booleans(), label="probabilities"):
             needs_target = True
-            target = uniform(generator, *shape)  # of any mass
+            target = uniform(generator, *shape)
+            target = target / target.sum(dim=class_dim, keepdim=True)
             criterion = nn.CrossEntropyLoss(class_weight, reduction=reduction, label_smoothing=smoothing)
         else:
             ignored = draw(st.sampled_from([-100, 7, 0] if d > 1 else [-100, 7]), label="ignore_index")

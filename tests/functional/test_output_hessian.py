@@ -33,6 +33,16 @@ def counts(*shape: int) -> Tensor:
     return torch.randint(5, shape, generator=seeded(4)).double()
 
 
+def shares(*shape: int) -> Tensor:
+    drawn = numbers(*shape)
+    return drawn / drawn.sum(dim=-1, keepdim=True)
+
+
+def some_zero(rows: Tensor) -> Tensor:
+    rows.view(-1, D)[1::3] = 0
+    return rows
+
+
 # What makes a target from the shape of the outputs with the D outputs of a sample last.
 Targets = Callable[..., Any]
 CRITERIA: dict[str, tuple[nn.Module, Targets]] = {
@@ -49,8 +59,8 @@ CRITERIA: dict[str, tuple[nn.Module, Targets]] = {
         lambda *s: indices(*s[:-1], ignored=9),
     ),
     "ce-probabilities": (nn.CrossEntropyLoss(), lambda *s: normal(seeded(5), *s).softmax(-1)),
-    "ce-masses": (nn.CrossEntropyLoss(), numbers),
-    "ce-probabilities-weight-smoothing": (nn.CrossEntropyLoss(numbers(D), label_smoothing=0.3), numbers),
+    "ce-probabilities-or-none": (nn.CrossEntropyLoss(label_smoothing=0.3), lambda *s: some_zero(shares(*s))),
+    "ce-probabilities-weight-smoothing": (nn.CrossEntropyLoss(numbers(D), label_smoothing=0.3), lambda *s: shares(*s)),
     "bce": (nn.BCEWithLogitsLoss(), lambda *s: numbers(*s) / 3),
     "bce-pos-weight": (nn.BCEWithLogitsLoss(pos_weight=numbers(1)), lambda *s: numbers(*s) / 3),
     "bce-weight": (nn.BCEWithLogitsLoss(numbers(1)), lambda *s: numbers(*s) / 3),
@@ -181,7 +191,7 @@ def test_the_trace_is_differentiable_in_weight_and_outputs(name: str) -> None:
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "cross_entropy"])
 def test_one_output_may_go_without_its_dimension_in_the_target(loss: str) -> None:
-    outputs, target = numbers(5, 1), numbers(5, seed=2)
+    outputs, target = numbers(5, 1), numbers(5, seed=2) / 3
     full: Any = target[:, None]
     short: Any = target
     if loss == "gaussian_nll":
@@ -425,7 +435,8 @@ SHAPES = "where the outputs are of shape (3, 4), but got "
             (Z, torch.ones(2)),
             "gaussian_nll",
             ValueError,
-            "Expected the variances in argument `target` to be of shape (3, 4), (3, 1) or (3,), but got (2,).",
+            "Expected the variances in argument `target` to be of shape (3, 4), with 1 for one of its dimensions or "
+            "without the last of them, but got (2,).",
         ),
     ],
 )
