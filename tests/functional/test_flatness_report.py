@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat.functional import largest_eigenvalue_bounds, neural_collapse, spectrum
+from lightning_relflat.functional._sums import merge_moments
 from lightning_relflat.functional.flatness_report import (
     flatness_report,
     report_from_sums,
@@ -214,6 +215,7 @@ def test_batches_add_up() -> None:
         for part in (slice(0, 5), slice(5, 6), slice(6, 8))
     ]
     added = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
+    added["moments"] = merge_moments(torch.stack([part["moments"] for part in parts]))
     whole = flatness_report(features, weight, outputs, target, **options)
     found = report_from_sums(added, mean=True)
     assert found.keys() == whole.keys()
