@@ -242,7 +242,7 @@ def report_sums(
             sums |= _collapse_sums(phi, rows, counts, target, num_classes)
             if class_means is not None and len(rows) == num_classes:
                 dim = _find_class_dim(features, weight, outputs, class_dim)
-                missed = center_mismatches(phi, outputs.movedim(dim, -1).reshape(len(phi), -1), class_means)
+                missed = center_mismatches(phi, outputs.movedim(dim, -1).reshape(len(phi), num_classes), class_means)
                 sums["mismatches"] = counts @ missed.double()
     return {name: value.double() for name, value in sums.items()}
 
