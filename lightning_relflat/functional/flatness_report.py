@@ -23,6 +23,7 @@ from lightning_relflat.functional.neural_collapse import (
     center_mismatches,
     collapse_from_moments,
     means_from_moments,
+    summed_moments,
 )
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
 from lightning_relflat.functional.relative_flatness import Reduction, _find_class_dim, _flatten
@@ -310,14 +311,9 @@ def _collapse_sums(phi: Tensor, rows: Tensor, counts: Tensor, target: Target, nu
     assert isinstance(target, Tensor)  # as `_by_class` checked
     kept = counts[:, None] * phi.double()
     index = target.flatten().long().where(counts != 0, 0)
-    zeros = kept.new_zeros(num_classes)
-    return {
-        "class_counts": zeros.index_add(0, index, counts),
-        "class_sums": kept.new_zeros(num_classes, kept.shape[1]).index_add(0, index, kept),
-        "class_squares": zeros.index_add(0, index, kept.square().sum(dim=1)),
-        "class_products": kept.T @ kept,
-        "class_weights": counts.sum() * rows,
-    }
+    moments = summed_moments(kept, index, counts, num_classes=num_classes)
+    sums = {f"class_{name}": value for name, value in moments._asdict().items()}
+    return sums | {"class_weights": counts.sum() * rows}
 
 
 def _mean_hessian(hessian: OutputHessian, factor: Tensor, diagonals: Tensor) -> Tensor:
