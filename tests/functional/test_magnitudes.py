@@ -250,6 +250,48 @@ def test_gradients_for_features_of_any_size(loss: str, size: float) -> None:
         close(one.double() / factor, other, rtol=2e-5)
 
 
+@pytest.mark.usefixtures("looks", "path")
+@pytest.mark.parametrize("size", [1.0, 2.0**-70, 2.0**70])
+def test_second_derivatives_for_a_weight_of_any_size(size: float) -> None:
+    features, weight, outputs, _ = head(3.0)
+    direction = torch.randn(D, M, generator=seeded(5))
+
+    def along(phi: Tensor, w: Tensor, z: Tensor, vector: Tensor) -> Tensor:
+        """Return ∇⟨∇κ, v⟩, both over W."""
+        kappa = relative_flatness(phi, w, z, loss="cross_entropy")
+        [first] = torch.autograd.grad(kappa, [w], create_graph=True)
+        return torch.autograd.grad((first * vector).sum(), [w])[0]
+
+    expected = along(features.double(), weight.double().requires_grad_(), outputs.double(), direction.double())
+    found = along(features * size, (weight / size).requires_grad_(), outputs, direction / size)
+    close(found.double() / size, expected, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("looks", "path")
+@pytest.mark.parametrize("size", [1.0, 2.0**-30, 2.0**30])
+def test_normalized_features_leave_the_size_to_the_weight(size: float) -> None:
+    features, weight, outputs, _ = head(3.0)
+    wide = features.double(), weight.double(), outputs.double()
+    for loss in ("cross_entropy", "mse"):
+        expected = relative_flatness(*wide, loss=loss, normalize_features=True)
+        found = relative_flatness(features, weight * size, outputs, loss=loss, normalize_features=True)
+        close(found.double() / size**2, expected)
+
+
+@pytest.mark.usefixtures("looks", "path")
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_gradients_for_large_features_of_an_ordinary_weight(loss: str) -> None:
+    """Squares of the features are not in float32, κ and its gradient are."""
+    features, weight, outputs, _ = head(0.0)
+    features, weight = features * 2.0**66, weight * 2.0**-16
+    wide = features.double(), weight.double().requires_grad_(), outputs.double()
+    [expected] = torch.autograd.grad(relative_flatness(*wide, loss=loss), [wide[1]])
+    leaf = weight.requires_grad_()
+    [found] = torch.autograd.grad(relative_flatness(features, leaf, outputs, loss=loss), [leaf])
+    assert found.isfinite().all()
+    close(found, expected, rtol=2e-5)
+
+
 def test_float64_of_any_size() -> None:
     features, weight, outputs, _ = (value.double() for value in head(3.0))
     expected = relative_flatness(features, weight, outputs, loss="cross_entropy")

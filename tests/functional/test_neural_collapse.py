@@ -429,7 +429,7 @@ def test_many_samples_of_nearly_collapsed_classes() -> None:
     report = flatness_report(
         features, weight, outputs, target, loss="cross_entropy", num_classes=4, neural_collapse=True
     )
-    assert report["cdnv"].item() == pytest.approx(expected, rel=1e-8)
+    assert report["cdnv"].item() == pytest.approx(expected, rel=2e-9)
 
 
 def test_collapsed_classes_are_collapsed_to_the_last_bit() -> None:
