@@ -14,6 +14,7 @@ from torch.linalg import vecdot
 from lightning_relflat.functional._checks import full_precision
 from lightning_relflat.functional._graph import is_transformed
 from lightning_relflat.functional._late_gradients import Beside, Box
+from lightning_relflat.functional._scale import centered
 from lightning_relflat.functional.output_hessian import OutputHessian
 
 # Below so many outputs in all the plain formula is as fast, or faster, and what it keeps is no matter.
@@ -43,14 +44,15 @@ def softmax_trace(
     *,
     temperature: float,
     dtype: torch.dtype,
+    factor: Tensor | None = None,
     directions: Tensor | None = None,
     beside: Beside | None = None,
 ) -> Tensor:
-    r"""Return ``Tr(Uᵀ (diag(p_i) − p_i p_iᵀ) U)`` of every sample i, with p_i = softmax(z_i / τ) and U = W or WV.
+    r"""Return ``Tr(Uᵀ (diag(p_i) − p_i p_iᵀ) U)`` of every sample i, with p_i = softmax(z_i / τ) and U = fW or fWV.
 
     Equal to :meth:`OutputHessian.trace_through`, but no other array of shape (n, d) is made than the gradient, and
-    forward and backward cost three products of the size of the head's own. With k the most probable output,
-    v_s = u_s − u_k, r = Σ_s p_s v_s and q = u_k + r:
+    forward and backward cost three products of the size of the head's own. The rows of W are taken less their mean.
+    With k the most probable output, v_s = u_s − u_k, r = Σ_s p_s v_s and q = u_k + r:
 
     - t = Σ_s p_s ‖v_s‖² − ‖r‖², where Σ_s p_s u_s is the first product;
     - ∂t/∂z_s = p_s (h_s − Σ_s' p_s' h_s') / τ with h_s = ‖v_s‖² − 2⟨v_s, r⟩, where ⟨u_s, q⟩ is the second;
@@ -64,6 +66,7 @@ def softmax_trace(
         weight: the matrix W, of shape (d, m).
         temperature: τ.
         dtype: what to compute in.
+        factor: f, a scalar without a derivative; 1 if left out.
         directions: V, of shape (m, K).
         beside: a loss that is differentiated together with the traces. If it takes the log-softmax of these outputs,
             that is what is kept for the backward pass, and the gradients are made after the loss's own.
@@ -75,15 +78,16 @@ def softmax_trace(
     if not transformed and logits.is_cpu and not torch.is_grad_enabled():
         rows = max(_BLOCK_ROWS, _BLOCK // max(1, logits.shape[1]))
         if rows * logits.shape[1] < _FEW:
-            matrix = _with_fewer_columns(_matrix(weight, directions, dtype), len(logits))
+            matrix = _with_fewer_columns(_matrix(weight, directions, factor, dtype), len(logits))
             return torch.cat([_plain(part, matrix, temperature) for part in torch.split(logits, rows)])
     if transformed or not is_large(logits):
-        return _plain(logits, _matrix(weight, directions, dtype), temperature)
+        return _plain(logits, _matrix(weight, directions, factor, dtype), temperature)
     mark, box = None, None
     log_p = None if beside is None else beside.log_softmax(dtype)
     if beside is not None and log_p is not None:  # a softmax does not see that log Σ_s exp(z_s) was subtracted from z
         logits, mark, box = log_p, beside.late.mark, beside.late.box
-    traces: Tensor = _SoftmaxTrace.apply(logits, weight, mark, box, directions, temperature, dtype)  # type: ignore[no-untyped-call]
+    factor = weight.new_ones((), dtype=dtype) if factor is None else factor
+    traces: Tensor = _SoftmaxTrace.apply(logits, weight, mark, box, directions, temperature, factor)  # type: ignore[no-untyped-call]
     return traces
 
 
@@ -91,11 +95,12 @@ def _plain(logits: Tensor, matrix: Tensor, temperature: float) -> Tensor:
     p = (logits.to(matrix.dtype) / temperature).softmax(dim=1)
     ones = p.new_ones(len(p))
     hessian = OutputHessian(p, p, ones, ones.sum(), annihilates_constants=True)
-    return hessian.trace_through(matrix)
+    return hessian._trace_through_centered(matrix)
 
 
-def _matrix(weight: Tensor, directions: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if directions is None else weight.to(dtype) @ directions
+def _matrix(weight: Tensor, directions: Tensor | None, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    rows = centered(weight.to(dtype), factor=factor)
+    return rows if directions is None else rows @ directions
 
 
 def _with_fewer_columns(matrix: Tensor, samples: int) -> Tensor:
@@ -105,6 +110,28 @@ def _with_fewer_columns(matrix: Tensor, samples: int) -> Tensor:
     """
     d, m = matrix.shape
     return torch.linalg.qr(matrix.mT, mode="r").R.mT if 2 * d <= m and 8 * d <= samples else matrix
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows u_s = c + f w_s, made of a matrix when they are asked for."""
+
+    matrix: Tensor
+    shift: Tensor
+    factor: Tensor
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        return torch.addcmul(self.shift, self.matrix[index].to(self.shift), self.factor)
+
+    def extended(self, part: slice) -> Tensor:
+        """Return the rows (u_s, ‖u_s‖², 1)."""
+        rows = self.matrix[part].to(self.shift)
+        m = rows.shape[1]
+        found = rows.new_zeros(len(rows), _width(m))
+        made = torch.addcmul(self.shift, rows, self.factor, out=found[:, :m])
+        found[:, m] = vecdot(made, made)
+        found[:, m + 1] = 1.0
+        return found
 
 
 class _SoftmaxTrace(torch.autograd.Function):
@@ -117,19 +144,23 @@ class _SoftmaxTrace(torch.autograd.Function):
         box: Box | None,
         directions: Tensor | None,
         temperature: float,
-        dtype: torch.dtype,
+        factor: Tensor,
     ) -> Tensor:
-        logits = _flat(kept)
-        matrix = weight if directions is None else _matrix(weight, directions, dtype)
-        m = matrix.shape[1]
+        logits, dtype = _flat(kept), factor.dtype
+        row_slices, column_slices, space = _tiling(logits, dtype)
+        # Less their mean, of which a softmax sees nothing, and in which the digits of the rest would drown.
+        u = _Rows(weight, weight.mean(dim=0, dtype=dtype) * -factor, factor)
+        if directions is not None:
+            products = torch.cat([u[columns] @ directions for columns in column_slices])
+            u = _Rows(products, torch.zeros_like(products[0]), torch.ones_like(factor))
+        m = u.matrix.shape[1]
         highest, origin = _highest(logits, dtype)
         # e_s is p_s where the logarithms of the p_s are at hand, else p_s / p_k; 0 for s = k.
         normalized = box is not None and temperature == 1
         shift = None if normalized else highest
-        row_slices, column_slices, space = _tiling(logits, dtype)
         sums = logits.new_zeros(len(logits), _width(m), dtype=dtype)
         for columns in column_slices:
-            extended = _extended(matrix[columns], dtype)
+            extended = u.extended(columns)
             for rows in row_slices:
                 others = _others(logits[rows, columns], shift, rows, origin[rows] - columns.start, temperature, space)
                 # One product for Σ_s e_s u_s, Σ_s e_s ‖u_s‖² and Σ_s e_s.
@@ -137,19 +168,21 @@ class _SoftmaxTrace(torch.autograd.Function):
         most = highest[:, None].exp() if normalized else 1 / (1 + sums[:, m + 1 : m + 2])  # p_k
         if not normalized:
             sums *= most
-        origin_row = matrix[origin].to(dtype)
+        origin_row = u[origin]
         mass = sums[:, m + 1]
         pull = torch.addcmul(sums[:, :m], mass[:, None], origin_row, value=-1)
         spread = sums[:, m] - 2 * vecdot(pull, origin_row) - mass * vecdot(origin_row, origin_row)
         length = vecdot(pull, pull)
-        ctx.save_for_backward(kept, weight, matrix, directions, origin, shift, most, pull, spread - 2 * length)
-        ctx.temperature, ctx.dtype, ctx.box = temperature, dtype, box
+        made = u.matrix, u.shift, u.factor, factor
+        ctx.save_for_backward(kept, weight, *made, directions, origin, shift, most, pull, spread - 2 * length)
+        ctx.temperature, ctx.box = temperature, box
         traces: Tensor = spread - length
         return traces
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, matrix, directions, origin, shift, most, pull, mean = ctx.saved_tensors
+        kept, weight, matrix, row_shift, row_factor, factor, directions, *others = ctx.saved_tensors
+        origin, shift, most, pull, mean = others
         to_logits, to_weight = ctx.needs_input_grad[:2]
         nothing = (None,) * 5
         with full_precision(kept):
@@ -157,12 +190,13 @@ class _SoftmaxTrace(torch.autograd.Function):
                 # Views of their own: the outputs depend on the weight too, which is for who comes before us.
                 kept, weight = kept.view_as(kept), weight.view_as(weight)
                 inputs = [value for value, needed in ((kept, to_logits), (weight, to_weight)) if needed]
-                traces = _plain(_flat(kept), _matrix(weight, directions, ctx.dtype), ctx.temperature)
-                found = list(torch.autograd.grad(traces, inputs, grad, create_graph=True))
-                return found.pop(0) if to_logits else None, found.pop(0) if to_weight else None, *nothing
+                matrix = _matrix(weight, directions, factor, factor.dtype)
+                traces = _plain(_flat(kept), matrix, ctx.temperature)
+                made = list(torch.autograd.grad(traces, inputs, grad, create_graph=True))
+                return made.pop(0) if to_logits else None, made.pop(0) if to_weight else None, *nothing
             # log p leads to the loss's graph, which is not to be held.
-            kept, weight, matrix = kept.detach(), weight.detach(), matrix.detach()
-            given = grad, _flat(kept), weight, matrix, directions, origin, shift, most, pull, mean
+            kept, weight, u = kept.detach(), weight.detach(), _Rows(matrix.detach(), row_shift, row_factor)
+            given = grad, _flat(kept), weight, u, factor, directions, origin, shift, most, pull, mean
             gradients = _Gradients(*given, ctx.temperature, to_weight)
             if ctx.box is not None:
                 ctx.box.gradients = gradients
@@ -172,12 +206,13 @@ class _SoftmaxTrace(torch.autograd.Function):
 
 @dataclass(eq=False)
 class _Gradients:
-    """What the gradients are made of: those of the traces, the logits or log p, U and V, p_k, r and Σ_s p_s h_s."""
+    """What the gradients are made of: those of the traces, the logits or log p, U, f, V, p_k, r and Σ_s p_s h_s."""
 
     grad: Tensor
     logits: Tensor
     weight: Tensor
-    matrix: Tensor
+    rows: _Rows
+    factor: Tensor
     directions: Tensor | None
     origin: Tensor
     shift: Tensor | None
@@ -190,7 +225,7 @@ class _Gradients:
     def alone(self, to_logits: bool) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of the logits and of the weight."""
         of_logits = torch.empty_like(self.logits) if to_logits else None
-        of_matrix = torch.empty_like(self.matrix, dtype=self.grad.dtype) if self.to_weight else None
+        of_matrix = torch.empty_like(self.rows.matrix, dtype=self.grad.dtype) if self.to_weight else None
 
         def visit(rows: slice, columns: slice, tile: Tensor) -> None:
             if of_logits is not None:
@@ -222,7 +257,7 @@ class _Gradients:
             of_weight = torch.empty_like(weight) if needed[1] else None
             of_bias = weight.new_empty(len(weight)) if needed[2] else None
             exact = self.to_weight and self.directions is None
-            of_matrix = torch.empty_like(self.matrix) if self.to_weight and not exact else None
+            of_matrix = torch.empty_like(self.rows.matrix) if self.to_weight and not exact else None
             block = {"weight": features.new_zeros(0, dtype=sums), "bias": features.new_zeros(0, dtype=sums)}
 
             def visit(rows: slice, columns: slice, tile: Tensor) -> None:
@@ -265,13 +300,14 @@ class _Gradients:
         """Go over the outputs in blocks, and over their tiles.
 
         ``visit`` gets the rows and columns of every tile with the gradient of the logits, which it may write to;
-        ``end`` gets the columns of every block with the gradient of U's rows, but for what :meth:`_add_origin` adds.
+        ``end`` gets the columns of every block with the gradient of W's or WV's rows, but for what :meth:`_add_origin`
+        adds.
         """
-        matrix, origin, mean = self.matrix, self.origin, self.mean
-        m, dtype = matrix.shape[1], self.grad.dtype
+        u, origin, mean = self.rows, self.origin, self.mean
+        m, dtype = u.matrix.shape[1], self.grad.dtype
         grad = self.grad[:, None]
         factor = grad if self.shift is None else grad * self.most  # times e_s, it is the trace's gradient times p_s
-        center = matrix[origin].to(dtype)
+        center = u[origin]
         constant = vecdot(center, center) + 2 * vecdot(center, self.pull) - mean
         center += self.pull
         # The product of these with (u_s, ‖u_s‖², 1) is h_s − Σ_s' p_s' h_s', times the factor.
@@ -285,7 +321,7 @@ class _Gradients:
         row_slices, column_slices, space = _tiling(self.logits, dtype)
         lifts_space = torch.empty_like(space)
         for columns in column_slices:
-            extended = _extended(matrix[columns], dtype)
+            extended = u.extended(columns)
             sums = torch.zeros_like(extended)
             for rows in row_slices:
                 tile, place = self.logits[rows, columns], origin[rows] - columns.start
@@ -295,11 +331,11 @@ class _Gradients:
                 if visit is not None:
                     found = torch.mm(lift[rows], extended.mT, out=_like(tile, lifts_space)).mul_(others)
                     visit(rows, columns, _write_at(found, place, at_origin[rows]))
-            end(columns, torch.addcmul(sums[:, :m], extended[:, :m], sums[:, m : m + 1]))
+            end(columns, torch.addcmul(sums[:, :m], extended[:, :m], sums[:, m : m + 1]).mul_(self.factor))
 
     def _add_origin(self, of_matrix: Tensor) -> None:
         """Add the part of s = k, whose factor is that of p_k itself."""
-        part = self.grad[:, None] * self.most * self.pull
+        part = self.factor * self.grad[:, None] * self.most * self.pull
         of_matrix.index_add_(0, self.origin, part.to(of_matrix.dtype), alpha=-2)
 
 
@@ -344,12 +380,6 @@ def _columns(first: Tensor, factor: Tensor | float, *others: Tensor | float) -> 
     for at, other in enumerate(others, start=m):
         found[:, at : at + 1] = other
     return found
-
-
-def _extended(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the rows (w_s, ‖w_s‖², 1)."""
-    weight = weight.to(dtype)
-    return _columns(weight, 1.0, vecdot(weight, weight)[:, None], 1.0)
 
 
 def _highest(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

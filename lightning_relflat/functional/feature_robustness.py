@@ -26,7 +26,12 @@ class RobustnessEstimate(NamedTuple):
 
 
 def feature_robustness(
-    loss_of_features: LossOfFeatures, features: Tensor, linear_map: Tensor, *, delta: float
+    loss_of_features: LossOfFeatures,
+    features: Tensor,
+    linear_map: Tensor,
+    *,
+    delta: float,
+    samples: int | Tensor | None = None,
 ) -> Tensor:
     r"""Return by how much the mean loss rises when every sample's features φ move by δAφ.
 
@@ -34,7 +39,7 @@ def feature_robustness(
         F(δ, A) = \frac{1}{n} \sum_i \big( ℓ(ψ(φ_i + δ A φ_i), y_i) - ℓ(ψ(φ_i), y_i) \big)
 
     It is a difference of losses, so for small δ give it features in float64 and a network that computes in float64:
-    in float32 rounding hides it at δ = 1e-3.
+    in float32 rounding hides it at δ = 1e-3, and features in half precision are refused.
 
     Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), where a model is
     feature robust if F is small for the maps A in question.
@@ -45,13 +50,16 @@ def feature_robustness(
         features: φ, of shape (..., m).
         linear_map: A, of shape (m, m).
         delta: δ, how far to move.
+        samples: how many samples count, n, for a loss that ignores some: that of every sample is 0 there, and its sum
+            is divided by this number. If left out, all count. A mean that the loss returns is taken as it is.
 
     Returns:
         F, a scalar in the loss's unit and dtype. Where the loss is, it is differentiable.
 
     Raises:
-        TypeError: if features or map are no floating point numbers.
-        ValueError: if shapes do not fit, or δ is not a number.
+        TypeError: if features or map are no floating point numbers, or the features are in half precision.
+        ValueError: if shapes do not fit, δ is not a number, or ``samples`` is neither an integer of at least 0 nor a
+            tensor with one.
 
     Example:
         >>> import torch
@@ -70,13 +78,27 @@ def feature_robustness(
             f"but got {shape_of(features)} and {shape_of(linear_map)}."
         )
     delta = check_number("delta", delta)
+    if samples is not None and not (isinstance(samples, Tensor) and samples.ndim == 0):
+        check_count("samples", samples, at_least=0)
+    if features.itemsize < 4:
+        raise TypeError(
+            "Expected argument `features` to be in float32 or float64, because a small step gets lost in less, "
+            f"but got {features.dtype}."
+        )
     with full_precision(features):
         moved = features + delta * (features @ linear_map.to(features).T)
-    return (loss_of_features(moved) - loss_of_features(features)).mean()
+    rise = loss_of_features(moved) - loss_of_features(features)
+    return rise.mean() if samples is None or rise.ndim == 0 else rise.sum() / samples
 
 
 def random_feature_robustness(
-    loss_of_features: LossOfFeatures, features: Tensor, *, delta: float, draws: int = 32, seed: int = 0
+    loss_of_features: LossOfFeatures,
+    features: Tensor,
+    *,
+    delta: float,
+    draws: int = 32,
+    seed: int = 0,
+    samples: int | Tensor | None = None,
 ) -> RobustnessEstimate:
     r"""Return feature robustness in the mean over random rotations and reflections A.
 
@@ -100,14 +122,15 @@ def random_feature_robustness(
         seed: where the maps come from. PyTorch's own random streams are left alone. The same seed gives the same maps,
             on all devices and for all batches of features: values of several batches may be averaged, weighted by
             their samples, and are then those of the union. Their errors may not.
+        samples: as for :func:`feature_robustness`.
 
     Returns:
         The mean over the draws and its standard error.
 
     Raises:
-        TypeError: if the features are no floating point numbers.
-        ValueError: if features have no dimension, δ is not a number, ``draws`` is not an integer of at least 2, or
-            ``seed`` not one of at least 0.
+        TypeError: if the features are no floating point numbers, or in half precision.
+        ValueError: if features have no dimension, δ is not a number, ``draws`` is not an integer of at least 2,
+            ``seed`` not one of at least 0, or ``samples`` not what it should be.
 
     Example:
         >>> import torch
@@ -123,12 +146,18 @@ def random_feature_robustness(
         raise ValueError(f"Expected argument `features` to be of shape (..., m), but got {shape_of(features)}.")
     check_count("draws", draws, at_least=2)
     check_count("seed", seed, at_least=0)
-    found = robustness_of_draws(loss_of_features, features, delta=delta, draws=draws, seed=seed)
+    found = robustness_of_draws(loss_of_features, features, delta=delta, draws=draws, seed=seed, samples=samples)
     return RobustnessEstimate(found.mean(), found.std() / draws**0.5)
 
 
 def robustness_of_draws(
-    loss_of_features: LossOfFeatures, features: Tensor, *, delta: float, draws: int, seed: int
+    loss_of_features: LossOfFeatures,
+    features: Tensor,
+    *,
+    delta: float,
+    draws: int,
+    seed: int,
+    samples: int | Tensor | None = None,
 ) -> Tensor:
     """Return the robustness of every pair ±A of :func:`random_feature_robustness`.
 
@@ -138,6 +167,7 @@ def robustness_of_draws(
         delta: as there.
         draws: as there.
         seed: as there.
+        samples: as there.
 
     Returns:
         The values, in float64, of shape (draws,).
@@ -153,7 +183,7 @@ def robustness_of_draws(
         for _ in range(draws):
             turn = _haar(features.shape[-1], generator)
             pair = [
-                feature_robustness(loss_of_features, features, turn, delta=signed).double()
+                feature_robustness(loss_of_features, features, turn, delta=signed, samples=samples).double()
                 for signed in (delta, -delta)
             ]
             values.append((pair[0] + pair[1]) / 2)

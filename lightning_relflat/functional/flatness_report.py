@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import check_count, check_flag, check_floating, full_precision
+from lightning_relflat.functional._scale import balanced
+from lightning_relflat.functional._sums import feature_moments, sum_of_products
 from lightning_relflat.functional.layer_measures import (
     StandardizedSums,
     batch_reduction,
+    curvature_pairs,
     row_scales,
     standardized_from_sums,
 )
@@ -20,6 +23,7 @@ from lightning_relflat.functional.neural_collapse import (
     center_mismatches,
     collapse_from_moments,
     means_from_moments,
+    summed_moments,
 )
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
 from lightning_relflat.functional.relative_flatness import Reduction, _find_class_dim, _flatten
@@ -180,7 +184,7 @@ def report_sums(
     class_means: Tensor | None = None,
     class_dim: int | None = None,
 ) -> dict[str, Tensor]:
-    """Return what a report is computed from, in float64; everything adds up over batches and processes.
+    """Return what a report is computed from, in float64, over batches and processes: sums add up, moments are merged.
 
     Args:
         features: as for :func:`flatness_report`.
@@ -196,7 +200,8 @@ def report_sums(
 
     Returns:
         The sums by their names: ``totals`` (samples, total weight, ‖W‖², zero rows, Σ ‖φ‖², Tr(H), ‖W‖² Tr(H), flat
-        samples), ``pairs`` of shape (m, m), ``moments`` of shape (2, m), and where asked for ``per_class`` of shape
+        samples), ``pairs`` of shape (m, m), ``moments`` of shape (3, m) as of
+        :func:`~lightning_relflat.functional._sums.feature_moments`, and where asked for ``per_class`` of shape
         (2, num_classes), ``neuron_pairs`` of shape (d, d); of neural collapse ``class_counts`` and ``class_squares`` of
         shape (num_classes,), ``class_sums`` of shape (num_classes, m), ``class_products`` of shape (m, m),
         ``class_weights`` of shape (d, m) and ``mismatches``.
@@ -209,35 +214,38 @@ def report_sums(
         raise ValueError("Expected argument `num_classes` to be given where `neural_collapse` is, but got None.")
     for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
         check_floating(name, value)
-    phi, rows, hessian = _flatten(features, weight, outputs, target, as_criterion(loss), class_dim)
+    criterion = as_criterion(loss)
+    phi, rows, hessian = _flatten(features, weight, outputs, target, criterion, class_dim)
     with full_precision(phi):
-        squares = phi.square()
-        norms = hessian.weight * squares.sum(dim=1)
-        columns, diagonals = hessian.column_curvatures(rows), hessian.diagonals()
-        traces = diagonals.sum(dim=1)
         # NaN for a target that is refused, where nothing raises (a GPU): no place may be looked up with it.
         counts = (hessian.weight != 0).double().where(hessian.weight.isfinite(), torch.nan)
-        weight_norm, trace = rows.square().sum(), norms @ traces
+        diagonals = hessian.diagonals()
+        traces, shares = diagonals.sum(dim=1).double(), hessian.weight.double()
+        norms = shares * phi.double().square().sum(dim=1)
+        weight_norm, trace = rows.double().square().sum(), (norms * traces).sum()
         zero_rows = (rows == 0).all(dim=1).double().mean()
-        total, flat = hessian.total_weight, counts @ (traces < FLAT).double()
+        total, flat = hessian.total_weight.double(), (counts * (traces < FLAT)).sum()
         # ‖W‖² and zero rows are averaged over batches by their weight, should W change.
         entries = [counts.sum(), total, total * weight_norm, total * zero_rows]
         entries += [norms.sum(), trace, trace * weight_norm, flat]
+        even_phi, even_rows = balanced(phi, rows)
+        columns, even_norms = hessian.column_curvatures(even_rows), shares * even_phi.double().square().sum(dim=1)
         sums = {
-            "totals": torch.stack([entry.double() for entry in entries]),
-            "pairs": (hessian.weight[:, None] * squares).T @ columns,
-            "moments": torch.stack([counts @ phi.double(), counts @ phi.double().square()]),
+            "totals": torch.stack(entries),
+            "pairs": curvature_pairs(even_phi, hessian.weight, columns),
+            "moments": feature_moments(phi, counts),
         }
         if num_classes is not None:
-            parts = torch.stack([norms * columns.sum(dim=1), hessian.weight.to(norms)])
-            sums["per_class"] = _by_class(parts, target, num_classes)
+            parts = torch.stack([even_norms * columns.sum(dim=1), _divisors(criterion, hessian.weight, target)])
+            sums["per_class"] = _by_class(parts, counts, target, num_classes)
         if neuron_pairs:
-            sums["neuron_pairs"] = (rows @ rows.T) * _mean_hessian(hessian, norms, diagonals)
+            mean_hessian = _mean_hessian(hessian, even_norms.where(traces != 0, 0.0).to(phi), diagonals)
+            sums["neuron_pairs"] = (even_rows @ even_rows.T) * mean_hessian
         if neural_collapse and num_classes is not None:
             sums |= _collapse_sums(phi, rows, counts, target, num_classes)
             if class_means is not None and len(rows) == num_classes:
                 dim = _find_class_dim(features, weight, outputs, class_dim)
-                missed = center_mismatches(phi, outputs.movedim(dim, -1).reshape(len(phi), -1), class_means)
+                missed = center_mismatches(phi, outputs.movedim(dim, -1).reshape(len(phi), num_classes), class_means)
                 sums["mismatches"] = counts @ missed.double()
     return {name: value.double() for name, value in sums.items()}
 
@@ -246,14 +254,14 @@ def report_from_sums(sums: dict[str, Tensor], *, mean: bool) -> dict[str, Tensor
     """Return a report from sums over any number of batches.
 
     Args:
-        sums: of :func:`report_sums`, added up.
+        sums: of :func:`report_sums`, added up, with the moments merged.
         mean: whether of the mean loss, or of the summed loss.
 
     Returns:
         As :func:`flatness_report`, but for the eigenvalues.
     """
     samples, total, weight_norm, zero_rows, norms, trace, layer_trace, flat = sums["totals"]
-    features, squares = sums["moments"]
+    _, means, squares = sums["moments"]
     divisor = total if mean else torch.ones_like(total)
     rho = sums["pairs"].diagonal() / divisor
     values = {
@@ -264,11 +272,9 @@ def report_from_sums(sums: dict[str, Tensor], *, mean: bool) -> dict[str, Tensor
         "layer_trace": layer_trace / divisor,
         "column_flatness_max": rho.max(),
         "column_flatness_sum": rho.sum(),
-        "standardized": standardized_from_sums(
-            StandardizedSums(sums["pairs"], features, squares, samples, total), mean=mean
-        ),
+        "standardized": standardized_from_sums(StandardizedSums(sums["pairs"], sums["moments"], total), mean=mean),
         "flat_samples": flat / samples,
-        "dead_features": (squares == 0).double().mean(),
+        "dead_features": ((means == 0) & (squares == 0)).double().mean().where(samples > 0, torch.nan),
         "zero_rows": zero_rows / total,
     }
     values["curvature"] = values["relative_flatness"] / (values["weight_norm"] * values["feature_norm"])
@@ -307,30 +313,37 @@ def _collapse_sums(phi: Tensor, rows: Tensor, counts: Tensor, target: Target, nu
     assert isinstance(target, Tensor)  # as `_by_class` checked
     kept = counts[:, None] * phi.double()
     index = target.flatten().long().where(counts > 0, 0)
-    zeros = kept.new_zeros(num_classes)
-    return {
-        "class_counts": zeros.index_add(0, index, counts),
-        "class_sums": kept.new_zeros(num_classes, kept.shape[1]).index_add(0, index, kept),
-        "class_squares": zeros.index_add(0, index, kept.square().sum(dim=1)),
-        "class_products": kept.T @ kept,
-        "class_weights": counts.sum() * rows,
-    }
+    moments = summed_moments(kept, index, counts, num_classes=num_classes)
+    sums = {f"class_{name}": value for name, value in moments._asdict().items()}
+    return sums | {"class_weights": counts.sum() * rows}
 
 
 def _mean_hessian(hessian: OutputHessian, factor: Tensor, diagonals: Tensor) -> Tensor:
     """Return Σ_i f_i A_i, of shape (d, d)."""
+    diagonal = torch.diag(sum_of_products(factor[:, None], diagonals)[0])
     if hessian.root is None:
-        return torch.diag(factor @ diagonals)
-    crossed = -(hessian.root.T @ (factor[:, None] * hessian.root))
-    return crossed - torch.diag(crossed.diagonal()) + torch.diag(factor @ diagonals)
+        return diagonal
+    crossed = -sum_of_products(hessian.root, factor[:, None] * hessian.root)
+    return crossed - torch.diag(crossed.diagonal()) + diagonal
 
 
-def _by_class(parts: Tensor, target: Target, num_classes: int) -> Tensor:
+def _divisors(criterion: nn.Module, sample_weight: Tensor, target: Target) -> Tensor:
+    """Return the samples' parts in what the mean divides by."""
+    if not isinstance(criterion, nn.CrossEntropyLoss) or criterion.weight is None or not isinstance(target, Tensor):
+        return sample_weight.double()
+    # Smoothing spreads a sample over the classes' weights, but the mean divides by the weight of its own.
+    of_class = criterion.weight.to(sample_weight).double()
+    indices = target.flatten().long()
+    kept = indices != criterion.ignore_index
+    return of_class[indices.where(kept, 0)] * kept
+
+
+def _by_class(parts: Tensor, counts: Tensor, target: Target, num_classes: int) -> Tensor:
     check_count("num_classes", num_classes, at_least=1)
     if not isinstance(target, Tensor) or target.is_floating_point() or target.numel() != parts.shape[1]:
         raise ValueError(
             "Expected argument `target` to hold a class index for every sample where `num_classes` is given."
         )
     # Ignored positions have no weight; whatever they hold, they are put with the first class.
-    index = target.flatten().long().where(parts[1].abs() > 0, 0)
-    return parts.new_zeros(2, num_classes, dtype=torch.float64).index_add(1, index, parts.double())
+    index = target.flatten().long().where(counts > 0, 0)
+    return parts.new_zeros(2, num_classes).index_add(1, index, parts)

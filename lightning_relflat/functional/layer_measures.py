@@ -8,30 +8,29 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import full_precision
+from lightning_relflat.functional._scale import balanced, times_squared_lengths
+from lightning_relflat.functional._sums import feature_moments, sum_of_products
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
 from lightning_relflat.functional.relative_flatness import Reduction, _flatten, check_reduction
 
 Scale = Literal["none", "layer", "neuron"]
 
-# Sums in float64 cannot tell a variance below this part of the mean square from none.
+# A feature whose variance is below this part of its mean square is constant but for the rounding of float32.
 _CONSTANT = 1e-12
 
 
 class StandardizedSums(NamedTuple):
-    """What standardised κ is computed from; all five add up over batches and processes.
+    """What standardised κ is computed from, over batches and processes: sums add up, moments are merged.
 
     Attributes:
-        pairs: Σ_i c_i φ_ij² (WᵀA_iW)_kk of the summed loss, of shape (m, m).
-        features: Σ_i φ_i over the samples that count, of shape (m,), in float64.
-        squares: Σ_i φ_i² over the samples that count, of shape (m,), in float64.
-        samples: how many samples count.
+        pairs: Σ_i c_i φ_ij² (WᵀA_iW)_kk of the summed loss, of shape (m, m), in float64.
+        moments: of the features over the samples that count, of shape (3, m), as of
+            :func:`~lightning_relflat.functional._sums.feature_moments`.
         total_weight: what the criterion's mean divides by.
     """
 
     pairs: Tensor
-    features: Tensor
-    squares: Tensor
-    samples: Tensor
+    moments: Tensor
     total_weight: Tensor
 
 
@@ -228,7 +227,9 @@ def column_flatness_sums(
     """
     phi, rows, hessian = _flatten(features, weight, outputs, target, as_criterion(loss), class_dim)
     with full_precision(phi):
-        columns = (hessian.weight[:, None] * phi.square() * hessian.column_curvatures(rows)).sum(dim=0)
+        phi, rows = balanced(phi, rows)
+        # In this order, nothing overflows where the curvature is zero.
+        columns = (hessian.weight[:, None] * hessian.column_curvatures(rows) * phi * phi).sum(dim=0)
     return columns, hessian.total_weight
 
 
@@ -302,7 +303,7 @@ def standardized_sums(
     loss: str | nn.Module,
     class_dim: int | None = None,
 ) -> StandardizedSums:
-    """Return what standardised κ is computed from, in sums that add up over batches.
+    """Return what standardised κ is computed from, in what is put together over batches.
 
     Args:
         features: as for :func:`standardized_relative_flatness`.
@@ -321,28 +322,44 @@ def standardized_sums(
     """
     phi, rows, hessian = _flatten(features, weight, outputs, target, as_criterion(loss), class_dim)
     with full_precision(phi):
-        pairs = (hessian.weight[:, None] * phi.square()).T @ hessian.column_curvatures(rows)
-        counts = (hessian.weight != 0).double()
-        wide = phi.double()
-        return StandardizedSums(pairs, counts @ wide, counts @ wide.square(), counts.sum(), hessian.total_weight)
+        moments = feature_moments(phi, (hessian.weight != 0).double())
+        phi, rows = balanced(phi, rows)
+        pairs = curvature_pairs(phi, hessian.weight, hessian.column_curvatures(rows))
+        return StandardizedSums(pairs, moments, hessian.total_weight)
+
+
+def curvature_pairs(features: Tensor, sample_weight: Tensor, columns: Tensor) -> Tensor:
+    """Return Σ_i c_i φ_ij² (WᵀA_iW)_kk of the summed loss for all j and k.
+
+    Args:
+        features: φ, of shape (n, m).
+        sample_weight: c, of shape (n,).
+        columns: (WᵀA_iW)_kk, of shape (n, m).
+
+    Returns:
+        The sums, of shape (m, m), in float64.
+    """
+    # Without curvature, as where a softmax is saturated, no features are too large.
+    curved = (columns != 0).any(dim=1, keepdim=True)
+    return sum_of_products(sample_weight[:, None] * features.where(curved, 0.0).square(), columns)
 
 
 def standardized_from_sums(sums: StandardizedSums, *, mean: bool) -> Tensor:
     """Return standardised κ from sums over any number of batches.
 
     Args:
-        sums: of :func:`standardized_sums`, added up.
+        sums: of :func:`standardized_sums`, added up, with the moments merged.
         mean: whether of the mean loss, or of the summed loss.
 
     Returns:
         Standardised κ as a float64 scalar.
     """
-    mean_square = sums.squares / sums.samples
-    variance = mean_square - (sums.features / sums.samples).square()
-    varies = variance > _CONSTANT * mean_square
+    samples, means, squares = sums.moments
+    variance = squares / samples
+    varies = variance > _CONSTANT * (variance + means.square())
     variance = variance.where(varies, 1.0)
     inverse = (1 / variance).where(varies, 0.0)
-    value = inverse @ sums.pairs.double() @ variance.where(varies, 0.0)
+    value: Tensor = inverse @ sums.pairs.double() @ variance.where(varies, 0.0)
     return value / sums.total_weight if mean else value
 
 
@@ -404,5 +421,7 @@ def _trace_parts(
     check_scale(scale)
     phi, rows, hessian = _flatten(features, weight, outputs, target, criterion, class_dim)
     with full_precision(phi):
+        if scale != "none":
+            phi, rows = balanced(phi, rows)
         traces = hessian.diagonals() @ row_scales(rows, scale)
-        return hessian.weight * phi.square().sum(dim=1) * traces, hessian
+        return times_squared_lengths(phi, hessian.weight * traces), hessian

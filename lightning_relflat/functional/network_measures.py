@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from lightning_relflat.functional._checks import check_count, check_positive, compute_dtype, shape_of
+from lightning_relflat.functional._checks import check_count, check_positive, compute_dtype
+from lightning_relflat.functional._network import (
+    IGNORED,
+    Batches,
+    LossOfEverySample,
+    count_of,
+    losses_of,
+    noise_for,
+    parameters_of,
+    passes,
+    right_of,
+    some,
+)
 
-LossOfEverySample = Callable[[Tensor, Any], Tensor]
-Batches = Iterable[tuple[Any, Any]]
 
-
-def fisher_rao_norm(module: nn.Module, loss: LossOfEverySample, batches: Batches) -> Tensor:
+def fisher_rao_norm(
+    module: nn.Module, loss: LossOfEverySample, batches: Batches, *, ignore_index: int | None = None
+) -> Tensor:
     r"""Return the Fisher–Rao norm of all parameters θ of a network, with the Fisher information of the data.
 
     .. math::
@@ -27,6 +36,9 @@ def fisher_rao_norm(module: nn.Module, loss: LossOfEverySample, batches: Batches
     In a network of L linear layers without biases, whose activations are positively homogeneous, ⟨θ, ∇ℓ_i⟩ is
     L ⟨∂ℓ_i/∂f, f⟩. The code of the comparison below takes that closed form, with L = 6 for a network of 5 layers with
     biases; here the derivatives themselves are taken, twice through the network.
+
+    Parameters, buffers and inputs in half precision are taken in float32, and without autocast: what is measured here
+    is too small for the digits of half precision.
 
     Sources: Liang, Poggio, Rakhlin, Stokes, *Fisher-Rao Metric, Geometry, and Complexity of Neural Networks*, AISTATS
     2019 (arXiv 1711.01530), the definition with the sample's mean for the expectation. Compared with relative
@@ -39,6 +51,9 @@ def fisher_rao_norm(module: nn.Module, loss: LossOfEverySample, batches: Batches
             ``nn.CrossEntropyLoss(reduction="none")``. Where it returns more, as for tokens, each counts as a sample.
         batches: pairs of inputs and target, on the module's device; a list or a data loader. All batches weigh by
             their samples.
+        ignore_index: the class index of positions that count as no samples, for targets that hold a class index for
+            every loss. If left out, it is the loss's own, by an attribute or argument of that name; a loss of
+            ``torch.nn`` without one ignores nothing, and any other callable what PyTorch does, -100.
 
     Returns:
         ‖θ‖_fr, a float64 scalar.
@@ -58,17 +73,19 @@ def fisher_rao_norm(module: nn.Module, loss: LossOfEverySample, batches: Batches
         >>> fisher_rao_norm(net, squared_error, batches) ** 2  # the mean of (2 w² x²)²
         tensor(2754., dtype=torch.float64)
     """
-    parameters = {name: value.requires_grad_() for name, value in _parameters(module).items()}
-    total, samples = 0.0, 0
-    with _passes(module, batches, gradients=True) as pairs:
+    parameters = {name: value.requires_grad_() for name, value in parameters_of(module).items()}
+    total, samples = 0.0, 0.0
+    with passes(module, batches, gradients=True) as pairs:
         for inputs, target in pairs:
-            slopes = _slopes(module, loss, parameters, inputs, target)
-            total += float(slopes.square().sum())
-            samples += slopes.numel()
-    return torch.tensor(math.sqrt(total / _some(samples)), dtype=torch.float64)
+            losses = losses_of(module, loss, parameters, inputs, target)
+            samples += float(count_of(loss, losses, target, ignore_index))
+            total += float(_slopes(losses, parameters).square().sum())
+    return torch.tensor(math.sqrt(total / some(samples)), dtype=torch.float64)
 
 
-def fisher_rao_sums(module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any) -> tuple[Tensor, int]:
+def fisher_rao_sums(
+    module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any, *, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return what :func:`fisher_rao_norm` is computed from; it adds up over batches and processes.
 
     Args:
@@ -76,21 +93,31 @@ def fisher_rao_sums(module: nn.Module, loss: LossOfEverySample, inputs: Any, tar
         loss: as for :func:`fisher_rao_norm`.
         inputs: of the batch.
         target: of the batch.
+        ignore_index: as for :func:`fisher_rao_norm`.
 
     Returns:
-        Σ_i ⟨θ, ∇ℓ_i⟩², a float64 scalar, and the number of samples.
+        Σ_i ⟨θ, ∇ℓ_i⟩² and the number of samples, two float64 scalars.
 
     Raises:
         ValueError: as :func:`fisher_rao_norm` does.
         RuntimeError: as :func:`fisher_rao_norm` does.
     """
-    parameters = {name: value.requires_grad_() for name, value in _parameters(module).items()}
-    with _passes(module, [(inputs, target)], gradients=True):
-        slopes = _slopes(module, loss, parameters, inputs, target)
-    return slopes.square().sum(), slopes.numel()
+    parameters = {name: value.requires_grad_() for name, value in parameters_of(module).items()}
+    with passes(module, [(inputs, target)], gradients=True) as pairs:
+        [(inputs, target)] = pairs
+        losses = losses_of(module, loss, parameters, inputs, target)
+        slopes = _slopes(losses, parameters)
+    return slopes.square().sum(), count_of(loss, losses, target, ignore_index)
 
 
-def sam_sharpness(module: nn.Module, loss: LossOfEverySample, batches: Batches, *, rho: float = 0.05) -> Tensor:
+def sam_sharpness(
+    module: nn.Module,
+    loss: LossOfEverySample,
+    batches: Batches,
+    *,
+    rho: float = 0.05,
+    ignore_index: int | None = None,
+) -> Tensor:
     r"""Return the sharpness that SAM descends on, the rise of the loss after one step uphill.
 
     .. math::
@@ -98,7 +125,9 @@ def sam_sharpness(module: nn.Module, loss: LossOfEverySample, batches: Batches, 
 
     with the gradient and both losses over all batches, and ε over all parameters. SAM's sharpness is the maximum over
     ‖ε‖ ≤ ρ; this ε maximises the linear approximation alone, so that the result is a **lower bound** of that maximum.
-    It says nothing where the gradient is zero: then it is 0, at a minimum however sharp. It may be negative.
+    It says nothing where the gradient is zero: then it is 0, at a minimum however sharp. It may be negative. Half
+    precision is taken in float32, as for :func:`fisher_rao_norm`. A difference of losses has fewer digits than these:
+    for a small ρ give it a network in float64.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, *Sharpness-Aware Minimization for Efficiently Improving Generalization*,
     ICLR 2021 (arXiv 2010.01412), with p = 2.
@@ -108,6 +137,7 @@ def sam_sharpness(module: nn.Module, loss: LossOfEverySample, batches: Batches, 
         loss: as for :func:`fisher_rao_norm`; L is the mean over all samples.
         batches: as for :func:`fisher_rao_norm`; run over two times.
         rho: ρ, how far to step.
+        ignore_index: as for :func:`fisher_rao_norm`.
 
     Returns:
         The difference, a float64 scalar.
@@ -126,33 +156,35 @@ def sam_sharpness(module: nn.Module, loss: LossOfEverySample, batches: Batches, 
         tensor(0.5250, dtype=torch.float64)
     """
     rho = check_positive("rho", rho)
-    parameters = {name: value.requires_grad_() for name, value in _parameters(module).items()}
-    before, samples = 0.0, 0
-    with _passes(module, batches, gradients=True) as pairs:
+    parameters = {name: value.requires_grad_() for name, value in parameters_of(module).items()}
+    before, samples = 0.0, 0.0
+    with passes(module, batches, gradients=True) as pairs:
         gradients = [torch.zeros_like(value, dtype=compute_dtype(value)) for value in parameters.values()]
         for inputs, target in pairs:
-            losses = _losses(module, loss, {**parameters, **_buffers(module)}, inputs, target)
+            losses = losses_of(module, loss, parameters, inputs, target)
             found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
             for gradient, part in zip(gradients, found, strict=True):
                 if part is not None:
                     gradient += part
             before += float(losses.detach().double().sum())
-            samples += losses.numel()
+            samples += float(count_of(loss, losses, target, ignore_index))
     length = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
     if length == 0:
-        return torch.tensor(0.0 if math.isfinite(before / _some(samples)) else math.nan, dtype=torch.float64)
+        return torch.tensor(0.0 if math.isfinite(before / some(samples)) else math.nan, dtype=torch.float64)
     moved = {
         name: (value.detach() + rho / length * gradient).to(value)
         for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
     }
     after = 0.0
-    with _passes(module, batches, gradients=False) as pairs:
+    with passes(module, batches, gradients=False) as pairs:
         for inputs, target in pairs:
-            after += float(_losses(module, loss, {**moved, **_buffers(module)}, inputs, target).double().sum())
+            after += float(losses_of(module, loss, moved, inputs, target).double().sum())
     return torch.tensor((after - before) / samples, dtype=torch.float64)
 
 
-def loss_gradient_sum(module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any) -> tuple[Tensor, int]:
+def loss_gradient_sum(
+    module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any, *, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return a batch's part in the gradient over all parameters; it adds up over batches and processes.
 
     Args:
@@ -160,23 +192,32 @@ def loss_gradient_sum(module: nn.Module, loss: LossOfEverySample, inputs: Any, t
         loss: as for :func:`fisher_rao_norm`.
         inputs: of the batch.
         target: of the batch.
+        ignore_index: as for :func:`fisher_rao_norm`.
 
     Returns:
-        ∇Σ_i ℓ_i of all parameters in a row, in float64, and the number of samples.
+        ∇Σ_i ℓ_i of all parameters in a row and the number of samples, in float64.
 
     Raises:
         ValueError: as :func:`fisher_rao_norm` does.
     """
-    parameters = {name: value.requires_grad_() for name, value in _parameters(module).items()}
-    with _passes(module, [(inputs, target)], gradients=True):
-        losses = _losses(module, loss, {**parameters, **_buffers(module)}, inputs, target)
+    parameters = {name: value.requires_grad_() for name, value in parameters_of(module).items()}
+    with passes(module, [(inputs, target)], gradients=True) as pairs:
+        [(inputs, target)] = pairs
+        losses = losses_of(module, loss, parameters, inputs, target)
         found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return torch.cat([part.flatten().double() for part in found]), losses.numel()
+    count = count_of(loss, losses, target, ignore_index)
+    return torch.cat([part.flatten().double() for part in found]), count
 
 
 def loss_rise_sum(
-    module: nn.Module, loss: LossOfEverySample, inputs: Any, target: Any, *, step: Tensor
-) -> tuple[Tensor, int]:
+    module: nn.Module,
+    loss: LossOfEverySample,
+    inputs: Any,
+    target: Any,
+    *,
+    step: Tensor,
+    ignore_index: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return by how much Σ_i ℓ_i of a batch rises with a step of the parameters.
 
     Args:
@@ -185,14 +226,15 @@ def loss_rise_sum(
         inputs: of the batch.
         target: of the batch.
         step: what to add to the parameters, in a row.
+        ignore_index: as for :func:`fisher_rao_norm`.
 
     Returns:
-        The rise, a float64 scalar, and the number of samples.
+        The rise and the number of samples, two float64 scalars.
 
     Raises:
         ValueError: as :func:`fisher_rao_norm` does.
     """
-    parameters = _parameters(module)
+    parameters = parameters_of(module)
     parts = torch.split(step, [value.numel() for value in parameters.values()])
     moved = {
         name: (value + part.reshape(value.shape)).to(value)
@@ -200,14 +242,22 @@ def loss_rise_sum(
     }
     sums = []
     for values in (parameters, moved):
-        with _passes(module, [(inputs, target)], gradients=False):
-            losses = _losses(module, loss, {**values, **_buffers(module)}, inputs, target)
+        with passes(module, [(inputs, target)], gradients=False) as pairs:
+            [(wide_inputs, wide_target)] = pairs
+            losses = losses_of(module, loss, values, wide_inputs, wide_target)
         sums.append(losses.double().sum())
-    return sums[1] - sums[0], losses.numel()
+    return sums[1] - sums[0], count_of(loss, losses, target, ignore_index)
 
 
 def right_counts(
-    module: nn.Module, inputs: Any, target: Tensor, *, sigmas: Sequence[float], draws: int, seed: int
+    module: nn.Module,
+    inputs: Any,
+    target: Tensor,
+    *,
+    sigmas: Sequence[float],
+    draws: int,
+    seed: int,
+    ignore_index: int = IGNORED,
 ) -> Tensor:
     """Return how many samples of a batch are classified rightly with noise on all parameters.
 
@@ -218,6 +268,7 @@ def right_counts(
         sigmas: the standard deviations.
         draws: how many perturbations for each; the same ones, scaled.
         seed: as for :func:`pac_bayes_flatness`.
+        ignore_index: as for :func:`pac_bayes_flatness`.
 
     Returns:
         The counts summed over the draws, in float64, of shape (sigmas,).
@@ -225,16 +276,17 @@ def right_counts(
     Raises:
         ValueError: as :func:`pac_bayes_flatness` does.
     """
-    parameters = _parameters(module)
+    parameters = parameters_of(module)
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.zeros(len(sigmas), dtype=torch.float64)
+    counts = []
     for _ in range(draws):
-        noise = _noise(parameters, generator)
-        for number, sigma in enumerate(sigmas):
+        noise = noise_for(parameters, generator)
+        for sigma in sigmas:
             noisy = {name: (value + sigma * noise[name]).to(value) for name, value in parameters.items()}
-            with _passes(module, [(inputs, target)], gradients=False):
-                counts[number] += _right(module, noisy, inputs, target)
-    return counts
+            with passes(module, [(inputs, target)], gradients=False) as pairs:
+                [(wide_inputs, _target)] = pairs
+                counts.append(right_of(module, noisy, wide_inputs, target, ignore_index))
+    return torch.stack(counts).reshape(draws, len(sigmas)).sum(dim=0)
 
 
 def pac_bayes_flatness(
@@ -247,6 +299,7 @@ def pac_bayes_flatness(
     draws: int = 10,
     steps: int = 15,
     seed: int = 0,
+    ignore_index: int = IGNORED,
 ) -> Tensor:
     r"""Return the PAC-Bayes flatness 1/σ², where noise of standard deviation σ on all parameters costs 0.1 accuracy.
 
@@ -261,6 +314,7 @@ def pac_bayes_flatness(
     robust-generalization-measures), from which the comparison with relative flatness by Petzka et al., NeurIPS 2021
     (arXiv 2001.00939), took it with 3 draws. Both pass σ² where a standard deviation is meant, so that their numbers
     are 1/σ² of another σ: this function follows the definition, and gives for the same noise the square of theirs.
+    Half precision is taken in float32, as for :func:`fisher_rao_norm`.
 
     Args:
         module: as for :func:`fisher_rao_norm`.
@@ -272,6 +326,7 @@ def pac_bayes_flatness(
         draws: how many perturbations to average.
         steps: how often the interval is halved, at most.
         seed: where the noise comes from. PyTorch's own random streams are left alone.
+        ignore_index: the class index of positions that count as no samples.
 
     Returns:
         1/σ², a float64 scalar.
@@ -298,16 +353,16 @@ def pac_bayes_flatness(
         raise ValueError(f"Expected argument `tolerance` to be at least 0 and below `drop`, but got {tolerance!r}.")
     for name, value, least in (("draws", draws, 1), ("steps", steps, 1), ("seed", seed, 0)):
         check_count(name, value, at_least=least)
-    parameters = _parameters(module)
-    accuracy = _accuracy(module, parameters, batches)
+    parameters = parameters_of(module)
+    accuracy = _accuracy(module, parameters, batches, ignore_index)
 
     def lost(sigma: float) -> float:
         generator = torch.Generator().manual_seed(seed)
         accuracies = []
         for _ in range(draws):
-            noise = _noise(parameters, generator)
+            noise = noise_for(parameters, generator)
             noisy = {name: (value + sigma * noise[name]).to(value) for name, value in parameters.items()}
-            accuracies.append(_accuracy(module, noisy, batches))
+            accuracies.append(_accuracy(module, noisy, batches, ignore_index))
         return accuracy - sum(accuracies) / draws
 
     most = lost(max_sigma)
@@ -327,54 +382,8 @@ def pac_bayes_flatness(
     return torch.tensor(1 / sigma**2, dtype=torch.float64)
 
 
-@contextmanager
-def _passes(module: nn.Module, batches: Batches, *, gradients: bool) -> Iterator[Iterator[tuple[Any, Any]]]:
-    """Give one pass over the batches; every pass sees the same random numbers, and leaves them as they were."""
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            "Expected argument `batches` to be a list, a data loader or another iterable that can be run over again, "
-            f"but got {type(batches).__name__}."
-        )
-    devices = {value.device for value in module.parameters() if value.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        yield iter(batches)
-
-
-def _noise(parameters: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return noise of variance one, the same on all devices."""
-    return {name: torch.randn(value.shape, generator=generator).to(value.device) for name, value in parameters.items()}
-
-
-def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Return tensors of their own with the values of all parameters."""
-    with torch.inference_mode(False):
-        parameters = {name: value.detach().clone() for name, value in module.named_parameters()}
-    if not parameters:
-        raise ValueError(f"Expected argument `module` to have parameters, but got {module}.")
-    return parameters
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies, which a forward pass may change."""
-    return {name: value.clone() for name, value in module.named_buffers()}
-
-
-def _losses(module: nn.Module, loss: LossOfEverySample, values: dict[str, Tensor], inputs: Any, target: Any) -> Tensor:
-    outputs = functional_call(module, values, (inputs,))
-    losses = loss(outputs, target)
-    if losses.ndim == 0:
-        raise ValueError(
-            "Expected argument `loss` to return a loss for every sample, as criteria do with reduction='none', "
-            f"but got {losses!r}."
-        )
-    return losses
-
-
-def _slopes(
-    module: nn.Module, loss: LossOfEverySample, parameters: dict[str, Tensor], inputs: Any, target: Any
-) -> Tensor:
+def _slopes(losses: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """Return ⟨θ, ∇ℓ_i⟩ of every sample, in float64."""
-    losses = _losses(module, loss, {**parameters, **_buffers(module)}, inputs, target)
     # ⟨θ, ∇Σ_i v_i ℓ_i⟩ is linear in v, and its derivative there is ⟨θ, ∇ℓ_i⟩ for all samples.
     shares = torch.ones_like(losses, requires_grad=True)
     gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
@@ -389,26 +398,10 @@ def _slopes(
     return slopes.double()
 
 
-def _accuracy(module: nn.Module, parameters: dict[str, Tensor], batches: Batches) -> float:
-    right, samples = 0, 0
-    with _passes(module, batches, gradients=False) as pairs:
+def _accuracy(module: nn.Module, parameters: dict[str, Tensor], batches: Batches, ignore_index: int) -> float:
+    right, samples = 0.0, 0.0
+    with passes(module, batches, gradients=False) as pairs:
         for inputs, target in pairs:
-            right += _right(module, parameters, inputs, target)
-            samples += target.numel()
-    return right / _some(samples)
-
-
-def _right(module: nn.Module, parameters: dict[str, Tensor], inputs: Any, target: Tensor) -> int:
-    outputs = functional_call(module, {**parameters, **_buffers(module)}, (inputs,))
-    if outputs.ndim < 2 or target.shape != (outputs.shape[0], *outputs.shape[2:]):
-        raise ValueError(
-            "Expected argument `batches` to hold class indices of shape (n, ...) for outputs of shape "
-            f"(n, classes, ...), but got {shape_of(target)} and {shape_of(outputs)}."
-        )
-    return int((outputs.argmax(dim=1) == target).sum())
-
-
-def _some(samples: int) -> int:
-    if samples == 0:
-        raise ValueError("Expected argument `batches` to hold samples, but got none.")
-    return samples
+            right += float(right_of(module, parameters, inputs, target, ignore_index))
+            samples += float((target != ignore_index).sum())
+    return right / some(samples)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_relflat.functional._checks import check_count, check_floating, shape_of
 
+_BLOCK = 1 << 12
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -107,8 +108,8 @@ def neural_collapse(
     """
     check_floating("features", features)
     _check_target(target, features, num_classes)
-    # Close to the data, so that nothing is lost to rounding.
-    center = features.detach().reshape(-1, features.shape[-1]).double().mean(dim=0)
+    # About the class means themselves, so that nothing of a collapsed class is lost to rounding.
+    center = means_from_moments(class_moments(features.detach(), target, num_classes=num_classes)).nan_to_num()
     moments = class_moments(features, target, num_classes=num_classes, center=center)
     values = collapse_from_moments(moments, weight, center=center)
     if outputs is not None:
@@ -157,13 +158,35 @@ def class_moments(features: Tensor, target: Tensor, *, num_classes: int, center:
         _check_center(center, num_classes, flat.shape[1])
         center = center.to(flat)
         flat = flat - (center[classes] if center.ndim == 2 else center)
-    zeros = flat.new_zeros(num_classes)
-    return ClassMoments(
-        counts=zeros.index_add(0, classes, flat.new_ones(len(flat))),
-        sums=flat.new_zeros(num_classes, flat.shape[1]).index_add(0, classes, flat),
-        squares=zeros.index_add(0, classes, flat.square().sum(dim=1)),
-        products=flat.T @ flat,
-    )
+    return summed_moments(flat, classes, flat.new_ones(len(flat)), num_classes=num_classes)
+
+
+def summed_moments(features: Tensor, classes: Tensor, counts: Tensor, *, num_classes: int) -> ClassMoments:
+    """Return the sums of :func:`class_moments` without a look at a number.
+
+    Args:
+        features: less their center, in float64, of shape (n, m); 0 for a sample that does not count.
+        classes: of shape (n,).
+        counts: 1 for a sample that counts and 0 for another, of shape (n,).
+        num_classes: how many classes there are.
+
+    Returns:
+        The moments.
+    """
+    parts = []
+    # Block by block: one sum over millions of samples would gather up their rounding.
+    blocks = (torch.split(values, _BLOCK) for values in (features, classes, counts))
+    for rows, of_rows, some in zip(*blocks, strict=True):
+        zeros = rows.new_zeros(num_classes)
+        parts.append(
+            ClassMoments(
+                counts=zeros.index_add(0, of_rows, some),
+                sums=rows.new_zeros(num_classes, rows.shape[1]).index_add(0, of_rows, rows),
+                squares=zeros.index_add(0, of_rows, rows.square().sum(dim=1)),
+                products=rows.T @ rows,
+            )
+        )
+    return ClassMoments(*(sum(values[1:], start=values[0]) for values in zip(*parts, strict=True)))
 
 
 def means_from_moments(moments: ClassMoments, *, center: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_relflat.functional._called_batch import CalledBatch, read_batch, rows_of
 from lightning_relflat.functional._called_batch import Target as Target
 from lightning_relflat.functional._checks import full_precision
+from lightning_relflat.functional._scale import centered
 from lightning_relflat.functional.criteria import as_criterion as as_criterion
 from lightning_relflat.functional.criteria import has_closed_form as has_closed_form
 
@@ -48,9 +49,10 @@ class OutputHessian:
     def trace_through(self, weight: Tensor) -> Tensor:
         r"""Return ``Tr(Wᵀ A_i W)`` of every sample, without the sample's weight.
 
-        It is Σ_s a_s‖w_s‖² − ‖Wᵀr‖². For a softmax, A does not see a vector that is added to all rows of W; taking the
-        row of the most probable output as the origin leaves only terms of the size of the result, while the plain
-        formula subtracts two numbers near ‖w‖² and loses all digits when p is nearly one-hot.
+        It is Σ_s a_s‖w_s‖² − ‖Wᵀr‖². For a softmax, A does not see a vector that is added to all rows of W. So their
+        mean is taken out first, in which the digits of the rest would drown where it is large. Then, taking the row of
+        the most probable output as the origin leaves only terms of the size of the result, while the plain formula
+        subtracts two numbers near ‖w‖² and loses all digits when p is nearly one-hot.
 
         Args:
             weight: the matrix W, of shape (d, m).
@@ -58,11 +60,14 @@ class OutputHessian:
         Returns:
             The traces, of shape (n,).
         """
+        if self.annihilates_constants:
+            return self._trace_through_centered(centered(weight))
+        traces = self.diagonal @ weight.square().sum(dim=1)
+        return traces if self.root is None else traces - (self.root @ weight).square().sum(dim=1)
+
+    def _trace_through_centered(self, weight: Tensor) -> Tensor:
+        """Return the traces for a softmax and a W whose rows have no large part in common."""
         squared_norms = weight.square().sum(dim=1)
-        if self.root is None:
-            return self.diagonal @ squared_norms
-        if not self.annihilates_constants:
-            return self.diagonal @ squared_norms - (self.root @ weight).square().sum(dim=1)
         others, origin_row, offset = self._from_origin(weight)
         mass = others.sum(dim=1)
         # Σ_s p_s ‖w_s − w_k‖², with Σ_{s≠k} p_s w_s = offset + mass · w_k
@@ -79,14 +84,13 @@ class OutputHessian:
         Returns:
             The diagonals, of shape (n, m), without the samples' weights.
         """
-        squares = weight.square()
-        if self.root is None:
-            return self.diagonal @ squares
         if not self.annihilates_constants:
-            return self.diagonal @ squares - (self.root @ weight).square()
+            curvatures = self.diagonal @ weight.square()
+            return curvatures if self.root is None else curvatures - (self.root @ weight).square()
+        weight = centered(weight)
         others, origin_row, offset = self._from_origin(weight)
         mass = others.sum(dim=1, keepdim=True)
-        return others @ squares - 2 * offset * origin_row - mass * origin_row.square() - offset.square()
+        return others @ weight.square() - 2 * offset * origin_row - mass * origin_row.square() - offset.square()
 
     def diagonals(self) -> Tensor:
         """Return the diagonals (A_i)_ss of every sample, without the sample's weight.
@@ -113,17 +117,31 @@ class OutputHessian:
         Returns:
             The parts of the outputs, of shape (d,).
         """
-        squared_norms = weight.square().sum(dim=1)
-        if self.root is None:
-            return (sample_factor @ self.diagonal) * squared_norms
         factors = sample_factor[:, None]
         if not self.annihilates_constants:
-            pull = self.root.T @ (factors * (self.root @ weight))
-            return (sample_factor @ self.diagonal) * squared_norms - (weight * pull).sum(dim=1)
-        # p_s ⟨w_s, w_s − Σ_s' p_s' w_s'⟩, where the bracket is w_s − w_k − offset, and −offset for s = k
-        others, origin_row, offset = self._from_origin(weight)
+            traces = (sample_factor @ self.diagonal) * weight.square().sum(dim=1)
+            if self.root is None:
+                return traces
+            return traces - (weight * (self.root.T @ (factors * (self.root @ weight)))).sum(dim=1)
+        # p_s ⟨w_s, w_s − Σ_s' p_s' w_s'⟩, where the bracket is w_s − w_k − offset, and −offset for s = k. It does not
+        # see what the rows have in common, but what it is multiplied by does.
+        rows = centered(weight)
+        others, origin_row, offset = self._from_origin(rows)
         pull = others.T @ (factors * origin_row) + self.diagonal.T @ (factors * offset)
-        return (sample_factor @ others) * squared_norms - (weight * pull).sum(dim=1)
+        return (weight * ((sample_factor @ others)[:, None] * rows - pull)).sum(dim=1)
+
+    def of_samples(self, part: slice) -> OutputHessian:
+        """Return the Hessians of some of the samples.
+
+        Args:
+            part: which.
+
+        Returns:
+            Them, with the total weight as it is.
+        """
+        root = None if self.root is None else self.root[part]
+        counted = None if self.counted is None else self.counted[part]
+        return replace(self, diagonal=self.diagonal[part], root=root, weight=self.weight[part], counted=counted)
 
     def _from_origin(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return p without its largest entry p_k, the row w_k, and Σ_s p_s (w_s − w_k)."""

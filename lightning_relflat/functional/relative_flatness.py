@@ -19,7 +19,9 @@ from lightning_relflat.functional._checks import (
 )
 from lightning_relflat.functional._late_gradients import Beside
 from lightning_relflat.functional._probes import Measure
+from lightning_relflat.functional._scale import balanced, size_of, times_squared_lengths
 from lightning_relflat.functional._softmax_trace import softmax_trace
+from lightning_relflat.functional._sums import SAMPLES
 from lightning_relflat.functional.criteria import as_criterion
 from lightning_relflat.functional.criteria import check_reduction as check_reduction
 from lightning_relflat.functional.criteria import check_temperature as check_temperature
@@ -217,9 +219,15 @@ def relative_flatness_per_output(
         raise ValueError("Expected argument `reduction` to be 'mean' or 'sum' for parts of outputs, but got 'none'.")
     flat_features, flat_weight, hessian = _flatten(features, weight, outputs, target, criterion, class_dim)
     with full_precision(flat_features):
-        factor = hessian.weight * flat_features.square().sum(dim=1)
-        rows = hessian.row_traces(flat_weight, factor)
-        return rows / hessian.total_weight if kind == "mean" else rows
+        flat_features, flat_weight = balanced(flat_features, flat_weight)
+        # Where the curvature along W is zero, as where a softmax is saturated, no features are too large.
+        counts = hessian.trace_through(flat_weight) != 0
+        factor = times_squared_lengths(flat_features, hessian.weight * counts)
+        rows = flat_weight.new_zeros(len(flat_weight), dtype=torch.float64)
+        for start in range(0, len(factor), SAMPLES):
+            part = slice(start, start + SAMPLES)
+            rows = rows + hessian.of_samples(part).row_traces(flat_weight, factor[part])
+        return (rows / hessian.total_weight if kind == "mean" else rows).to(factor)
 
 
 def check_measure(measure: object) -> Measure:
@@ -304,12 +312,19 @@ def _parts(
         dtype = compute_dtype(features, weight, sample_weight)
         flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
         with full_precision(flat_features):
+            size = size_of(weight, flat_features)
             directions = None
             if probes is not None:  # Tr(Wᵀ A W) ≈ Tr(Vᵀ Wᵀ A W V) for V = (v_1, …, v_K) / √K
                 signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
                 directions = (2 * signs - 1).to(dtype) / math.sqrt(probes)
             curvature = softmax_trace(
-                logits, weight, temperature=temperature, dtype=dtype, directions=directions, beside=beside
+                logits,
+                weight,
+                temperature=temperature,
+                dtype=dtype,
+                factor=None if size is None else 1 / size.to(dtype),
+                directions=directions,
+                beside=beside,
             )
     else:
         flat_features, flat_weight, hessian = _flatten(
@@ -317,14 +332,21 @@ def _parts(
         )
         sample_weight, total_weight, counted = hessian.weight, hessian.total_weight, hessian.counted
         with full_precision(flat_features):
+            size = size_of(flat_weight, flat_features)
+            if size is not None:
+                flat_weight = flat_weight / size
             if measure == "trace":
                 curvature = hessian.diagonals().sum(dim=1) * flat_weight.square().sum()
             else:
                 curvature = hessian.trace_through(flat_weight)
     with full_precision(flat_features):
-        if not normalize_features:
-            curvature = curvature * flat_features.square().sum(dim=1)
         parts = sample_weight * curvature / temperature**2
+        if normalize_features:
+            parts = parts if size is None else parts * size * size
+        else:
+            if size is not None:  # that of a W of the size 1, times that size, which the features take over
+                flat_features = flat_features * size
+            parts = times_squared_lengths(flat_features, parts)
         # Padding that the criterion ignores may hold anything, such as NaN, which 0 times is not 0.
         return (parts if counted is None else parts.where(counted, 0.0)), total_weight
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import check_count, check_flag, check_floating, shape_of
+from lightning_relflat.functional._sums import merge_moments
 from lightning_relflat.functional.flatness_report import (
     eigenvalues_of_report,
     neuron_hessian,
@@ -23,8 +24,8 @@ from lightning_relflat.metrics.spectrum import SpectralMeasure, Spectrum
 class FlatnessReport(SpectralMeasure):
     r"""A report on the flatness of a linear layer over a data set: one update feeds the whole family of measures.
 
-    What several of them need is computed once. All states are sums over samples, so that batches and processes of
-    uneven sizes give exactly the report on their union.
+    What several of them need is computed once. All states are sums over samples, or moments that are merged, so
+    that batches and processes of uneven sizes give exactly the report on their union.
 
     As input to ``update`` the metric takes what :class:`~lightning_relflat.RelativeFlatness` takes; as output of
     ``compute`` it returns a dictionary of float64 tensors with the names of
@@ -101,7 +102,7 @@ class FlatnessReport(SpectralMeasure):
                 Spectrum(self, d, m, blocks=has_blocks(self.loss)),
                 Spectrum(self, d, m, blocks=True, prefix="neuron_"),
             )
-        shapes: dict[str, tuple[int, ...]] = {"pairs": (m, m), "moments": (2, m)}
+        shapes: dict[str, tuple[int, ...]] = {"pairs": (m, m)}
         if self.num_classes is not None:
             shapes["per_class"] = (2, self.num_classes)
         if check_flag("neuron_pairs", neuron_pairs):
@@ -115,6 +116,7 @@ class FlatnessReport(SpectralMeasure):
         self._names = tuple(shapes)
         for name, shape in shapes.items():
             self._add_sums(name, *shape)
+        self.add_state("moments", torch.zeros(3, m, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -152,6 +154,7 @@ class FlatnessReport(SpectralMeasure):
         self._add_to_numbers("totals", sums["totals"].unbind())
         for name in self._names:
             setattr(self, name, getattr(self, name) + sums[name].to(self.totals))
+        self.moments = merge_moments(torch.stack([self.moments, sums["moments"].to(self.moments)]))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the report on all data so far, over all processes."""
@@ -181,7 +184,8 @@ class FlatnessReport(SpectralMeasure):
             return report_class_means(self._sums())
 
     def _sums(self) -> dict[str, Tensor]:
-        return {"totals": self.totals[:-1], **{name: getattr(self, name) for name in self._names}}
+        sums = {name: getattr(self, name) for name in (*self._names, "moments")}
+        return {"totals": self.totals[:-1], **sums}
 
 
 def _class_means(value: Tensor | None, num_classes: int | None, width: int) -> Tensor | None:

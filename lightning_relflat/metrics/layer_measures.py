@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import check_count, shape_of
+from lightning_relflat.functional._sums import merge_moments
 from lightning_relflat.functional.layer_measures import (
     Scale,
     StandardizedSums,
@@ -211,9 +212,9 @@ class StandardizedRelativeFlatness(LayerMeasure):
     r"""κ of a linear layer after its features are scaled to unit variance over the data set, in one pass.
 
     See :func:`~lightning_relflat.functional.standardized_relative_flatness`, also for features that are constant. The
-    states are sums over samples, of shape (m, m) and (2, m), so that batches and processes of uneven sizes give
-    exactly the value for their union. Where W changes between batches, each counts with its own W, while the
-    standard deviations are those over all batches.
+    states are sums over samples, of shape (m, m), and moments of the features, of shape (3, m), which are merged, so
+    that batches and processes of uneven sizes give exactly the value for their union. Where W changes between batches,
+    each counts with its own W, while the standard deviations are those over all batches.
 
     As input to ``forward`` and ``update`` the metric takes ``features`` (..., m), ``weight`` (d, m), ``outputs``
     (..., d) or (n, d, ...) and ``target``, as :class:`~lightning_relflat.RelativeFlatness`; as output of ``forward``
@@ -257,9 +258,9 @@ class StandardizedRelativeFlatness(LayerMeasure):
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
         check_count("in_features", in_features, at_least=1)
-        self._add_numbers("totals", 2)
+        self._add_numbers("totals", 1)
         self._add_sums("pairs", in_features, in_features)
-        self._add_sums("moments", 2, in_features)
+        self.add_state("moments", torch.zeros(3, in_features, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -278,15 +279,12 @@ class StandardizedRelativeFlatness(LayerMeasure):
             sums = standardized_sums(features, weight, outputs, target, loss=self.loss, class_dim=self.class_dim)
         check_weight_shape(weight, (len(weight), len(self.pairs)))
         self.pairs = self.pairs + sums.pairs.to(self.pairs)
-        self.moments = self.moments + torch.stack([sums.features, sums.squares]).to(self.moments)
-        self._add_to_numbers("totals", [sums.samples, sums.total_weight.to(sums.samples)])
+        self.moments = merge_moments(torch.stack([self.moments, sums.moments.to(self.moments)]))
+        self._add_to_numbers("totals", [sums.total_weight])
 
     def compute(self) -> Tensor:
         """Return standardised κ of all data so far, over all processes."""
-        samples, total_weight, _ = self.totals
-        features, squares = self.moments
-        sums = StandardizedSums(self.pairs, features, squares, samples, total_weight)
-        return standardized_from_sums(sums, mean=self._mean)
+        return standardized_from_sums(StandardizedSums(self.pairs, self.moments, self.totals[0]), mean=self._mean)
 
 
 def check_weight_shape(weight: Tensor, shape: tuple[int, int]) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import check_count, check_number, check_positive
+from lightning_relflat.functional._network import IGNORED, LossOfEverySample
 from lightning_relflat.functional.feature_robustness import (
     LossOfFeatures,
     RobustnessEstimate,
     robustness_of_draws,
 )
 from lightning_relflat.functional.network_measures import (
-    LossOfEverySample,
     fisher_rao_sums,
     loss_gradient_sum,
     loss_rise_sum,
@@ -37,6 +37,7 @@ class FisherRaoNorm(SummedMetric):
 
     Args:
         loss: as for :func:`~lightning_relflat.functional.fisher_rao_norm`.
+        ignore_index: as for :func:`~lightning_relflat.functional.fisher_rao_norm`.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -54,9 +55,10 @@ class FisherRaoNorm(SummedMetric):
     total: Tensor
     samples: Tensor
 
-    def __init__(self, loss: LossOfEverySample, **kwargs: Any) -> None:
+    def __init__(self, loss: LossOfEverySample, *, ignore_index: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.loss = loss
+        self.ignore_index = ignore_index
         self._add_sums("total")
         self._add_sums("samples")
 
@@ -71,9 +73,9 @@ class FisherRaoNorm(SummedMetric):
         Raises:
             ValueError: as :func:`~lightning_relflat.functional.fisher_rao_norm` does.
         """
-        total, count = fisher_rao_sums(module, self.loss, inputs, target)
+        total, count = fisher_rao_sums(module, self.loss, inputs, target, ignore_index=self.ignore_index)
         self.total = self.total + total.to(self.total)
-        self.samples = self.samples + count
+        self.samples = self.samples + count.to(self.samples)
 
     def compute(self) -> Tensor:
         """Return the norm over all data so far, over all processes; NaN without any."""
@@ -94,6 +96,7 @@ class SAMSharpness(SummedMetric):
         num_parameters: how many numbers the network's parameters hold.
         rho: ρ, how far to step.
         direction: the unit vector to step along, of shape (num_parameters,); found if left out.
+        ignore_index: as for :func:`~lightning_relflat.functional.fisher_rao_norm`.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -124,10 +127,12 @@ class SAMSharpness(SummedMetric):
         num_parameters: int,
         rho: float = 0.05,
         direction: Tensor | None = None,
+        ignore_index: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.loss = loss
+        self.ignore_index = ignore_index
         self.rho = check_positive("rho", rho)
         self.num_parameters = check_count("num_parameters", num_parameters, at_least=1)
         if direction is not None and direction.shape != (num_parameters,):
@@ -158,13 +163,13 @@ class SAMSharpness(SummedMetric):
                 f"got {found}."
             )
         if self.direction is None:
-            gradient, count = loss_gradient_sum(module, self.loss, inputs, target)
+            gradient, count = loss_gradient_sum(module, self.loss, inputs, target, ignore_index=self.ignore_index)
             self.gradient = self.gradient + gradient.to(self.gradient)
         else:
             step = self.rho * self.direction.to(next(module.parameters()).device)
-            rise, count = loss_rise_sum(module, self.loss, inputs, target, step=step)
+            rise, count = loss_rise_sum(module, self.loss, inputs, target, step=step, ignore_index=self.ignore_index)
             self.rise = self.rise + rise.to(self.rise)
-        self.samples = self.samples + count
+        self.samples = self.samples + count.to(self.samples)
 
     def compute(self) -> Tensor:
         """Return the sharpness over all data so far, over all processes, or without ``direction`` ρ‖∇L‖."""
@@ -200,6 +205,7 @@ class PACBayesFlatness(SummedMetric):
         drop: how much accuracy is lost at σ.
         draws: how many perturbations to average.
         seed: where the noise comes from.
+        ignore_index: the class index of positions that count as no samples.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -227,9 +233,11 @@ class PACBayesFlatness(SummedMetric):
         drop: float = 0.1,
         draws: int = 10,
         seed: int = 0,
+        ignore_index: int = IGNORED,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.ignore_index = ignore_index
         self.sigmas = [check_positive("sigmas", sigma) for sigma in sigmas]
         if not self.sigmas or any(low >= high for low, high in pairwise(self.sigmas)):
             raise ValueError(f"Expected argument `sigmas` to be rising numbers, but got {sigmas!r}.")
@@ -251,11 +259,12 @@ class PACBayesFlatness(SummedMetric):
         Raises:
             ValueError: as :func:`~lightning_relflat.functional.pac_bayes_flatness` does.
         """
-        counts = right_counts(module, inputs, target, sigmas=self.sigmas, draws=self.draws, seed=self.seed)
-        clean = right_counts(module, inputs, target, sigmas=[0.0], draws=1, seed=self.seed)
+        options: dict[str, Any] = {"seed": self.seed, "ignore_index": self.ignore_index}
+        counts = right_counts(module, inputs, target, sigmas=self.sigmas, draws=self.draws, **options)
+        clean = right_counts(module, inputs, target, sigmas=[0.0], draws=1, **options)
         self.right = self.right + counts.to(self.right)
         self.clean = self.clean + clean[0].to(self.clean)
-        self.samples = self.samples + target.numel()
+        self.samples = self.samples + (target != self.ignore_index).sum().to(self.samples)
 
     def compute(self) -> Tensor:
         """Return 1/σ² for all data so far, over all processes.
@@ -317,21 +326,27 @@ class FeatureRobustness(SummedMetric):
         self._add_sums("values", self.draws)
         self._add_sums("samples")
 
-    def update(self, loss_of_features: LossOfFeatures, features: Tensor) -> None:
+    def update(
+        self, loss_of_features: LossOfFeatures, features: Tensor, *, samples: int | Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             loss_of_features: as for :func:`~lightning_relflat.functional.feature_robustness`, with this batch's targets
                 in it.
             features: φ, of shape (..., m).
+            samples: as for :func:`~lightning_relflat.functional.feature_robustness`.
 
         Raises:
-            TypeError: if the features are no floating point numbers.
-            ValueError: if they have no dimension.
+            TypeError: if the features are no floating point numbers, or in half precision.
+            ValueError: if they have no dimension, or ``samples`` is not what it should be.
         """
-        found = robustness_of_draws(loss_of_features, features, delta=self.delta, draws=self.draws, seed=self.seed)
-        count = features.shape[:-1].numel()
-        self.values = self.values + (found * count).to(self.values)
+        options: dict[str, Any] = {"delta": self.delta, "draws": self.draws, "seed": self.seed}
+        found = robustness_of_draws(loss_of_features, features, samples=samples, **options).to(self.values)
+        given = features.shape[:-1].numel() if samples is None else samples
+        count = given.to(self.samples) if isinstance(given, Tensor) else self.samples.new_full((), given)
+        # A mean over nothing is no number, and adds nothing.
+        self.values = self.values + (found * count).where(count > 0, 0.0)
         self.samples = self.samples + count
 
     def compute(self) -> Tensor:

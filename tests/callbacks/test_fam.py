@@ -793,8 +793,8 @@ def test_outputs_may_be_changed_in_place(named: dict[str, Any], inplace: bool) -
 def test_only_the_first_step_of_an_epoch_reads_more_than_whether_values_are_finite(
     form: dict[str, Any], layer: str
 ) -> None:
-    # On a GPU every such reading makes the host wait; there these two are read when the epoch ends, and targets never. The first step
-    # looks at how rows meet.
+    # On a GPU every such reading makes the host wait; there these two are read when the epoch ends, and targets never.
+    # The first step looks at how rows meet.
     class Count(TorchDispatchMode):
         read = 0
 

@@ -53,6 +53,37 @@ def test_a_chosen_map(samples: int, width: int, delta: float, seed: int, reducti
     assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_samples_that_are_ignored(as_tensor: bool) -> None:
+    features, weight, target = problem(7, 4, 3)
+    target[:3] = -100
+    linear_map = torch.randn(4, 4, dtype=torch.float64)
+
+    def robustness(kept: slice, reduction: str, samples: int | Tensor | None = None) -> float:
+        def loss(values: Tensor) -> Tensor:
+            return F.cross_entropy(values @ weight.T, target[kept], reduction=reduction)
+
+        return feature_robustness(loss, features[kept], linear_map, delta=0.2, samples=samples).item()
+
+    expected = robustness(slice(3, 7), "none")
+    count = torch.tensor(4) if as_tensor else 4
+    assert robustness(slice(0, 7), "none", count) == pytest.approx(expected, rel=1e-12)
+    assert robustness(slice(0, 7), "mean", count) == pytest.approx(expected, rel=1e-12)
+    assert robustness(slice(0, 7), "mean") == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("samples", [-1, 1.5, True, torch.ones(2)])
+def test_numbers_of_samples_that_are_none(samples: Any) -> None:
+    with pytest.raises(ValueError, match="Expected argument `samples` to be an integer of at least 0, but got"):
+        feature_robustness(lambda phi: phi.sum(dim=1), torch.ones(2, 3), torch.eye(3), delta=0.1, samples=samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"`features` to be in float32 or float64, because .*, but got torch\."):
+        feature_robustness(lambda phi: phi.sum(dim=1), torch.ones(2, 3, dtype=dtype), torch.eye(3), delta=0.1)
+
+
 def test_leading_dimensions_are_samples() -> None:
     features, _, _ = problem(6, 4, 3)
     linear_map = torch.randn(4, 4, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat.functional import largest_eigenvalue_bounds, neural_collapse, spectrum
+from lightning_relflat.functional._sums import merge_moments
 from lightning_relflat.functional.flatness_report import (
     flatness_report,
     report_from_sums,
@@ -115,22 +116,44 @@ def test_ignored_samples_count_nowhere(ignored: int) -> None:
         assert_close(report[name], value)
 
 
-def test_classes() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("class_weight", [None, torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64)])
+def test_classes(smoothing: float, class_weight: Tensor | None) -> None:
     features, weight, _, target = softmax_problem()
-    class_weight = torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64)
-    criterion = nn.CrossEntropyLoss(class_weight)
+    criterion = nn.CrossEntropyLoss(class_weight, label_smoothing=smoothing)
     report = flatness_report(features, weight, features @ weight.T, target, loss=criterion, num_classes=4)
     for label in range(4):
         own = target == label
         if not own.any():
             assert report["per_class"][label].isnan()
             continue
-        loss = kappa(lambda value, own=own: F.cross_entropy(features[own] @ value.T, target[own], class_weight), weight)  # type: ignore[misc]
+        loss = kappa(lambda value, own=own: criterion(features[own] @ value.T, target[own]), weight)  # type: ignore[misc]
         assert_close(report["per_class"][label], loss)
     sums = flatness_report(
         features, weight, features @ weight.T, target, loss=criterion, num_classes=4, reduction="sum"
     )
     assert_close(sums["per_class"].nansum(), sums["relative_flatness"])
+
+
+def test_classes_with_a_weight_of_zero_and_ignored_positions() -> None:
+    features, weight, outputs, target = softmax_problem()
+    class_weight = torch.tensor([0.5, 0.0, 1.0, 3.0], dtype=torch.float64)
+    criterion = nn.CrossEntropyLoss(class_weight, label_smoothing=0.3, ignore_index=-1)
+    target[4] = -1
+    values = flatness_report(features, weight, outputs, target, loss=criterion, num_classes=4)["per_class"]
+    for label in (0, 3):
+        own = target == label
+        loss = kappa(lambda value, own=own: criterion(features[own] @ value.T, target[own]), weight)  # type: ignore[misc]
+        assert_close(values[label], loss)
+    assert values[[1, 2]].isnan().all()  # a mean over weights of zero is none, as PyTorch's is
+
+
+def test_without_data_nothing_is_known_of_features() -> None:
+    features, weight, outputs, target = softmax_problem()
+    ignored = torch.full_like(target, -100)
+    report = flatness_report(features, weight, outputs, ignored, loss="cross_entropy")
+    assert report["dead_features"].isnan()
+    assert flatness_report(features[:0], weight, outputs[:0], loss="cross_entropy")["dead_features"].isnan()
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
@@ -214,6 +237,7 @@ def test_batches_add_up() -> None:
         for part in (slice(0, 5), slice(5, 6), slice(6, 8))
     ]
     added = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
+    added["moments"] = merge_moments(torch.stack([part["moments"] for part in parts]))
     whole = flatness_report(features, weight, outputs, target, **options)
     found = report_from_sums(added, mean=True)
     assert found.keys() == whole.keys()

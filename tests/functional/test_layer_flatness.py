@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import re
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -16,27 +13,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lightning_relflat.functional import layer_flatness, layer_use, relative_flatness
+from lightning_relflat.functional import layer_use
 from lightning_relflat.functional._linear_map import LayerUse
-from lightning_relflat.functional._meeting import Apart, Looker, look
-from lightning_relflat.functional._weights import is_linear_layer
-from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed, probe_seed
+from lightning_relflat.functional._meeting import Apart, look
+from lightning_relflat.functional.layer_flatness import flatness_of_layers
 from lightning_relflat.layer_tap import LayerTap
-from tests.functional.cases import normal, seeded
+from tests.functional.cases import seeded
 from tests.oracles import (
-    computing_with,
-    haar_orthogonal,
-    kappa,
     kappa_of_layer,
     kappa_of_rows,
     norms_by_hand,
-    slope,
     traces_of_layer,
 )
 

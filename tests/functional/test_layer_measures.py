@@ -17,6 +17,7 @@ from torch.autograd.functional import hessian
 from torch.nn import functional as F
 
 from lightning_relflat.functional import relative_flatness
+from lightning_relflat.functional._sums import merge_moments
 from lightning_relflat.functional.layer_measures import (
     Scale,
     StandardizedSums,
@@ -152,6 +153,11 @@ def test_kappa_is_at_most_the_layer_wise_trace(loss: str, data: st.DataObject) -
 # --- sums over batches ----------------------------------------------------------------------------------------------
 
 
+def merged(one: StandardizedSums, other: StandardizedSums) -> StandardizedSums:
+    moments = merge_moments(torch.stack([one.moments, other.moments]))
+    return StandardizedSums(one.pairs + other.pairs, moments, one.total_weight + other.total_weight)
+
+
 def test_standardized_sums_add_up_over_uneven_batches() -> None:
     generator = seeded(0)
     features, weight = normal(generator, 9, 4) + 2, normal(generator, 3, 4)
@@ -161,7 +167,7 @@ def test_standardized_sums_add_up_over_uneven_batches() -> None:
         standardized_sums(features[rows], weight, outputs[rows], target[rows], loss=criterion)
         for rows in (slice(0, 2), slice(2, 9))
     ]
-    together = StandardizedSums(*(one + other for one, other in zip(*parts, strict=True)))
+    together = merged(*parts)
     reduction: Any
     for mean, reduction in ((True, "mean"), (False, "sum")):
         whole = standardized_relative_flatness(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -349,6 +350,145 @@ def test_every_loss_counts_as_a_sample() -> None:
     for measure in (fisher_rao_norm, sam_sharpness):
         found = measure(tokens, EACH, [(inputs, target)])
         assert found.item() == pytest.approx(measure(rows, EACH, flattened).item(), rel=1e-12)
+
+
+# --- positions that are ignored -------------------------------------------------------------------------------------
+
+
+class OfTokens(nn.Module):
+    """A network on tokens, (n, T, m), with the classes along dimension 1 of the outputs."""
+
+    def __init__(self, rows: nn.Module) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.rows(inputs).movedim(-1, 1)
+
+
+LOSSES_THAT_IGNORE: dict[str, tuple[Any, int, int | None]] = {  # and what they ignore, and what has to be said
+    "criterion": (EACH, -100, None),
+    "its index": (nn.CrossEntropyLoss(reduction="none", ignore_index=2), 2, None),
+    "nll": (lambda z, y: nn.NLLLoss(reduction="none", ignore_index=1)(z.log_softmax(dim=1), y), 1, 1),
+    "function": (lambda z, y: F.cross_entropy(z, y, reduction="none"), -100, None),
+    "partial": (partial(F.cross_entropy, reduction="none", ignore_index=3), 3, None),
+    "partial default": (partial(F.cross_entropy, reduction="none"), -100, None),
+    "flat": (
+        lambda z, y: F.cross_entropy(z.movedim(1, -1).flatten(0, -2), y.flatten(), reduction="none"),
+        -100,
+        None,
+    ),
+    "weights": (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5, 3.0]).double(), reduction="none"), -100, None),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_THAT_IGNORE)
+def test_ignored_positions_are_no_samples(name: str) -> None:
+    loss, ignored, said = LOSSES_THAT_IGNORE[name]
+    net, generator = make_net(), torch.Generator().manual_seed(1)
+    inputs = torch.randn(6, 5, 3, generator=generator, dtype=torch.float64)
+    target = torch.randint(4, (6, 5), generator=generator)
+    target[torch.rand(6, 5, generator=generator) < 0.4] = ignored
+    target[0] = ignored
+    kept = target != ignored
+    padded = [(inputs[:1], target[:1]), (inputs[1:3], target[1:3]), (inputs[3:], target[3:])]
+    real = [(inputs[kept], target[kept])]
+    for measure in (fisher_rao_norm, sam_sharpness):
+        found = measure(OfTokens(net), loss, padded, ignore_index=said)
+        assert found.item() == pytest.approx(measure(net, loss, real).item(), rel=1e-11)
+        assert found.item() > 0
+
+
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_pac_bayes_without_ignored_positions(ignored: int) -> None:
+    net = make_net()
+    [(inputs, target)] = labelled_by(net, [60])
+    target[::3] = ignored
+    kept = target != ignored
+    options: dict[str, Any] = {"draws": 4, "tolerance": 0.0, "ignore_index": ignored}
+    padded = [(inputs[:7], target[:7]), (inputs[7:], target[7:])]
+    found = pac_bayes_flatness(net, padded, **options)
+    assert found == pac_bayes_flatness(net, [(inputs[kept], target[kept])], **options)
+
+
+def test_what_may_be_an_ordinary_target_counts() -> None:
+    """A criterion that ignores nothing, numbers as targets, and another number than the one that is ignored."""
+    net = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
+    inputs = torch.randn(4, 3).double()
+    degrees = torch.tensor([-100, 3, -100, 7])
+    for loss, target in ((nn.MSELoss(reduction="none"), degrees), (lambda z, y: (z - y).square(), degrees.double())):
+        slopes = 2 * (net(inputs) - degrees) * net(inputs)
+        assert fisher_rao_norm(net, loss, [(inputs, target)]).item() == pytest.approx(
+            slopes.square().mean().sqrt().item(), rel=1e-12
+        )
+    wide, [(inputs, target)] = make_net(), make_batches([6])
+    target[:3] = -100
+    plain = fisher_rao_norm(wide, EACH, [(inputs, target)])
+    all_counted = fisher_rao_norm(wide, EACH, [(inputs, target)], ignore_index=-1)
+    assert all_counted.item() == pytest.approx(plain.item() / math.sqrt(2), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_nothing_but_ignored_positions_is_no_data(name: str) -> None:
+    [(inputs, target)] = make_batches([5])
+    with pytest.raises(ValueError, match="Expected argument `batches` to hold samples, but got none"):
+        MEASURES[name](make_net(), [(inputs, torch.full_like(target, -100))])
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_batch_without_samples_changes_nothing(name: str) -> None:
+    net = make_net()
+    batches = labelled_by(net, [40, 9])
+    empty = torch.zeros(0, 3).double(), torch.zeros(0).long()
+    assert MEASURES[name](net, [empty, *batches, empty]) == MEASURES[name](net, batches)
+
+
+# --- half precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_is_measured_in_float32(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = Restless().eval().to(dtype)
+    inputs = torch.randn(40, 3).to(dtype)
+    wide = copy.deepcopy(net).float()
+    target = wide(inputs.float()).argmax(dim=1)
+    found = MEASURES[name](net, [(inputs, target)])
+    assert found == MEASURES[name](wide, [(inputs.float(), target)])
+    assert found != 0
+    assert all(value.dtype == dtype for value in net.state_dict().values() if value.is_floating_point())
+
+
+def test_a_small_step_in_half_precision_is_that_of_float64() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4).bfloat16()
+    inputs, target = torch.randn(50, 3).bfloat16(), torch.randint(4, (50,))
+    for rho in (1e-3, 0.05):
+        found = sam_sharpness(net, EACH, [(inputs, target)], rho=rho)
+        expected = sam_sharpness(copy.deepcopy(net).double(), EACH, [(inputs.double(), target)], rho=rho)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_class_weights_and_soft_targets_in_half_precision() -> None:
+    torch.manual_seed(0)
+    net, class_weight = nn.Linear(3, 4).bfloat16(), torch.rand(4).bfloat16()
+    inputs, soft = torch.randn(9, 3).bfloat16(), torch.rand(9, 4).bfloat16()
+    wide = copy.deepcopy(net).float()
+    for target in (torch.randint(4, (9,)), soft):
+        found = sam_sharpness(net, nn.CrossEntropyLoss(class_weight, reduction="none"), [(inputs, target)])
+        criterion = nn.CrossEntropyLoss(class_weight.float(), reduction="none")
+        given_ = target.float() if target.is_floating_point() else target
+        assert found == sam_sharpness(wide, criterion, [(inputs.float(), given_)])
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_under_autocast(name: str) -> None:
+    net = make_net().float()
+    batches = [(inputs.float(), target) for inputs, target in labelled_by(make_net(), [40])]
+    expected = MEASURES[name](net, batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert MEASURES[name](net, batches) == expected
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

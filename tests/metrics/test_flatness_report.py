@@ -58,6 +58,21 @@ def test_uneven_batches() -> None:
         report.reset()
 
 
+def test_without_data_all_but_norms_of_nothing_is_no_number() -> None:
+    report = make(eigenvalues=False)
+    report._update_count = 1  # no warning
+    for when in ("at first", "after an empty batch"):
+        values = report.compute()
+        for name in ("relative_flatness", "dead_features", "flat_samples", "zero_rows", "feature_norm"):
+            assert values[name].isnan(), (when, name)
+        update(report, slice(0, 0))
+    for part in SHARES:
+        update(report, part)
+    expected = flatness_report(*problem(), loss=CRITERION, **ALL | {"eigenvalues": False})
+    for name, value in report.compute().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 def test_agrees_with_the_metric_of_kappa() -> None:
     report, flatness = make(), RelativeFlatness(CRITERION)
     for part in SHARES:

@@ -135,6 +135,79 @@ def test_another_network_and_a_second_direction_are_refused() -> None:
         SAMSharpness(EACH, num_parameters=1, direction=torch.ones(1)).compute_direction()
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_ignored_positions_and_empty_batches_count_nowhere(order: list[int]) -> None:
+    """A batch of padding, one without samples, and ordinary ones, in any order: the value of what counts."""
+    net, [(inputs, target)] = small_net(), small_batches([9])
+    labels = net(inputs).argmax(dim=1)
+    target, labels = target.clone(), labels.clone()
+    target[:4] = labels[:4] = -100
+    parts = [slice(0, 3), slice(3, 3), slice(3, 9)]
+    count = sum(value.numel() for value in net.parameters())
+    norm, flatness = FisherRaoNorm(EACH), PACBayesFlatness(sigmas=SIGMAS, draws=4)
+    ascent = SAMSharpness(EACH, num_parameters=count, rho=0.3)
+    for number in order:
+        part = parts[number]
+        norm.update(net, inputs[part], target[part])
+        ascent.update(net, inputs[part], target[part])
+        flatness.update(net, inputs[part], labels[part])
+    sharpness = SAMSharpness(EACH, num_parameters=count, rho=0.3, direction=ascent.compute_direction())
+    for number in order:
+        sharpness.update(net, inputs[parts[number]], target[parts[number]])
+    alone = PACBayesFlatness(sigmas=SIGMAS, draws=4)
+    alone.update(net, inputs[4:], labels[4:])
+    torch.testing.assert_close(flatness.compute(), alone.compute(), rtol=1e-12, atol=0)
+    values = expected(net, [(inputs[4:], target[4:])])
+    for name, metric in (("norm", norm), ("ascent", ascent), ("sharpness", sharpness)):
+        torch.testing.assert_close(metric.compute(), values[name], rtol=1e-10, atol=0)
+
+
+def test_an_index_to_ignore_is_taken_from_the_argument() -> None:
+    net, [(inputs, target)] = small_net(), small_batches([9])
+    with_class = FisherRaoNorm(EACH, ignore_index=int(target[0]))
+    with_class.update(net, inputs, target)
+    everything = FisherRaoNorm(EACH)
+    everything.update(net, inputs, target)
+    share = (target != target[0]).double().mean()
+    torch.testing.assert_close(with_class.compute() * share.sqrt(), everything.compute())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_feature_robustness_of_what_counts(reduction: str, as_tensor: bool) -> None:
+    net, [(inputs, target)] = small_net(), small_batches([9])
+    features, target = net[:2](inputs).detach(), target.clone()
+    target[:4] = -100
+    metric = FeatureRobustness(delta=0.1, draws=5)
+    for part in (slice(0, 3), slice(0, 0), slice(3, 7), slice(7, 9)):  # all padding, none, some padding, none of it
+        own = target[part]
+        count = (own != -100).sum()
+        metric.update(
+            lambda phi, own=own: F.cross_entropy(net[2](phi), own, reduction=reduction),  # type: ignore[misc]
+            features[part],
+            samples=count if as_tensor else int(count),
+        )
+    value = expected(net, [(inputs[4:], target[4:])])
+    torch.testing.assert_close(metric.compute_estimate().value, value["robustness"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(metric.compute_estimate().error, value["error"], rtol=1e-10, atol=0)
+
+
+def test_feature_robustness_after_an_empty_batch() -> None:
+    net, batches = small_net(), small_batches(SIZES)
+    empty = torch.zeros(0, *batches[0][0].shape[1:]).double(), torch.zeros(0).long()
+    robustness = FeatureRobustness(delta=0.1, draws=5)
+    for inputs, target in [empty, *batches, empty]:
+        robustness.update(loss_of(net, target), net[:2](inputs).detach())
+    torch.testing.assert_close(robustness.compute(), expected(net, batches)["robustness"], rtol=1e-10, atol=0)
+
+
+def test_feature_robustness_refuses_half_precision_and_changes_nothing() -> None:
+    robustness = FeatureRobustness(delta=0.1, draws=5)
+    with pytest.raises(TypeError, match=r"`features` to be in float32 or float64, .*, but got torch.bfloat16"):
+        robustness.update(lambda phi: phi.square().sum(dim=1), torch.ones(3, 2).bfloat16())
+    assert robustness.samples == 0
+
+
 def _worker(rank: int, folder: str, world: int) -> None:
     shares = [[0], [1, 2, 3], []] if world == 3 else [[0], [1, 2, 3]]
     with process_group(rank, world, folder):
