@@ -181,7 +181,7 @@ class FlatnessReport(SpectralMeasure):
             return report_class_means(self._sums())
 
     def _sums(self) -> dict[str, Tensor]:
-        return {"totals": self.totals[:-1], **{name: getattr(self, name) for name in self._names}}
+        return {"totals": self.totals, **{name: getattr(self, name) for name in self._names}}
 
 
 def _class_means(value: Tensor | None, num_classes: int | None, width: int) -> Tensor | None:

@@ -119,7 +119,7 @@ class HessianTrace(LayerMeasure):
     def compute(self) -> Tensor:
         """Return the trace over all data so far, over all processes."""
         trace: Tensor
-        trace, total_weight, _ = self.totals
+        trace, total_weight = self.totals
         return trace / total_weight if self._mean else trace
 
 
@@ -283,7 +283,7 @@ class StandardizedRelativeFlatness(LayerMeasure):
 
     def compute(self) -> Tensor:
         """Return standardised κ of all data so far, over all processes."""
-        samples, total_weight, _ = self.totals
+        samples, total_weight = self.totals
         features, squares = self.moments
         sums = StandardizedSums(self.pairs, features, squares, samples, total_weight)
         return standardized_from_sums(sums, mean=self._mean)

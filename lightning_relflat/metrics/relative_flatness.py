@@ -140,7 +140,7 @@ class RelativeFlatness(SummedMetric):
             κ and its standard error, two scalars.
         """
         with self._together():
-            weighted_sum, total_weight, variance, _ = self.sums
+            weighted_sum, total_weight, variance = self.sums
             divisor = torch.ones_like(total_weight) if _reduction(self.loss) == "sum" else total_weight
             return weighted_sum / divisor, variance.sqrt() / divisor
 
