@@ -8,7 +8,7 @@ from lightning_relflat.functional.spectrum.eigenvalues import (
     largest_eigenvalue_bounds,
 )
 from lightning_relflat.functional.spectrum.lanczos import Bounds
-from lightning_relflat.functional.spectrum.layer_hessian import (
+from lightning_relflat.functional.spectrum.operator import (
     LayerHessian,
     has_blocks,
     hessian_of_samples,

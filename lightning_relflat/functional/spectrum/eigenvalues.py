@@ -12,7 +12,7 @@ from lightning_relflat.functional._checks import check_count, check_flag, shape_
 from lightning_relflat.functional.layer_measures import Scale, batch_reduction, check_scale
 from lightning_relflat.functional.output_hessian import Target, as_criterion
 from lightning_relflat.functional.spectrum.lanczos import Bounds, dense_bounds, lanczos
-from lightning_relflat.functional.spectrum.layer_hessian import (
+from lightning_relflat.functional.spectrum.operator import (
     Extent,
     LayerHessian,
     has_blocks,

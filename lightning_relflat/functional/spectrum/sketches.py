@@ -9,15 +9,15 @@ from torch import Tensor
 
 from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional.spectrum.lanczos import Bounds, dense_bounds
-from lightning_relflat.functional.spectrum.layer_hessian import LayerHessian, power_of_two
+from lightning_relflat.functional.spectrum.operator import LayerHessian, power_of_two
 
 # How many numbers a sketch holds where the number of its columns is left open: 16 MiB.
 _SKETCH = 2**21
 _LEAST_COLUMNS = 128
 # How many numbers of n·d·k a sketch makes at once, or those of one column where these are more.
 _GROUP = 2**20
-# Directions whose part in a sketch is smaller than this, relative to the largest, are rounding.
-_ROUNDING = 1e-12
+# Directions whose part in a sketch is smaller than this, relative to the largest, are known to few digits only.
+_ROUNDING = 1e-9
 # What rounding leaves of a sketched eigenvalue, relative to it, with directions as small as that.
 _SLACK = 1e-9
 # What a sketch of a positive semi-definite matrix may show of negative curvature.
