@@ -115,6 +115,19 @@ class SharpestSamples(SummedMetric):
         """Return the largest parts and the indices of their samples, over all processes."""
         return self.sharpest[:2, self.sharpest[2] != _NOBODY]
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot the parts of the samples, the largest first.
+
+        Args:
+            val: a result of ``forward`` or ``compute``; the metric's present value if left out.
+            ax: a matplotlib axis to draw on.
+
+        Returns:
+            The figure and the axis.
+        """
+        parts, _ = self.compute() if val is None else val
+        return super().plot(list(parts), ax)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch, and return what ``compute`` would for it alone.
 

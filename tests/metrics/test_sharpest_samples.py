@@ -218,6 +218,15 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         SharpestSamples(**options)
 
 
+def test_plot() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    sharpest = SharpestSamples(4)
+    sharpest.update(*problem())
+    _, axes = sharpest.plot()
+    [line] = axes.get_lines()
+    assert line.get_ydata().tolist() == pytest.approx(by_definition()[0][:4])
+
+
 def test_bad_indices() -> None:
     features, weight, outputs, target = problem()
     with pytest.raises(ValueError, match=r"`indices` to be of shape \(9,\), but got \(2,\)"):
