@@ -65,7 +65,7 @@ def lanczos(
     bounds that hold but for a chance; the bound here is the one that T itself gives.
 
     Args:
-        product: multiplies each matrix with its vector; takes and returns the shape of ``start``.
+        product: multiplies each matrix with its vector; takes and returns a tensor, a new one, of the shape of ``start``.
         start: independent normal numbers, of shape (matrices, size).
         add_up: whether to bound the sum of the matrices' largest eigenvalues, or the largest of them.
         tolerance: how near the bounds have to be, relative to the lower one.
@@ -87,15 +87,15 @@ def lanczos(
     lower, upper = torch.full_like(length, -torch.inf), torch.full_like(length, torch.inf)
     check = 1
     for step in range(1, max_iterations + 1):
-        image = product(vector) - length[:, None] * previous
+        image = product(vector).addcmul_(previous, length[:, None], value=-1)
         # Where nothing is left of a vector, the value of the start's takes the place of the zero that it would add.
-        along = (image * vector).sum(dim=1)
+        along = torch.linalg.vecdot(image, vector)
         along = along if step == 1 else along.where(length > 0, diagonal[0])
-        image = image - along[:, None] * vector
+        image.addcmul_(vector, along[:, None], value=-1)
         length = image.norm(dim=1)
         diagonal.append(along)
         side.append(length)
-        previous, vector = vector, image / length.where(length > 0, 1.0)[:, None]
+        previous, vector = vector, image.div_(length.where(length > 0, 1.0)[:, None])
         if step < min(check, max_iterations):
             continue
         check = step + max(1, step // 16)
