@@ -197,9 +197,9 @@ def _largest(stacked: Tensor, k: int | None = None) -> Tensor:
 
 def _by_part(samples: Tensor) -> Tensor:
     """Sort samples by their parts: numbers, the largest first, then NaN, then nobody."""
-    samples = samples[:, samples[0].where(~samples[0].isnan(), -torch.inf).sort(descending=True, stable=True).indices]
-    nobody, unknown = samples[2] == _NOBODY, samples[0].isnan()
-    return samples[:, (2 * nobody.int() + unknown.int()).sort(stable=True).indices]
+    parts = samples[0].where(~samples[0].isnan(), -torch.inf)
+    samples = samples[:, parts.sort(descending=True, stable=True).indices]
+    return samples[:, (samples[2] == _NOBODY).int().sort(stable=True).indices]
 
 
 def _sorted(samples: Tensor, *, by: int) -> Tensor:

@@ -91,6 +91,15 @@ def test_the_truth_lies_between(
     assert exact.upper - exact.lower <= 3 * slack
 
 
+def test_a_start_that_is_an_eigenvector() -> None:
+    """Nothing is left of its vector, which is no eigenvector of 0."""
+    values = torch.stack([torch.full((4,), -2.0), -torch.arange(1.0, 5.0)]).double()
+    start = torch.ones(2, 4, dtype=torch.float64)
+    bounds = lanczos(times(values), start, add_up=True, tolerance=1e-12, max_iterations=50)
+    assert bounds.lower == pytest.approx(-3.0, abs=1e-12)
+    assert bounds.upper == pytest.approx(-3.0, abs=1e-10)
+
+
 def test_the_chance_of_the_upper_bound_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a chance of a half for each bound, some lie below the truth, and with a tenth few do."""
     values = with_top(1.0, 0.99, size=100, below=0.98)

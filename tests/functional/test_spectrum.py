@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
@@ -403,6 +403,7 @@ def test_many_outputs_that_are_alike_have_a_degenerate_top() -> None:
     columns=st.sampled_from([None, 2, 5, 9, 14, 30]),
     seed=st.integers(0, 10**6),
 )
+@example(n=8, d=3, m=7, columns=14, seed=232)
 def test_the_truth_is_never_outside_of_the_bounds(n: int, d: int, m: int, columns: int | None, seed: int) -> None:
     """Where a sketch has about as many columns as the rank, rounding decides on the last directions."""
     generator = seeded(seed)

@@ -224,6 +224,20 @@ def test_a_running_window(columns: int | None, forward: bool) -> None:
         torch.testing.assert_close(window.compute(), exact, rtol=1e-8, atol=0)
 
 
+@pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="torchmetrics has none")
+def test_states_of_several_processes_can_be_merged() -> None:
+    """In a synchronised state the samples are one tensor."""
+    first, second, third = large_batches()
+    make = partial(LargestEigenvalue, in_features=40, out_features=5)
+    others, metric = make(), make()
+    for batch in (first, second):
+        others.update(*batch)
+    metric.update(*third)
+    state = others.metric_state
+    metric.merge_state(state | {"samples": torch.cat(list(state["samples"]))})
+    assert_equal(metric.compute(), accumulated(make(), large_batches()))
+
+
 @pytest.mark.parametrize("columns", [None, 300])
 def test_resumed(columns: int | None) -> None:
     batches = large_batches()

@@ -65,7 +65,8 @@ def lanczos(
     bounds that hold but for a chance; the bound here is the one that T itself gives.
 
     Args:
-        product: multiplies each matrix with its vector; takes and returns a tensor, a new one, of the shape of ``start``.
+        product: multiplies each matrix with its vector; takes a tensor of the shape of ``start``, and
+            returns a new one.
         start: independent normal numbers, of shape (matrices, size).
         add_up: whether to bound the sum of the matrices' largest eigenvalues, or the largest of them.
         tolerance: how near the bounds have to be, relative to the lower one.

@@ -66,7 +66,7 @@ class LayerHessian:
             group = max(_LEAST_ROWS, _CHUNK // (rows * count))
         for start in range(0, len(self.features), max(1, group)):
             part = slice(start, start + group)
-            moved = (self.features[part] @ columns).unflatten(1, (-1, count)).expand(-1, rows, -1)
+            moved = (self.features[part] @ columns).view(-1, len(vectors), count).expand(-1, rows, -1)
             images.addmm_(self._curved(moved, part).flatten(1).T, self._weighted[part])
         return images.view(rows, count, width).mul_(self.scales[:, None, None]).transpose(1, 2)
 
@@ -99,7 +99,7 @@ class LayerHessian:
         """Return how large features and curvature are, by which to divide them for numbers near 1."""
         if not self.features.numel():
             return Extent(self.scales.new_ones(()), self.scales.new_zeros(()))
-        size = power_of_two(self.features.abs().amax())
+        size = _power_of_two(self.features.abs().amax())
         squares = (self.features / size).square().sum(dim=1)
         return Extent(size, self.scales.abs() @ ((self.outputs.weight.abs() * squares) @ self.own.abs()))
 
@@ -156,7 +156,7 @@ def joint_extent(sizes: Tensor, curvatures: Tensor) -> Extent:
     return Extent(size, ((sizes / size).square() * curvatures).sum())
 
 
-def power_of_two(value: Tensor) -> Tensor:
+def _power_of_two(value: Tensor) -> Tensor:
     """Return the power of two next above a number, to divide by without rounding; 1 for zero."""
     exponent = torch.frexp(value).exponent
     return torch.ldexp(torch.ones_like(value), exponent).where(value > 0, 1.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional.spectrum.lanczos import Bounds, dense_bounds
-from lightning_relflat.functional.spectrum.operator import LayerHessian, power_of_two
+from lightning_relflat.functional.spectrum.operator import LayerHessian
 
 # How many numbers a sketch holds where the number of its columns is left open: 16 MiB.
 _SKETCH = 2**21
@@ -156,19 +156,17 @@ def bounds_from_sketch(sketch: Tensor, traces: Tensor, test: Tensor, *, blocks: 
     if not sketch.isfinite().all():
         broken = traces.new_full((), torch.nan)
         return Bounds(broken, broken)
-    size = power_of_two(sketch.abs().amax())
-    sketch, traces = sketch / size, traces / size
     if not blocks:
         sketch, traces = sketch.flatten(0, 1)[None], traces.sum()[None]
     rows, columns = test.shape
     if rows == columns:  # Ω is the identity and Y is H
-        return Bounds(*(size * bound for bound in dense_bounds(sketch, add_up=add_up)))
+        return dense_bounds(sketch, add_up=add_up)
     core = test.T @ sketch
     parts, directions = torch.linalg.eigh((core + core.mT) / 2)
     if (parts[:, 0] < -_NEGATIVE * parts.abs().amax(dim=1)).any():
         raise ValueError(
             "Expected the curvature of the loss to be positive semi-definite (no negative class weights), "
-            f"but got an eigenvalue of {(size * parts.min()).item():.3g} in the sketch."
+            f"but got an eigenvalue of {parts.min().item():.3g} in the sketch."
         )
     # Leaving directions out is a sketch with fewer columns, so that both bounds still hold.
     kept = parts > _ROUNDING * parts[:, -1:]
@@ -177,5 +175,5 @@ def bounds_from_sketch(sketch: Tensor, traces: Tensor, test: Tensor, *, blocks: 
     values = spectrum[:, -1].clamp(min=0)
     above = (1 + _SLACK) * values + (traces - spectrum.sum(dim=1)).clamp(min=0)
     if add_up:
-        return Bounds(size * values.sum(), size * above.sum())
-    return Bounds(size * values.max(), size * above.max())
+        return Bounds(values.sum(), above.sum())
+    return Bounds(values.max(), above.max())
