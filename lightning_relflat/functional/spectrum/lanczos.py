@@ -13,6 +13,8 @@ from torch import Tensor, distributed
 CHANCE = 1e-6
 # Rounding of an eigenvalue, relative to it.
 ROUNDING = 1e-13
+# For how many steps there is room at first.
+_ROOM = 64
 # Steps of bisection: they take the upper bound from e⁸⁰ times its distance to one part in 2⁶⁰ of that.
 _BISECTIONS = 60
 _SPAN = 80.0
@@ -83,27 +85,28 @@ def lanczos(
     growth = 0.5 * math.log(2 * size / math.pi) + math.log(count / CHANCE)
     previous, vector = torch.zeros_like(start), start / start.norm(dim=1, keepdim=True)
     length = torch.zeros_like(start[:, 0])
-    diagonal: list[Tensor] = []
-    side: list[Tensor] = []
+    # In one place: small tensors that stay, between the large ones of each step, would leave holes in the memory.
+    diagonal, side = start.new_empty(2, count, _ROOM)
     lower, upper = torch.full_like(length, -torch.inf), torch.full_like(length, torch.inf)
     check = 1
     for step in range(1, max_iterations + 1):
         image = product(vector).addcmul_(previous, length[:, None], value=-1)
         # Where nothing is left of a vector, the value of the start's takes the place of the zero that it would add.
         along = torch.linalg.vecdot(image, vector)
-        along = along if step == 1 else along.where(length > 0, diagonal[0])
+        along = along if step == 1 else along.where(length > 0, diagonal[:, 0])
         image.addcmul_(vector, along[:, None], value=-1)
         length = image.norm(dim=1)
-        diagonal.append(along)
-        side.append(length)
+        if step > diagonal.shape[1]:
+            diagonal, side = (torch.cat([values, torch.empty_like(values)], dim=1) for values in (diagonal, side))
+        diagonal[:, step - 1], side[:, step - 1] = along, length
         previous, vector = vector, image.div_(length.where(length > 0, 1.0)[:, None])
         if step < min(check, max_iterations):
             continue
         check = step + max(1, step // 16)
-        values, left = _of_tridiagonal(torch.stack(diagonal, dim=1), torch.stack(side, dim=1))
+        values, left = _of_tridiagonal(diagonal[:, :step], side[:, :step])
         lower = torch.maximum(lower, values[:, -1])
         # Nothing is left of a vector where the eigenvectors that the start has a part in are all found.
-        above = values[:, -1] + _distance(values, torch.stack(side, dim=1), growth).where(length != 0, 0.0)
+        above = values[:, -1] + _distance(values, side[:, :step], growth).where(length != 0, 0.0)
         upper = torch.maximum(lower, torch.minimum(upper, above + ROUNDING * values.abs().amax(dim=1)))
         bounds = _of_all(lower, upper, add_up=add_up)
         finished = bounds.within(tolerance)
