@@ -1,4 +1,4 @@
-"""What it costs to measure κ: in a validation epoch, and beside the libraries for Hessians.
+"""What it costs to measure κ: in a validation epoch, and beside the libraries for Hessians; and the eigenvalue.
 
 κ = Tr((S ⊗ I) H (S ⊗ I)) with S = (W Wᵀ)^½. So it is the plain trace of the Hessian of W' where the layer's outputs are
 S W' φ + b and W' = S⁻¹ W: on that model the libraries' own traces are κ, without any weighting by hand.
@@ -10,6 +10,9 @@ S W' φ + b and W' = S⁻¹ W: on that model the libraries' own traces are κ, w
 
 "Equal accuracy" is ours: what is cheaper of d·m products and of the probes for the relative error that our value in
 float32 has against float64. Results that the output file holds are not measured again.
+
+The largest eigenvalue of a flat spectrum, whose many outputs are alike, is the dear one. There are bars to its time and
+to what it takes above its inputs; where one is not met, the benchmark ends with an error.
 
     python benchmarks/measuring.py
 """
@@ -37,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_relflat import FlatnessMonitor
-from lightning_relflat.functional import relative_flatness
+from lightning_relflat.functional import largest_eigenvalue_bounds, relative_flatness
 
 LIBRARIES = {
     "backpack": "backpack",
@@ -107,8 +110,35 @@ class Epoch:
         return f"validation, {self.body}, {self.classes} classes, batch {self.batch_size}"
 
 
+@dataclasses.dataclass
+class Flat:
+    """A head of little weight: its outputs are alike, and so the largest eigenvalues lie close together.
+
+    Args:
+        samples: n; they are kept where n·(m + d + 1) is at most 2²².
+        features: m.
+        classes: d.
+        rounds: how often it is timed.
+        most_seconds: the bar to the median time.
+        most_mib: the bar to the memory above the inputs.
+    """
+
+    samples: int = 2_700
+    features: int = 512
+    classes: int = 1000
+    rounds: int = 3
+    most_seconds: float = 10.0
+    most_mib: float = 500.0
+
+    @property
+    def name(self) -> str:
+        """The key in the results."""
+        return f"eigenvalue {self.features}×{self.classes}, {self.samples} samples"
+
+
 HEADS = [Head(), Head(features=2048, classes=1000, exact_samples=50, probes=2, rounds=2)]
 EPOCHS = [Epoch(), Epoch(classes=100), Epoch("vit", batches=8, rounds=20), Epoch("mlp", batches=80, rounds=20)]
+SPECTRA = [Flat()]
 OUTPUT = Path(__file__).with_suffix(".json")
 
 
@@ -203,6 +233,46 @@ def theirs(name: str, head: Head) -> Callable[[], tuple[float, list[float]]]:
     return run
 
 
+def eigenvalue(flat: Flat) -> Callable[[], tuple[float, tuple[float, float]]]:
+    """Return what bounds the eigenvalue, and says how long it took."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(flat.samples, flat.features, generator=generator)
+    weight = 0.01 * torch.randn(flat.classes, flat.features, generator=generator)
+    outputs = features @ weight.T
+
+    def run() -> tuple[float, tuple[float, float]]:
+        begin = time.perf_counter()
+        lower, upper = largest_eigenvalue_bounds(features, weight, outputs, loss="cross_entropy")
+        return time.perf_counter() - begin, (lower.item(), upper.item())
+
+    return run
+
+
+def bound(flat: Flat, results: Results, *, memory: bool) -> list[str]:
+    """Take time and memory of an eigenvalue, and return which bars are not met."""
+    if not results.has(flat.name, "seconds"):
+        run = eigenvalue(flat)
+        found = [run() for _ in range(flat.rounds)]
+        lower, upper = found[0][1]
+        entry = {"eigenvalue": lower, "upper_over_lower": upper / lower}
+        results.put({"seconds": spread([seconds for seconds, _ in found]), **entry}, flat.name)
+    if memory and not results.has(flat.name, "above_inputs_mib"):
+        own = json.dumps([dataclasses.asdict(flat)])
+        other = ["--heads", "[]", "--epochs", "[]"]
+        peak = alone(__file__, "--spectra", own, *other, "--peak_of", "eigenvalue")
+        above = peak.get("failed") or (peak["peak"] and round((peak["peak"] - peak["before"]) / MIB, 1))
+        results.put(above, flat.name, "above_inputs_mib")
+    taken = results.content[flat.name]
+    figures = {"s": (taken["seconds"]["median"], flat.most_seconds)}
+    if taken.get("above_inputs_mib") is not None:
+        figures["MiB"] = taken["above_inputs_mib"], flat.most_mib
+    return [
+        f"{flat.name}: at most {most:g} {unit}, but got {value}."
+        for unit, (value, most) in figures.items()
+        if not (isinstance(value, float) and value <= most)
+    ]
+
+
 def compare(head: Head, results: Results) -> None:
     """Time the libraries, in turns with our own."""
     features, weight, bias, target = head.make()
@@ -253,6 +323,7 @@ def compare(head: Head, results: Results) -> None:
 def main(
     heads: list[Head] = HEADS,
     epochs: list[Epoch] = EPOCHS,
+    spectra: list[Flat] = SPECTRA,
     output: Path = OUTPUT,
     again: bool = False,
     memory: bool = True,
@@ -263,6 +334,7 @@ def main(
     Args:
         heads: heads to compare the libraries on.
         epochs: validation epochs to run with and without the monitor.
+        spectra: flat spectra to find the largest eigenvalue of.
         output: the file of results, which are not measured again.
         again: whether to measure again.
         memory: whether to take the memory too.
@@ -276,8 +348,12 @@ def main(
             validate(epochs[0], monitored=peak_of == "monitor")()
             print(json.dumps({"peak": peak_bytes()}))
             return
-        head = dataclasses.replace(heads[0], probes=1)
-        run = ours(head) if peak_of == "ours" else theirs(peak_of, head)
+        run: Callable[[], Any]
+        if spectra:
+            run = eigenvalue(spectra[0])
+        else:
+            head = dataclasses.replace(heads[0], probes=1)
+            run = ours(head) if peak_of == "ours" else theirs(peak_of, head)
         before = peak_bytes()
         run()
         print(json.dumps({"peak": peak_bytes(), "before": before}))
@@ -294,7 +370,15 @@ def main(
             if results.has(epoch.name, f"{name}_peak_mib"):
                 continue
             found = alone(
-                __file__, "--epochs", json.dumps([dataclasses.asdict(epoch)]), "--heads", "[]", "--peak_of", name
+                __file__,
+                "--epochs",
+                json.dumps([dataclasses.asdict(epoch)]),
+                "--heads",
+                "[]",
+                "--spectra",
+                "[]",
+                "--peak_of",
+                name,
             )
             peak = found.get("peak")
             results.put(found.get("failed") if peak is None else round(peak / MIB, 1), epoch.name, f"{name}_peak_mib")
@@ -304,7 +388,15 @@ def main(
             if "skipped" in entry or "peak_mib" in entry or not memory:
                 continue
             found = alone(
-                __file__, "--heads", json.dumps([dataclasses.asdict(head)]), "--epochs", "[]", "--peak_of", name
+                __file__,
+                "--heads",
+                json.dumps([dataclasses.asdict(head)]),
+                "--epochs",
+                "[]",
+                "--spectra",
+                "[]",
+                "--peak_of",
+                name,
             )
             if "failed" in found:
                 results.put({**entry, "peak_mib": found["failed"]}, head.name, name)
@@ -313,6 +405,9 @@ def main(
                 results.put(
                     {**entry, "peak_mib": round(found["peak"] / MIB, 1), "above_inputs_mib": above}, head.name, name
                 )
+    missed = [bar for flat in spectra for bar in bound(flat, results, memory=memory)]
+    if missed:
+        raise SystemExit("\n".join(missed))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_estimators(tmp_path: Path) -> None:
 def test_measuring(tmp_path: Path) -> None:
     head = {"samples": 40, "features": 6, "classes": 3, "exact_samples": 40, "probes": 2, "rounds": 2}
     epoch = {"body": "mlp", "batch_size": 4, "batches": 2, "rounds": 2}
-    found = run("measuring", tmp_path, heads=[head], epochs=[epoch], memory=False)
+    found = run("measuring", tmp_path, heads=[head], epochs=[epoch], spectra=[], memory=False)
     assert found.pop("validation, mlp, 10 classes, batch 4")["ratio"]["runs"] == 2
     libraries = found.pop("head 6×3, 40 samples")
     assert set(libraries) == {"ours", "backpack", "curvlinops", "hessian-eigenthings", "pyhessian"}
@@ -79,6 +79,27 @@ def test_measuring(tmp_path: Path) -> None:
     if "skipped" not in libraries["backpack"]:  # another derivation of the same number
         assert libraries["backpack"]["relative_error"] < 1e-5
     assert not found
+
+
+def test_the_bars_of_an_eigenvalue(tmp_path: Path) -> None:
+    """Small enough for the matrix itself; another case has no time at all."""
+    flat = {"samples": 40, "features": 6, "classes": 3, "rounds": 2}
+    found = run("measuring", tmp_path, heads=[], epochs=[], spectra=[flat])
+    entry = found.pop("eigenvalue 6×3, 40 samples")
+    assert not found
+    assert entry["seconds"]["runs"] == 2
+    assert 0 < entry["eigenvalue"] < 2
+    assert 1 <= entry["upper_over_lower"] < 1 + 1e-9
+    assert entry["above_inputs_mib"] is None or 0 <= entry["above_inputs_mib"] < 500
+    with pytest.raises(AssertionError, match="eigenvalue 6×3, 41 samples: at most 0 s, but got"):
+        run(
+            "measuring",
+            tmp_path,
+            heads=[],
+            epochs=[],
+            spectra=[flat | {"samples": 41, "most_seconds": 0}],
+            memory=False,
+        )
 
 
 @pytest.mark.ddp

@@ -73,6 +73,20 @@ class Family:
 
         return sum(count for count, _ in each), directions()
 
+    def directions(self, k: int, pair: tuple[Push, Push] | None) -> tuple[Tensor, Tensor]:
+        """Return what of a pass is multiplied by the Hessian, and what with the product."""
+        use, probed = self.uses[k], self.probed[k]
+        if pair is None:
+            zeros = torch.zeros_like(use.outputs, dtype=use.weight.dtype)
+            return zeros, zeros
+        # What one pass's features owe to another's outputs is differentiated even where the value is not.
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.apart.chained):
+            probe = self.direction(k, pair[0], probed)
+        same = pair[0] is pair[1]
+        along = probe if same and probed is use else self.direction(k, pair[1], use)
+        # The gradient of uᵀHu with H held constant is 2Hu; that of ⟨WWᵀe_s, He_s⟩ is whole as it is.
+        return probe, 2 * along - along.detach() if same and not self.through_hessian else along
+
     def direction(self, k: int, push: Push, use: LayerUse) -> Tensor:
         """Return a pass's direction; with unit rows where features are normalised and rows meet."""
         values = push(use)
@@ -118,17 +132,10 @@ def joint_parts(
     for pairs in _directions(families, probes, generator):
         probed, alongs, roots, weights = [], [], [], []
         for family, own in zip(families, pairs, strict=True):
-            for k, (use, pair) in enumerate(zip(family.uses, own, strict=True)):
-                if pair is None:
-                    probed.append(torch.zeros_like(use.outputs, dtype=use.weight.dtype))
-                    alongs.append(probed[-1])
-                    continue
-                probe = family.direction(k, pair[0], family.probed[k])
-                same = pair[0] is pair[1] and family.probed[k] is use
-                along = probe if same else family.direction(k, pair[1], use)
+            for k, pair in enumerate(own):
+                probe, along = family.directions(k, pair)
                 probed.append(probe)
-                # The gradient of uᵀHu with H held constant is 2Hu; that of ⟨WWᵀe_s, He_s⟩ is whole as it is.
-                alongs.append(2 * along - along.detach() if pair[0] is pair[1] and not through_hessian else along)
+                alongs.append(along)
         rest = iter(probed)
         for family in families:
             mine = [next(rest) for _ in family.uses]

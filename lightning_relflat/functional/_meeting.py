@@ -51,8 +51,9 @@ def look(gradients: Sequence[Tensor], uses: Sequence[Rows]) -> Apart:
 
     NaN is put on some of the rows, and the product of the Hessian with it looked at: where it is NaN, an operation
     leads there, even if the numbers that it multiplies by happen to be 0 now (a branch whose last weight begins at 0).
-    So what counts as apart stays apart as long as the operations do. One product for each bit of an index tells every
-    pair of indices of a dimension apart. Reads the device once for each product.
+    So what counts as apart stays apart as long as the operations do; but what a mask shuts for every row that is
+    looked at, as a ReLU that is dead for the whole batch, is not seen. One product for each bit of an index tells
+    every pair of indices of a dimension apart. Reads the device once for each product.
 
     Args:
         gradients: of the loss with respect to the outputs of each use, in their graph.
@@ -159,7 +160,8 @@ def _spreads(
 class Looker:
     """Remembers how rows meet, so that it is looked for once, and again when sizes or modes change.
 
-    A new mode or number of dimensions is looked at with all products, new sizes alone with a few.
+    A new mode or number of dimensions is looked at with all products, new sizes alone with a few. Whoever keeps one
+    takes a new one from time to time, as with each epoch.
     """
 
     def __init__(self) -> None:
@@ -179,7 +181,8 @@ class Looker:
             What stays apart.
         """
         sizes = (mode, *(use.outputs.shape for use in uses))
-        if sizes not in self._seen:
+        # That a loss is flat may be owed to a mask that is shut now: it is looked at each time, with one product.
+        if sizes not in self._seen or self._seen[sizes].flat:
             kind = (mode, *(use.outputs.ndim for use in uses))
             known = self._kinds.get(kind)
             if known is None or not still_holds(known, gradients, uses):

@@ -190,7 +190,9 @@ def _rotation_of_each(use: LinearUse, apart: tuple[bool, ...], measure: Measure,
 def _low_rank_of_each(use: ConvolutionUse, measure: Measure, signs: _Signs) -> Push:
     groups, _, r = left_factor(use, measure).shape
     n, m = len(use.outputs), use.matrices.shape[2]
-    rank = max(1, min(_LARGEST_RANK, (use.features.numel() + use.outputs.numel()) // max(1, n * groups * m)))
+    # Neither what a rank takes of the inputs nor its G_i may be larger than inputs and outputs together.
+    room, positions = use.features.numel() + use.outputs.numel(), use.outputs[0, 0].numel()
+    rank = max(1, min(_LARGEST_RANK, room // max(1, n * groups * m), 2 * room // max(1, n * groups * positions)))
     right, left = signs(n * groups * rank, m), signs(n, groups, r, rank) / rank**0.5
 
     def push(use: LayerUse) -> Tensor:

@@ -1,4 +1,4 @@
-"""What metrics have in common whose states are sums over samples."""
+"""What all metrics have in common: states that are sums over samples, and that are their own."""
 
 from __future__ import annotations
 
@@ -20,12 +20,22 @@ class SummedMetric(Metric):
     up then. That is three calls per state, and as many copies of the state on every process as there are processes.
     The states that are no sums still go that way, and all of them where a metric is given a ``dist_sync_fn``.
 
+    The first of the states is a NaN. A MetricCollection lets metrics share their states from the second batch on where
+    these are equal after the first, as those of two criteria, scales or steps can be, and then one of them gets the
+    other's values. NaN is equal to nothing. It comes first, because torchmetrics 1.4 compares no other state.
+
     Args:
         kwargs: the arguments of :class:`torchmetrics.Metric`.
     """
 
     is_differentiable = False
     full_state_update = False
+
+    apart: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("apart", torch.tensor(torch.nan, dtype=torch.float64), dist_reduce_fx="sum")
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a single value or several, as every metric of torchmetrics does.
@@ -43,18 +53,26 @@ class SummedMetric(Metric):
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add_numbers(self, name: str, count: int) -> None:
-        # And a NaN: MetricCollection merges metrics whose states are equal after the first batch, as those of two
-        # criteria or scales can be; NaN is equal to nothing. Torchmetrics 1.4 looks at the first state alone, so that
-        # these are to be added first.
-        self.add_state(name, torch.tensor([0.0] * count + [torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
+        """Add a state of several numbers, to be updated together."""
+        self._add_sums(name, count)
 
     def _add_to_numbers(self, name: str, values: Sequence[Tensor]) -> None:
+        """Add to each of the numbers of such a state."""
         numbers: Tensor = getattr(self, name)
-        setattr(self, name, numbers + torch.stack([*values, torch.full_like(values[0], torch.nan)]).to(numbers))
+        setattr(self, name, numbers + torch.stack([*values]).to(numbers))
 
     def _together(self) -> AbstractContextManager[None]:
         """Hold the states of all processes together, as within ``compute``."""
         return self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute)
+
+    def _sum_of_processes(self, value: Tensor, dist_sync_fn: Callable[..., Any], process_group: Any | None) -> Tensor:
+        """Return the sum of a value over the processes that are synchronised."""
+        group = process_group or self.process_group
+        if dist_sync_fn is not gather_all_tensors:
+            return torch.stack([*dist_sync_fn(value, group=group)]).sum(dim=0)
+        whole = value.clone()
+        torch.distributed.all_reduce(whole, group=group)
+        return whole
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
@@ -63,8 +81,7 @@ class SummedMetric(Metric):
         sums = [name for name in reductions if reductions[name] is dim_zero_sum and dist_sync_fn is gather_all_tensors]
         if sums:
             parts: list[Tensor] = [getattr(self, name) for name in sums]
-            whole = torch.cat([part.flatten() for part in parts])
-            torch.distributed.all_reduce(whole, group=process_group or self.process_group)
+            whole = self._sum_of_processes(torch.cat([part.flatten() for part in parts]), dist_sync_fn, process_group)
             totals = torch.split(whole, [part.numel() for part in parts])
             for name, part, total in zip(sums, parts, totals, strict=True):
                 setattr(self, name, total.view_as(part))

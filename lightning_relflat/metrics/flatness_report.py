@@ -185,7 +185,7 @@ class FlatnessReport(SpectralMeasure):
 
     def _sums(self) -> dict[str, Tensor]:
         sums = {name: getattr(self, name) for name in (*self._names, "moments")}
-        return {"totals": self.totals[:-1], **sums}
+        return {"totals": self.totals, **sums}
 
 
 def _class_means(value: Tensor | None, num_classes: int | None, width: int) -> Tensor | None:

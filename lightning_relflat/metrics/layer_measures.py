@@ -120,7 +120,7 @@ class HessianTrace(LayerMeasure):
     def compute(self) -> Tensor:
         """Return the trace over all data so far, over all processes."""
         trace: Tensor
-        trace, total_weight, _ = self.totals
+        trace, total_weight = self.totals
         return trace / total_weight if self._mean else trace
 
 

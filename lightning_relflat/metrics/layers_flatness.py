@@ -137,6 +137,11 @@ class LayersFlatness(SummedMetric):
         self.total_weight = self.total_weight + weight
         self.batches += 1
 
+    def reset(self) -> None:
+        """Begin anew; how rows meet is looked for anew, too."""
+        super().reset()
+        self._lookers = [Looker() for _ in range(self.layers)]
+
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return κ of every layer and their sum, and the standard errors, over all processes."""
         divisor = self.total_weight if self.mean else torch.ones_like(self.total_weight)

@@ -160,7 +160,7 @@ class NeuralCollapse(SummedMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the measures of all data so far, by name, over all processes."""
-        weighted, decided, mismatching, _ = self.numbers
+        weighted, decided, mismatching = self.numbers
         weight = self.weight_sums / weighted if weighted > 0 else None
         values = collapse_from_moments(self._moments(), weight, center=self.center)
         if decided > 0:

@@ -130,6 +130,11 @@ class RelativeFlatness(SummedMetric):
         self._add_to_numbers("sums", numbers)
         self.batches += 1
 
+    def reset(self) -> None:
+        """Begin anew; how rows meet is looked for anew, too."""
+        super().reset()
+        self._looker = Looker()
+
     def compute(self) -> Tensor:
         """Return κ of all data so far, over all processes."""
         weighted_sum: Tensor
@@ -146,7 +151,7 @@ class RelativeFlatness(SummedMetric):
             κ and its standard error, two scalars.
         """
         with self._together():
-            weighted_sum, total_weight, variance, square, _ = self.sums
+            weighted_sum, total_weight, variance, square = self.sums
             divisor = torch.ones_like(total_weight) if _reduction(self.loss) == "sum" else total_weight
             return weighted_sum / divisor, standard_error(variance, square, self.probes or 2) / divisor
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional.relative_flatness import owned_criterion, relative_flatness
+from lightning_relflat.metrics._summed import SummedMetric
+
+# What the third number of a sample says: that there is none, or where its index comes from.
+_NOBODY, _GIVEN, _COUNTED = 0.0, 1.0, 2.0
+# From here on not every integer is a float64.
+_LARGEST_INDEX = 2**53
 
 
-class SharpestSamples(Metric):
+class SharpestSamples(SummedMetric):
     r"""The k samples of a data set around which the loss is least flat.
 
     κ is a sum over samples, κ_i = ‖φ_i‖² Tr(Wᵀ A_i W). The part of a sample does not depend on its label; but where a
@@ -21,12 +28,13 @@ class SharpestSamples(Metric):
 
     As input to ``update`` the metric takes what :class:`~lightning_relflat.RelativeFlatness` takes, and
 
-    - ``indices`` (:class:`~torch.Tensor`): the samples' numbers in the data set, of shape (n,); if left out, they are
-      numbered in the order in which they come, which several processes cannot know of each other; a sample that comes
-      twice counts once
+    - ``indices`` (:class:`~torch.Tensor`): the samples' numbers in the data set, integers of shape (n,); a sample that
+      comes twice counts once. If left out, samples are numbered in the order in which they come, and all of them count.
+      Give them always or never. Several processes, and a window of :class:`torchmetrics.wrappers.Running`, know of no
+      such order and need them. ``merge_state`` numbers the other metric's samples first
 
-    As output of ``compute`` it returns a float64 tensor of shape (2, k), or (2, n) for fewer samples: the parts, the
-    largest first, and the indices.
+    As output of ``forward`` and ``compute`` it returns a float64 tensor of shape (2, k), or (2, n) for fewer samples:
+    the parts, the largest first, and the indices. A sample whose part is NaN comes after those whose part is a number.
 
     Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), the definition of κ
     written as a sum over samples.
@@ -52,10 +60,8 @@ class SharpestSamples(Metric):
         tensor([1, 2])
     """
 
-    is_differentiable = False
-    full_state_update = False
-
     sharpest: Tensor
+    counted: Tensor
 
     def __init__(
         self, k: int, loss: str | nn.Module = "cross_entropy", *, class_dim: int | None = None, **kwargs: Any
@@ -64,10 +70,10 @@ class SharpestSamples(Metric):
         self.k = check_count("k", k, at_least=1)
         self.loss = owned_criterion(loss)
         self.class_dim = class_dim
-        self._seen = 0
-        # Parts in the first row, indices in the second. No sample has a part of -inf: there is room for one.
-        room = torch.tensor([[-torch.inf], [-1.0]], dtype=torch.float64).repeat(1, self.k)
-        self.add_state("sharpest", room, dist_reduce_fx=_largest)
+        self._counts = self._ordered = False
+        self._add_sums("counted")  # how many samples were numbered here
+        # A column for each sample: its part, its index, and what kind of index that is.
+        self.add_state("sharpest", torch.zeros(3, self.k, dtype=torch.float64), dist_reduce_fx=_largest)
 
     def update(
         self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None, indices: Tensor | None = None
@@ -79,51 +85,122 @@ class SharpestSamples(Metric):
             weight: the layer's weight, of shape (d, m).
             outputs: what leaves the layer.
             target: what the loss takes as its target.
-            indices: the samples' numbers, of shape (n,).
+            indices: the samples' numbers, integers of shape (n,).
 
         Raises:
-            TypeError: as :meth:`lightning_relflat.RelativeFlatness.update`.
+            TypeError: as :meth:`lightning_relflat.RelativeFlatness.update`; or if ``indices`` are no integers.
             ValueError: as :meth:`lightning_relflat.RelativeFlatness.update`; or if ``indices`` are not of shape (n,),
-                or are left out on several processes.
+                are left out on several processes, or (on the CPU) are so large that float64 cannot hold them.
         """
         with torch.no_grad():
             parts = relative_flatness(
                 features, weight, outputs, target, loss=self.loss, reduction="none", class_dim=self.class_dim
             )
         parts = parts.double().reshape(len(features), -1).sum(dim=1)
+        kind = _COUNTED if indices is None else _GIVEN
         if indices is None:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 raise ValueError(
                     "Expected argument `indices` to number the samples on several processes, but got None."
                 )
-            indices = torch.arange(self._seen, self._seen + len(parts), device=parts.device)
-        if indices.shape != parts.shape:
-            raise ValueError(
-                f"Expected argument `indices` to be of shape {tuple(parts.shape)}, but got {tuple(indices.shape)}."
-            )
-        self._seen += len(parts)
-        both = torch.cat([self.sharpest, torch.stack([parts, indices.to(parts)])], dim=1)
-        self.sharpest = _largest(both[None], self.k)
+            self._counts = True
+            indices = self.counted + torch.arange(len(parts), device=parts.device)
+            self.counted = self.counted + len(parts)
+        else:
+            _check_indices(indices, parts)
+        batch = torch.stack([parts, indices.to(parts), torch.full_like(parts, kind)])
+        self.sharpest = _largest(torch.cat([self.sharpest, batch], dim=1)[None], self.k)
 
     def compute(self) -> Tensor:
         """Return the largest parts and the indices of their samples, over all processes."""
-        return self.sharpest[:, self.sharpest[1] >= 0]
+        return self.sharpest[:2, self.sharpest[2] != _NOBODY]
 
-    def reset(self) -> None:
-        """Forget all samples, and number them from 0 again."""
-        super().reset()
-        self._seen = 0
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot the parts of the samples, the largest first.
+
+        Args:
+            val: a result of ``forward`` or ``compute``; the metric's present value if left out.
+            ax: a matplotlib axis to draw on.
+
+        Returns:
+            The figure and the axis.
+        """
+        parts, _ = self.compute() if val is None else val
+        return super().plot(list(parts), ax)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch, and return what ``compute`` would for it alone.
+
+        Args:
+            args: as for :meth:`update`.
+            kwargs: as for :meth:`update`.
+
+        Returns:
+            The parts and the indices; numbered from 0 where indices are left out.
+        """
+        with self._in_order():
+            return super().forward(*args, **kwargs)
+
+    def merge_state(self, incoming_state: Any) -> None:
+        """Add what another metric has seen; it is taken for what came before.
+
+        Args:
+            incoming_state: the metric, or its states.
+        """
+        with self._in_order():
+            super().merge_state(incoming_state)
+
+    @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        self._ordered = True
+        try:
+            yield
+        finally:
+            self._ordered = False
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Add other states, whose samples came before; those that are numbered here are numbered on from them."""
+        if self._counts and not self._ordered:
+            raise ValueError(
+                "Expected argument `indices` to number the samples in a window such as that of `Running`, which does "
+                "not keep their order, but got None."
+            )
+        parts, indices, kinds = self.sharpest
+        shifted = indices + incoming_state["counted"].to(indices).where(kinds == _COUNTED, 0.0)
+        self.sharpest = torch.stack([parts, shifted, kinds])
+        super()._reduce_states(incoming_state)
+
+
+def _check_indices(indices: Tensor, parts: Tensor) -> None:
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"Expected argument `indices` to hold integers, but got {indices.dtype}.")
+    if indices.shape != parts.shape:
+        raise ValueError(
+            f"Expected argument `indices` to be of shape {tuple(parts.shape)}, but got {tuple(indices.shape)}."
+        )
+    if indices.device.type == "cpu" and indices.numel() and int(indices.abs().max()) > _LARGEST_INDEX:
+        raise ValueError(
+            f"Expected argument `indices` to hold integers of at most 2⁵³ in size, but got {int(indices.abs().max())}."
+        )
 
 
 def _largest(stacked: Tensor, k: int | None = None) -> Tensor:
-    """Merge several rows of parts and indices, of shape (s, 2, k), into one of the same length, or of length k."""
-    parts, indices = stacked.movedim(1, 0).flatten(1)
-    parts, order = parts.sort(descending=True, stable=True)
+    """Merge several sets of samples, of shape (s, 3, n), into one of the largest n, or k, of them all."""
     # Equal parts are ordered by index, so that the order of batches and processes is nothing.
-    indices, by_index = indices[order].sort(stable=True)
-    parts = parts[by_index]
-    # A distributed sampler repeats samples to give all processes as many.
-    repeated = torch.cat([indices.new_zeros(1, dtype=torch.bool), indices[1:] == indices[:-1]])
-    parts, largest = parts.where(~repeated, -torch.inf).sort(descending=True, stable=True)
-    indices = indices.where(~repeated, -1.0)
-    return torch.stack([parts, indices[largest]])[:, : k or stacked.shape[-1]]
+    samples = _by_part(_sorted(stacked.movedim(1, 0).flatten(1), by=1))
+    # A distributed sampler repeats samples to give all processes as many: the first of them is left.
+    samples = _sorted(_sorted(samples, by=1), by=2)
+    again = (samples[1:, 1:] == samples[1:, :-1]).all(dim=0) & (samples[2, 1:] == _GIVEN)
+    samples[2, 1:] = samples[2, 1:].where(~again, _NOBODY)
+    return _by_part(samples)[:, : k or stacked.shape[-1]]
+
+
+def _by_part(samples: Tensor) -> Tensor:
+    """Sort samples by their parts: numbers, the largest first, then NaN, then nobody."""
+    parts = samples[0].where(~samples[0].isnan(), -torch.inf)
+    samples = samples[:, parts.sort(descending=True, stable=True).indices]
+    return samples[:, (samples[2] == _NOBODY).int().sort(stable=True).indices]
+
+
+def _sorted(samples: Tensor, *, by: int) -> Tensor:
+    return samples[:, samples[by].sort(stable=True).indices]

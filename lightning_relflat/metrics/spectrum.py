@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional.layer_measures import Scale, check_scale
 from lightning_relflat.functional.spectrum import (
     KEPT,
+    Bounds,
     LayerHessian,
     bounds_from_samples,
     bounds_from_sketch,
+    count_columns,
     has_blocks,
     hessian_of_samples,
     layer_hessian,
@@ -29,16 +33,32 @@ class SpectralMeasure(LayerMeasure):
 
     _spectra: tuple[Spectrum, ...] = ()
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Take together what all processes have; see :class:`torchmetrics.Metric`.
-
-        Args:
-            args: as for :class:`torchmetrics.Metric`.
-            kwargs: as for :class:`torchmetrics.Metric`.
-        """
+    def reset(self) -> None:
+        """Forget all samples."""
+        # Torchmetrics empties the lists themselves, which a `Running` window still holds.
         for spectrum in self._spectra:
-            spectrum.prepare()
-        super().sync(*args, **kwargs)
+            spectrum.let_go()
+        super().reset()
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Add other states, as ``forward`` and ``merge_state`` do, and keep no more samples than there is room for."""
+        state = dict(incoming_state)
+        for spectrum in self._spectra:
+            kept = state[spectrum.samples]
+            state[spectrum.samples] = [kept] if isinstance(kept, Tensor) else kept  # after a synchronisation
+        super()._reduce_states(state)
+        for spectrum in self._spectra:
+            spectrum.fold_what_is_too_much()
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        if self._spectra:
+            counts = torch.tensor([spectrum.counts() for spectrum in self._spectra], dtype=torch.float64)
+            together = self._sum_of_processes(counts.to(self.apart.device), dist_sync_fn, process_group).tolist()
+            for spectrum, (kept, sketches) in zip(self._spectra, together, strict=True):
+                spectrum.prepare(kept, sketches)
+        super()._sync_dist(dist_sync_fn, process_group)
 
 
 class LargestEigenvalue(SpectralMeasure):
@@ -46,10 +66,10 @@ class LargestEigenvalue(SpectralMeasure):
 
     λ_max(H), ‖W‖_F² λ_max(H) or Σ_s ‖w_s‖² λ_max(H_{s,s}). Eigenvalues do not add up over batches, but samples can be
     kept, and sketches Y = HΩ add up: the states are the samples as long as those of all processes are no more than
-    2²² numbers, and sums of sketches and traces from then on, so that batches and processes of uneven sizes give the
-    value for their union. ``compute`` returns a lower bound, ``compute_bounds`` that and an upper one; see
-    :func:`~lightning_relflat.functional.largest_eigenvalue_bounds` for how near they come and **where they do not**,
-    and :func:`~lightning_relflat.functional.largest_eigenvalue` for the exact value in several passes.
+    2²² numbers, and sums of sketches and traces from then on, which take their memory only then. So batches and
+    processes of uneven sizes give the value for their union. ``compute`` returns a lower bound, ``compute_bounds`` that
+    and an upper one; see :func:`~lightning_relflat.functional.largest_eigenvalue_bounds` for how near they come and
+    **where they do not**, and :func:`~lightning_relflat.functional.largest_eigenvalue` for the value in several passes.
 
     Where W changes between batches, it is the eigenvalue of the average of the batches' Hessians, each scaled with
     its own W. That is not the average of eigenvalues, but at most that.
@@ -176,17 +196,17 @@ class Spectrum:
         prefix: str = "",
     ) -> None:
         self._owner = owner
-        self._width = in_features
+        self._shape = out_features, in_features
         self._blocks = blocks
+        self._columns = None if columns is None else check_count("columns", columns, at_least=1)
         self._room = KEPT if columns is None else 0
-        self._seed = seed
-        self._test = sketch_columns(out_features, in_features, blocks=blocks, columns=columns, seed=seed)
-        self._samples, self._sums = f"{prefix}samples", (f"{prefix}sketch", f"{prefix}traces", f"{prefix}sketched")
+        self._seed = check_count("seed", seed, at_least=0)
+        self._drawn: Tensor | None = None
+        self.samples, self._sketch, self._traces = (f"{prefix}{name}" for name in ("samples", "sketch", "traces"))
         # In one dimension, so that a process without samples has something of the same kind.
-        owner.add_state(self._samples, [], dist_reduce_fx="cat")
-        shapes = (out_features, in_features, self._test.shape[1]), (out_features,), ()
-        for name, shape in zip(self._sums, shapes, strict=True):
-            owner._add_sums(name, *shape)
+        owner.add_state(self.samples, [], dist_reduce_fx="cat")
+        owner._add_sums(self._sketch)  # a zero until there is one, which may be large
+        owner._add_sums(self._traces, out_features)
 
     def add(self, hessian: LayerHessian) -> None:
         """Add a batch.
@@ -195,25 +215,49 @@ class Spectrum:
             hessian: of :func:`layer_hessian`.
         """
         samples = samples_of(hessian).flatten()
-        if sum(map(len, getattr(self._owner, self._samples))) + len(samples) > self._room:
-            self._fold()
-        if len(samples) > self._room:
+        self.fold_what_is_too_much(samples.numel())
+        if samples.numel() > self._room:
             self._set(self._folded(hessian))
         else:
-            getattr(self._owner, self._samples).append(samples)
+            getattr(self._owner, self.samples).append(samples)
 
-    def prepare(self) -> None:
-        """Get ready for the processes to take together what they have: no more than one may keep alone."""
-        world = 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = torch.distributed.get_world_size(self._owner.process_group)
-        kept = self._kept()
-        if len(kept) * world > self._room:
-            self._fold()
-            kept = kept[:0]
-        setattr(self._owner, self._samples, [kept])
+    def let_go(self) -> None:
+        """Put a new list in the place of that of the samples."""
+        setattr(self._owner, self.samples, [])
 
-    def bounds(self, *, add_up: bool) -> tuple[Tensor, Tensor]:
+    def fold_what_is_too_much(self, more: int = 0) -> None:
+        """Put the samples into the sketch if they, and more, have no room.
+
+        Args:
+            more: how many numbers will come beside them.
+        """
+        kept, _ = self.counts()
+        if kept and kept + more > self._room:
+            self._set(self._folded(self._hessian()))
+            self.let_go()
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many numbers are kept, and whether there is a sketch."""
+        kept = getattr(self._owner, self.samples)
+        numbers = kept.numel() if isinstance(kept, Tensor) else sum(part.numel() for part in kept)
+        return numbers, int(self._whole.ndim > 0)
+
+    def prepare(self, kept: float, sketches: float) -> None:
+        """Get ready for the processes to take together what they have.
+
+        Args:
+            kept: how many numbers they keep, all together.
+            sketches: how many of them have a sketch.
+        """
+        if kept > self._room:
+            self.fold_what_is_too_much(int(kept))
+        if (kept > self._room or sketches) and not self._whole.ndim:
+            d, m = self._shape
+            columns = count_columns(d, m, blocks=self._blocks, columns=self._columns)
+            setattr(self._owner, self._sketch, self._whole.new_zeros(d, m, columns))
+        setattr(self._owner, self.samples, [self._kept()])
+
+    def bounds(self, *, add_up: bool) -> Bounds:
         """Return bounds for the summed loss of all batches.
 
         Args:
@@ -223,33 +267,38 @@ class Spectrum:
             The lower and the upper bound.
         """
         hessian = self._hessian()
-        if not getattr(self._owner, self._sums[2]):
+        if not self._whole.ndim:
             return bounds_from_samples(hessian, add_up=add_up, seed=self._seed)
-        whole, traces, _ = self._folded(hessian)
-        test = self._test.to(whole.device)
-        return bounds_from_sketch(whole, traces, test, blocks=self._blocks, add_up=add_up)
+        whole, traces = self._folded(hessian)
+        return bounds_from_sketch(whole, traces, self._test, blocks=self._blocks, add_up=add_up)
+
+    @property
+    def _whole(self) -> Tensor:
+        whole: Tensor = getattr(self._owner, self._sketch)
+        return whole
+
+    @property
+    def _test(self) -> Tensor:
+        """Ω, on the metric's device, made when it is first needed."""
+        if self._drawn is None:
+            self._drawn = sketch_columns(*self._shape, blocks=self._blocks, columns=self._columns, seed=self._seed)
+        self._drawn = self._drawn.to(self._whole.device)
+        return self._drawn
 
     def _kept(self) -> Tensor:
-        kept = getattr(self._owner, self._samples)
-        traces: Tensor = getattr(self._owner, self._sums[1])
+        kept = getattr(self._owner, self.samples)
         # After a synchronisation it is one tensor.
-        return kept if isinstance(kept, Tensor) else torch.cat([traces.new_zeros(0), *kept])
+        return kept if isinstance(kept, Tensor) else torch.cat([self._whole.new_zeros(0), *kept])
 
     def _hessian(self) -> LayerHessian:
-        d, m = getattr(self._owner, self._sums[0]).shape[:2]
+        d, m = self._shape
         samples = self._kept().reshape(-1, m + d + (not self._blocks))
-        return hessian_of_samples(samples, self._width, blocks=self._blocks)
+        return hessian_of_samples(samples, m, blocks=self._blocks)
 
-    def _folded(self, hessian: LayerHessian) -> list[Tensor]:
-        whole, traces, sketched = (getattr(self._owner, name) for name in self._sums)
-        self._test = self._test.to(whole.device)
-        return [whole + sketch(hessian, self._test), traces + hessian.traces(), sketched + 1]
+    def _folded(self, hessian: LayerHessian) -> tuple[Tensor, Tensor]:
+        traces: Tensor = getattr(self._owner, self._traces)
+        return self._whole + sketch(hessian, self._test), traces + hessian.traces()
 
-    def _fold(self) -> None:
-        if self._kept().numel():
-            self._set(self._folded(self._hessian()))
-            setattr(self._owner, self._samples, [])
-
-    def _set(self, values: list[Tensor]) -> None:
-        for name, value in zip(self._sums, values, strict=True):
+    def _set(self, values: tuple[Tensor, Tensor]) -> None:
+        for name, value in zip((self._sketch, self._traces), values, strict=True):
             setattr(self._owner, name, value)

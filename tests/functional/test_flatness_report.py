@@ -161,9 +161,9 @@ def test_above_the_budget_its_bounds_are_those_of_the_separate_measure(
     loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where samples cannot be kept, and the sketch is not the matrix itself."""
-    monkeypatch.setattr(spectrum, "KEPT", 0)
-    monkeypatch.setattr(spectrum, "_SKETCH", 1)
-    monkeypatch.setattr(spectrum, "_LEAST_COLUMNS", 6)
+    monkeypatch.setattr(spectrum.eigenvalues, "KEPT", 0)
+    monkeypatch.setattr(spectrum.sketches, "_SKETCH", 1)
+    monkeypatch.setattr(spectrum.sketches, "_LEAST_COLUMNS", 6)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 20, generator=generator, dtype=torch.float64).relu()
     weight = torch.randn(3, 20, generator=generator, dtype=torch.float64)

@@ -9,24 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_relflat.functional import spectrum
 from lightning_relflat.functional.layer_measures import Scale, hessian_trace
+from lightning_relflat.functional.output_hessian import as_criterion
 from lightning_relflat.functional.spectrum import (
     bounds_from_sketch,
+    eigenvalues,
     hessian_of_samples,
     largest_eigenvalue,
     largest_eigenvalue_bounds,
     layer_hessian,
+    operator,
     samples_of,
     sketch,
     sketch_columns,
+    sketches,
 )
 from tests.functional.cases import LOSSES, Case, cases, normal, seeded
 from tests.processes import process_group, spawn
@@ -90,6 +93,39 @@ def test_products_and_traces_are_those_of_the_dense_matrix(loss: str, data: st.D
         close(found.traces().sum(), hessian_trace(*batch_of(case), **options, scale=scale, reduction="sum"))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_products_are_made_of_some_samples_at_a_time(loss: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the derivative of the gradient along the vector, from central differences."""
+    monkeypatch.setattr(operator, "_CHUNK", 1)
+    monkeypatch.setattr(operator, "_LEAST_ROWS", rows)
+    generator = seeded(0)
+    features, weight, vector = normal(generator, 65, 3), normal(generator, 4, 3), normal(generator, 4, 3)
+    target: Any = (
+        torch.randint(4, (65,), generator=generator) if loss == "cross_entropy" else torch.ones(65, 4).double()
+    )
+    if loss == "poisson_nll":
+        target = None
+    criterion = as_criterion(loss)
+    if loss == "gaussian_nll":
+        target = target, torch.rand(65, 4, generator=generator).double() + 0.5
+    found = layer_hessian(features, weight, features @ weight.T, target, loss=criterion).product(vector)
+    expected = _along(lambda w: _loss(criterion, features @ w.T, target), weight, vector)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def _loss(criterion: Any, outputs: Tensor, target: Any) -> Tensor:
+    criterion.reduction = "sum"
+    given = target if isinstance(target, tuple) else (torch.ones_like(outputs) if target is None else target,)
+    value: Tensor = criterion(outputs, *given)
+    return value
+
+
+def _along(value: Callable[[Tensor], Tensor], weight: Tensor, vector: Tensor, step: float = 1e-5) -> Tensor:
+    ends = [torch.func.grad(value)(weight + sign * step * vector) for sign in (1, -1)]
+    return (ends[0] - ends[1]) / (2 * step)
+
+
 # --- larger problems ------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +167,7 @@ def test_lanczos_over_batches_is_within_a_millionth(kind: str, scale: Scale) -> 
 def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Samples that can be kept, or too many of them."""
     if request.param == "sketched":
-        monkeypatch.setattr(spectrum, "KEPT", 0)
+        monkeypatch.setattr(eigenvalues, "KEPT", 0)
     return str(request.param)
 
 
@@ -219,7 +255,7 @@ def test_too_many_samples_of_a_large_layer_are_near_for_relu_features_alone(
     flat: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The docstring says where a sketch is not within 1 %."""
-    monkeypatch.setattr(spectrum, "KEPT", 0)
+    monkeypatch.setattr(eigenvalues, "KEPT", 0)
     features, weight, outputs = softmax_problem("gaussian" if flat else "relu", n=50, d=100, m=50)
     batch = features, weight, outputs
     exact = largest_eigenvalue([batch], loss="cross_entropy")
@@ -253,7 +289,7 @@ def test_groups_of_columns_and_samples_change_nothing(loss: str, scale: Scale, m
         single = torch.stack([hessian.product(vectors[..., k]) for k in range(vectors.shape[2])], dim=2)
         assert_equal(expected, single)
         for group in (1, 100, 170):  # a column or a sample, some, and a rest
-            monkeypatch.setattr(spectrum, "_GROUP", group)
+            monkeypatch.setattr(sketches, "_GROUP", group)
             assert_equal(sketch(hessian, test), expected)
 
 
@@ -324,6 +360,110 @@ def test_saturated_softmax_keeps_its_digits(gap: float) -> None:
     assert_equal(torch.stack([lower, upper]) / expected, torch.ones(2).double())
 
 
+def with_eigenvalues(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a batch whose summed squared error has twice these eigenvalues."""
+    features, weight = torch.diag(values.sqrt()), torch.ones(1, len(values), dtype=torch.float64)
+    return features, weight, features @ weight.T
+
+
+@pytest.mark.parametrize("gap", [3e-6, 1e-5, 1e-4])
+def test_a_degenerate_top_is_found_to_the_tolerance(gap: float) -> None:
+    """A vector that is nearly an eigenvector need not be that of the largest eigenvalue."""
+    rest = torch.linspace(0.5, 0.001, 598, dtype=torch.float64)
+    batch = with_eigenvalues(torch.cat([torch.tensor([1.0, 1 - gap], dtype=torch.float64), rest]))
+    summed = nn.MSELoss(reduction="sum")
+    for seed in range(20):
+        found = largest_eigenvalue([batch], loss=summed, seed=seed)
+        assert abs(found / 2 - 1) < 1e-6
+        lower, upper = largest_eigenvalue_bounds(*batch, loss=summed, seed=seed)
+        assert abs(lower / 2 - 1) < 1e-9
+        assert 2 <= upper <= 2 * (1 + 1e-9)
+
+
+def test_many_outputs_that_are_alike_have_a_degenerate_top() -> None:
+    """All probabilities are equal but for a little, so that 29 eigenvalues lie within a hundredth of the largest."""
+    generator = seeded(2)
+    features, weight = normal(generator, 60, 20), 1e-3 * normal(generator, 30, 20)
+    outputs = features @ weight.T
+    values = torch.linalg.eigvalsh(dense_softmax(features, weight, outputs).reshape(600, 600))
+    assert values[-29] > 0.99 * values[-1]
+    for seed in range(5):
+        found = largest_eigenvalue([(features, weight, outputs)], loss="cross_entropy", seed=seed)
+        assert abs(found / values[-1] - 1) < 1e-6
+        lower, upper = largest_eigenvalue_bounds(features, weight, outputs, loss="cross_entropy", seed=seed)
+        assert lower <= values[-1] * (1 + 1e-12)
+        assert values[-1] <= upper
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 8),
+    d=st.integers(2, 5),
+    m=st.integers(1, 11),
+    columns=st.sampled_from([None, 2, 5, 9, 14, 30]),
+    seed=st.integers(0, 10**6),
+)
+@example(n=8, d=3, m=7, columns=14, seed=232)
+def test_the_truth_is_never_outside_of_the_bounds(n: int, d: int, m: int, columns: int | None, seed: int) -> None:
+    """Where a sketch has about as many columns as the rank, rounding decides on the last directions."""
+    generator = seeded(seed)
+    features, weight = normal(generator, n, m), normal(generator, d, m)
+    outputs = features @ weight.T
+    expected = dense_eigenvalue(dense_softmax(features, weight, outputs), weight, "none")
+    lower, upper = largest_eigenvalue_bounds(features, weight, outputs, loss="cross_entropy", columns=columns)
+    assert lower <= expected * (1 + 1e-10)
+    assert upper >= expected
+
+
+@pytest.mark.parametrize("power", [-500, -60, 60, 500])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("m", [30, 200])
+def test_features_of_any_size(loss: str, scale: Scale, power: int, m: int, room: str) -> None:
+    """2⁵⁰⁰ is 3·10¹⁵⁰: its square is a number, but not the square of that. Eigenvalues grow as squares, exactly."""
+    features, weight, outputs = softmax_problem("relu", n=40, d=3, m=m)
+    factor = 2.0**power
+    options: Any = {"loss": loss, "scale": scale}
+    one = features, weight, outputs
+    # The weight stays, so that its norm in the scaled forms does.
+    other = features * factor, weight, outputs
+    expected = largest_eigenvalue([one], **options)
+    found = largest_eigenvalue(
+        [tuple(part[rows] if part is not weight else part for part in other) for rows in (slice(0, 10), slice(10, 40))],
+        **options,
+    )
+    torch.testing.assert_close(found / factor / factor, expected, rtol=2e-6, atol=0)
+    for near, far in zip(
+        largest_eigenvalue_bounds(*one, **options), largest_eigenvalue_bounds(*other, **options), strict=True
+    ):
+        torch.testing.assert_close(far / factor / factor, near, rtol=1e-9, atol=0)
+
+
+def test_batches_of_very_different_sizes() -> None:
+    """The largest features decide what the others are divided by."""
+    features, weight, outputs = softmax_problem("relu", n=40, d=3, m=30)
+    batches = [
+        (features[rows] * factor, weight, outputs[rows])
+        for rows, factor in ((slice(0, 10), 1e-150), (slice(10, 25), 1e150), (slice(25, 40), 1.0))
+    ]
+    alone = largest_eigenvalue([(features[10:25], weight, outputs[10:25])], loss="cross_entropy", reduction="sum")
+    found = largest_eigenvalue(batches, loss="cross_entropy", reduction="sum")
+    torch.testing.assert_close(found / 1e150 / 1e150, alone, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
+def test_outputs_that_leave_next_to_no_curvature(loss: str) -> None:
+    """At a gap of 600 curvature is 10⁻²⁶¹, whose square is no number."""
+    features, weight = normal(seeded(0), 1, 600), torch.ones(2, 600)
+    outputs = torch.tensor([[600.0, 0.0]]) if loss == "cross_entropy" else torch.tensor([[600.0, 600.0]])
+    small = torch.tensor(-600.0).double().exp() * features.square().sum()
+    expected = 2 * small if loss == "cross_entropy" else small / 2
+    found = largest_eigenvalue([(features, weight, outputs)], loss=loss)
+    lower, upper = largest_eigenvalue_bounds(features, weight, outputs, loss=loss)
+    for value in (found, lower, upper):
+        torch.testing.assert_close(value / expected, torch.ones(()).double(), rtol=1e-9, atol=0)
+
+
 # --- invariances ----------------------------------------------------------------------------------------------------
 
 
@@ -368,16 +508,16 @@ class LargestTensor(TorchDispatchMode):
 def test_no_large_matrix_is_made(loss: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, m = 30, 20, 50
     if columns == 1:  # a group of one column
-        monkeypatch.setattr(spectrum, "_GROUP", 1)
+        monkeypatch.setattr(sketches, "_GROUP", 1)
     features, weight = normal(seeded(0), n, m), normal(seeded(1), d, m)
     with LargestTensor() as largest:
         largest_eigenvalue_bounds(features, weight, features @ weight.T, loss=loss, columns=columns)
     assert d * m <= largest.numel <= max(d * m * columns, n * (d + m)) < n * d * m
+    monkeypatch.setattr(eigenvalues, "_DENSE", 0)
     with LargestTensor() as largest:
-        largest_eigenvalue(
-            [(features[: n // 5], weight, (features @ weight.T)[: n // 5])] * 5, loss=loss, tolerance=0.9
-        )
-    assert d * m <= largest.numel <= 8 * d * m < n * d * m
+        largest_eigenvalue([(features[: n // 5], weight, (features @ weight.T)[: n // 5])] * 5, loss=loss)
+    # Vectors and samples, or the coefficients of the blocks: no basis.
+    assert d * m <= largest.numel <= (d * m if loss == "cross_entropy" else 3 * d * m) < n * d * m
 
 
 def test_no_curvature_and_no_numbers() -> None:
@@ -394,7 +534,11 @@ def test_no_curvature_and_no_numbers() -> None:
     assert largest_eigenvalue([ignored], loss="cross_entropy").isnan()  # as PyTorch's own mean
 
 
-def test_negative_curvature_is_refused_by_a_sketch_and_found_by_lanczos() -> None:
+@pytest.mark.parametrize("dense", [True, False])
+def test_negative_curvature_is_refused_by_a_sketch_and_found_by_lanczos(
+    dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eigenvalues, "_DENSE", 2**21 if dense else 0)
     features, weight, outputs = softmax_problem("gaussian", d=3, m=30)
     class_weight = torch.tensor([1.0, -2.0, 1.0]).double()
     criterion = nn.CrossEntropyLoss(class_weight, reduction="sum")
@@ -506,6 +650,7 @@ def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_pat
 
 
 def test_too_few_iterations_are_no_answer() -> None:
-    features, weight, outputs = softmax_problem("gaussian")
-    with pytest.raises(RuntimeError, match="`max_iterations` to be large enough for a tolerance of 1e-06, but got 3"):
+    features, weight, outputs = softmax_problem("gaussian", m=60)
+    message = "`max_iterations` to be large enough for a tolerance of 1e-06, but got 3, after which the eigenvalue may"
+    with pytest.raises(RuntimeError, match=message):
         largest_eigenvalue([(features, weight, outputs)], loss="cross_entropy", max_iterations=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.wrappers import Running
 
 from lightning_relflat.metrics import SharpestSamples
 from tests.oracles import kappa
@@ -57,6 +61,106 @@ def test_in_any_pieces(k: int, sizes: list[int], seed: int) -> None:
             start += size
         check(sharpest.compute(), k, seed)
         sharpest.reset()
+
+
+def split(sizes: list[int]) -> list[slice]:
+    ends = [min(N, sum(sizes[: i + 1])) for i in range(len(sizes))] + [N]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False) if end > start]
+
+
+def batch_of(part: slice, seed: int = 0) -> tuple[Tensor, ...]:
+    features, weight, outputs, target = problem(seed)
+    return features[part], weight, outputs[part], target[part]
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(
+    k=st.integers(1, N + 2),
+    sizes=st.lists(st.integers(1, N), min_size=1, max_size=5),
+    seed=st.integers(0, 9),
+    given_indices=st.booleans(),
+    cut=st.integers(0, 5),
+)
+def test_however_the_pieces_come_in(k: int, sizes: list[int], seed: int, given_indices: bool, cut: int) -> None:
+    """Through ``forward``, two metrics merged, one that is resumed, and one that is copied: all samples count."""
+    parts = split(sizes)
+    batches = [(*batch_of(part, seed), *([torch.arange(N)[part]] if given_indices else [])) for part in parts]
+
+    def updated(*some: tuple[Tensor, ...], forward: bool = False) -> SharpestSamples:
+        metric = SharpestSamples(k)
+        metric.persistent(True)
+        for batch in some:
+            metric(*batch) if forward else metric.update(*batch)
+        return metric
+
+    check(updated(*batches, forward=True).compute(), k, seed)
+    first, last = batches[:cut], batches[cut:]
+    later = updated(*last)
+    if hasattr(Metric, "merge_state"):
+        later.merge_state(updated(*first))
+        check(later.compute(), k, seed)
+    resumed = SharpestSamples(k)
+    resumed.persistent(True)
+    resumed.load_state_dict(updated(*first).state_dict())
+    for metric in (resumed, copy.deepcopy(resumed), pickle.loads(pickle.dumps(resumed))):
+        for batch in last:
+            metric(*batch)
+        check(metric.compute(), k, seed)
+
+
+def test_forward_returns_the_samples_of_the_batch() -> None:
+    metric = SharpestSamples(N)
+    metric(*batch_of(slice(0, 4)))
+    parts, indices = metric(*batch_of(slice(4, 9)))
+    alone = SharpestSamples(N)
+    alone.update(*batch_of(slice(4, 9)))
+    assert torch.equal(torch.stack([parts, indices]), alone.compute())
+
+
+def test_a_window_needs_indices() -> None:
+    """Its states are in no order."""
+    window = Running(SharpestSamples(N), window=3)
+    for index in range(5):
+        part = slice(index, index + 1)
+        window.update(*batch_of(part), torch.arange(N)[part])
+    values, indices = by_definition()
+    expected = [index for index in indices if index in (2, 3, 4)]
+    assert window.compute()[1].tolist() == expected
+    without = Running(SharpestSamples(N), window=3)
+    without.update(*batch_of(slice(0, 2)))
+    with pytest.raises(ValueError, match=r"`indices` to number the samples in a window such as that of `Running`"):
+        without.compute()
+    assert len(values) == N
+
+
+def test_what_is_not_a_number_comes_last() -> None:
+    features, weight, outputs, target = problem()
+    features[6], outputs[1] = torch.nan, torch.nan
+    for k, known in ((4, 4), (N, 7)):
+        sharpest = SharpestSamples(k)
+        for part in torch.arange(N).split(2):
+            sharpest.update(features[part], weight, outputs[part], target[part])
+        parts, indices = sharpest.compute()
+        expected = [index for index in by_definition()[1] if index not in (1, 6)]
+        assert indices[:known].tolist() == expected[:known]
+        assert not parts[:known].isnan().any()
+    assert indices[known:].tolist() == [1, 6]
+    assert parts[known:].isnan().all()
+
+
+def test_indices_may_be_negative_and_repeat() -> None:
+    """The sample that comes twice counts once; that of two parts with the larger."""
+    sharpest = SharpestSamples(N)
+    indices = torch.tensor([-1, -7, 5, 5, 3, 2, 1, 0, 2**52])
+    for _ in range(2):
+        sharpest.update(*problem(), indices)
+    parts, order = by_definition()
+    expected = [indices[i].item() for i in order if i != max(2, 3, key=order.index)]
+    found = sharpest.compute()
+    assert found[1].tolist() == expected
+    assert len(expected) == N - 1
+    torch.testing.assert_close(found[0].amax(), torch.tensor(max(parts)).double())
 
 
 def test_given_indices_in_any_order() -> None:
@@ -114,7 +218,21 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         SharpestSamples(**options)
 
 
+def test_plot() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    sharpest = SharpestSamples(4)
+    sharpest.update(*problem())
+    _, axes = sharpest.plot()
+    [line] = axes.get_lines()
+    assert line.get_ydata().tolist() == pytest.approx(by_definition()[0][:4])
+
+
 def test_bad_indices() -> None:
     features, weight, outputs, target = problem()
     with pytest.raises(ValueError, match=r"`indices` to be of shape \(9,\), but got \(2,\)"):
         SharpestSamples(1).update(features, weight, outputs, target, torch.tensor([0, 1]))
+    for kind in (torch.float32, torch.bool):
+        with pytest.raises(TypeError, match=f"`indices` to hold integers, but got {kind}"):
+            SharpestSamples(1).update(features, weight, outputs, target, torch.ones(N, dtype=kind))
+    with pytest.raises(ValueError, match="`indices` to hold integers of at most 2⁵³ in size, but got 9007199254740993"):
+        SharpestSamples(1).update(features, weight, outputs, target, torch.arange(N) + 2**53 - 7)

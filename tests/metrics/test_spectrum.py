@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import Running
 
 from lightning_relflat import metrics
 from lightning_relflat.functional.layer_measures import Scale
@@ -23,7 +26,7 @@ from lightning_relflat.functional.spectrum import (
     largest_eigenvalue_bounds,
     layer_hessian,
 )
-from lightning_relflat.metrics.spectrum import LargestEigenvalue
+from lightning_relflat.metrics import FlatnessReport, LargestEigenvalue
 from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
 from tests.processes import process_group, spawn
 
@@ -152,6 +155,112 @@ def test_forward_reset_clone_pickle_and_merge(columns: int | None) -> None:
     with torch.inference_mode():
         metric.update(*(part.clone() for part in batches[0]))
     metric.update(*batches[1])
+
+
+class Allocated(TorchDispatchMode):
+    """The bytes of the largest tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+        return result
+
+
+def test_what_is_not_needed_takes_no_memory() -> None:
+    """A sketch of 1000 × 1280 has 1.3 GB, and its columns as many."""
+    with Allocated() as allocated:
+        metric = LargestEigenvalue(in_features=1280, out_features=1000)
+        FlatnessReport(in_features=1280, out_features=1000, eigenvalues=True)
+    assert allocated.largest <= 8 * 1280**2  # of the report itself
+    features, weight = torch.ones(2, 1280), torch.zeros(1000, 1280)
+    with Allocated() as allocated:
+        for _ in range(3):
+            metric.update(features, weight, torch.zeros(2, 1000), torch.zeros(2).long())
+    assert allocated.largest <= 8 * 1000 * 1280
+    assert len(pickle.dumps(metric)) < 2**20
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+@pytest.mark.parametrize("how", ["update", "forward", "merge_state"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_no_more_samples_are_kept_than_there_is_room_for(
+    scale: Scale, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """46 numbers each, 45 for single neurons."""
+    monkeypatch.setattr("lightning_relflat.metrics.spectrum.KEPT", 460)
+    if how == "merge_state" and not hasattr(Metric, how):
+        pytest.skip("torchmetrics has none")
+    features, _, outputs, target = (torch.cat(parts) for parts in zip(*large_batches(), strict=True))
+    weight = large_batches()[0][1]
+    make = partial(LargestEigenvalue, in_features=40, out_features=5, scale=scale)
+    metric = make()
+    for rows in torch.arange(len(features)).split(4):
+        batch = features[rows], weight, outputs[rows], target[rows]
+        if how == "merge_state":
+            other = make()
+            other.update(*batch)
+            metric.merge_state(other)
+        else:
+            getattr(metric, how)(*batch)
+        assert sum(part.numel() for part in metric.samples) <= 460  # type: ignore[union-attr]
+    assert metric.sketch.shape == (5, 40, 40 if scale == "neuron" else 200)
+    exact = largest_eigenvalue(large_batches(), loss="cross_entropy", scale=scale)
+    torch.testing.assert_close(metric.compute(), exact, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("columns", [None, 300])
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_running_window(columns: int | None, forward: bool) -> None:
+    batches = [*large_batches(), large_batches()[0]]
+    window = Running(LargestEigenvalue(in_features=40, out_features=5, columns=columns), window=2)
+    for number, batch in enumerate(batches):
+        window(*batch) if forward else window.update(*batch)
+        seen = batches[max(0, number - 1) : number + 1]
+        exact = largest_eigenvalue(seen, loss="cross_entropy")
+        torch.testing.assert_close(window.compute(), exact, rtol=1e-8, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="torchmetrics has none")
+def test_states_of_several_processes_can_be_merged() -> None:
+    """In a synchronised state the samples are one tensor."""
+    first, second, third = large_batches()
+    make = partial(LargestEigenvalue, in_features=40, out_features=5)
+    others, metric = make(), make()
+    for batch in (first, second):
+        others.update(*batch)
+    metric.update(*third)
+    state = others.metric_state
+    metric.merge_state(state | {"samples": torch.cat(list(state["samples"]))})
+    assert_equal(metric.compute(), accumulated(make(), large_batches()))
+
+
+@pytest.mark.parametrize("columns", [None, 300])
+def test_resumed(columns: int | None) -> None:
+    batches = large_batches()
+    make = partial(LargestEigenvalue, in_features=40, out_features=5, columns=columns)
+    metric, other = make(), make()
+    for one in (metric, other):
+        one.persistent(True)
+    metric.update(*batches[0])
+    other.load_state_dict(metric.state_dict())
+    assert_equal(accumulated(other, batches[1:]), accumulated(make(), batches))
+
+
+@pytest.mark.parametrize("power", [-500, 500])
+@pytest.mark.parametrize("columns", [None, 6, 300])
+def test_features_of_any_size(columns: int | None, power: int) -> None:
+    factor = 2.0**power
+    make = partial(LargestEigenvalue, in_features=40, out_features=5, columns=columns)
+    expected, found = make(), make()
+    for features, *rest in large_batches():
+        expected.update(features.double(), *rest)
+        found.update(features.double() * factor, *rest)
+    for near, far in zip(expected.compute_bounds(), found.compute_bounds(), strict=True):
+        torch.testing.assert_close(far / factor / factor, near, rtol=1e-9, atol=0)
 
 
 def test_collections_keep_apart_what_begins_alike() -> None:

@@ -1,0 +1,189 @@
+"""No metric of ours takes another's states in a MetricCollection, however alike they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_relflat import metrics
+from lightning_relflat.functional.feature_laplacian import layer_use
+from lightning_relflat.metrics import (
+    ColumnFlatness,
+    FeatureRobustness,
+    FisherRaoNorm,
+    FlatnessReport,
+    HessianTrace,
+    LargestEigenvalue,
+    LayersFlatness,
+    NeuralCollapse,
+    PACBayesFlatness,
+    RelativeFlatness,
+    SAMSharpness,
+    SharpestSamples,
+    StandardizedRelativeFlatness,
+)
+
+N, M, D = 12, 5, 4
+Batch = tuple[Any, ...]
+
+
+def _layer(scale: float = 1.0, classes: int = D) -> Batch:
+    generator = torch.Generator().manual_seed(int(10 * scale))
+    features = scale * torch.randn(N, M, generator=generator)
+    weight = torch.randn(D, M, generator=torch.Generator().manual_seed(1))
+    target = D - classes + torch.randint(classes, (N,), generator=generator)
+    return features, weight, features @ weight.T, target
+
+
+def _net() -> nn.Linear:
+    net = nn.Linear(M, D)
+    net.weight.data, net.bias.data = _layer()[1], torch.zeros(D)
+    return net
+
+
+def _network(scale: float, classes: int) -> Batch:
+    features, _, _, target = _layer(scale, classes)
+    return _net(), features, target
+
+
+def _layers(loss: Callable[[Tensor], Tensor], total_weight: float) -> Batch:
+    layer = _net()
+    features = _layer()[0]
+    outputs = layer(features)
+    return loss(outputs), [[layer_use(layer, features, outputs, None)]], total_weight
+
+
+ALL, BUT_ONE = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=0)
+EACH, EACH_BUT_ONE = (nn.CrossEntropyLoss(reduction="none", ignore_index=index) for index in (-100, 0))
+# The first batch has no sample of the class that one of the criteria leaves out, and the second has.
+LAYER_BATCHES = [_layer(1.0, D - 1), _layer(2.0)]
+NETWORK_BATCHES = [_network(1.0, D - 1), _network(2.0, D)]
+SHAPE: dict[str, Any] = {"in_features": M, "out_features": D}
+
+# For every class: two metrics that another batch than the first tells apart, and these batches.
+CASES: dict[str, tuple[Callable[[], Metric], Callable[[], Metric], Sequence[Batch]]] = {
+    "ColumnFlatness": (
+        lambda: ColumnFlatness(ALL, in_features=M),
+        lambda: ColumnFlatness(BUT_ONE, in_features=M),
+        LAYER_BATCHES,
+    ),
+    "FeatureRobustness": (
+        lambda: FeatureRobustness(delta=0.1),
+        lambda: FeatureRobustness(delta=0.5),
+        [(lambda phi: 0 * phi.sum(dim=1), _layer()[0]), (lambda phi: phi.square().sum(dim=1), _layer()[0])],
+    ),
+    "FisherRaoNorm": (lambda: FisherRaoNorm(EACH), lambda: FisherRaoNorm(EACH_BUT_ONE), NETWORK_BATCHES),
+    "FlatnessReport": (
+        lambda: FlatnessReport(ALL, **SHAPE),
+        lambda: FlatnessReport(BUT_ONE, **SHAPE),
+        LAYER_BATCHES,
+    ),
+    "HessianTrace": (lambda: HessianTrace(ALL), lambda: HessianTrace(BUT_ONE), LAYER_BATCHES),
+    "LargestEigenvalue": (
+        lambda: LargestEigenvalue(ALL, **SHAPE),
+        lambda: LargestEigenvalue(BUT_ONE, **SHAPE),
+        LAYER_BATCHES,
+    ),
+    "LayersFlatness": (
+        lambda: LayersFlatness(1, mean=True),
+        lambda: LayersFlatness(1, mean=False),
+        [_layers(lambda z: z.square().mean(), 1.0), _layers(lambda z: z.exp().mean(), 12.0)],
+    ),
+    "NeuralCollapse": (
+        lambda: NeuralCollapse(D, M),
+        lambda: NeuralCollapse(D, M, center=torch.zeros(M)),
+        [(features, target, weight) for features, weight, _, target in LAYER_BATCHES],
+    ),
+    "PACBayesFlatness": (
+        lambda: PACBayesFlatness(drop=0.01, draws=2),
+        lambda: PACBayesFlatness(drop=0.02, draws=2),
+        NETWORK_BATCHES,
+    ),
+    "RelativeFlatness": (lambda: RelativeFlatness(ALL), lambda: RelativeFlatness(BUT_ONE), LAYER_BATCHES),
+    "SAMSharpness": (
+        lambda: SAMSharpness(EACH, num_parameters=D * M + D),
+        lambda: SAMSharpness(EACH_BUT_ONE, num_parameters=D * M + D),
+        NETWORK_BATCHES,
+    ),
+    "SharpestSamples": (
+        lambda: SharpestSamples(3, ALL),
+        lambda: SharpestSamples(3, BUT_ONE),
+        [(*batch, torch.arange(start, start + N)) for start, batch in zip((0, N), LAYER_BATCHES, strict=True)],
+    ),
+    "StandardizedRelativeFlatness": (
+        lambda: StandardizedRelativeFlatness(ALL, in_features=M),
+        lambda: StandardizedRelativeFlatness(BUT_ONE, in_features=M),
+        LAYER_BATCHES,
+    ),
+}
+
+
+def test_every_class_is_here() -> None:
+    assert set(CASES) == set(metrics.__all__)
+
+
+def _values(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        return [value[name] for name in sorted(value)]
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+@pytest.mark.parametrize("name", metrics.__all__)
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_collection_gives_what_each_gives_alone(name: str, forward: bool) -> None:
+    *makers, batches = CASES[name]
+    collection = MetricCollection({str(number): make() for number, make in enumerate(makers)})
+    alone = [make() for make in makers]
+    for batch in batches:
+        if forward:
+            collection(*batch)
+        else:
+            collection.update(*batch)
+        for metric in alone:
+            metric.update(*batch)
+    found = [metric.compute() for metric in collection.values()]
+    for metric, value in zip(alone, found, strict=True):
+        for one, other in zip(_values(metric.compute()), _values(value), strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True)
+    assert all(len(group) == 1 for group in collection.compute_groups.values())
+
+
+@pytest.mark.parametrize("name", metrics.__all__)
+def test_metrics_that_are_the_same_stay_apart(name: str) -> None:
+    """Nothing else than the guard tells these apart, whatever the options are that a class has today."""
+    make, _, batches = CASES[name]
+    collection = MetricCollection({"one": make(), "other": make()})
+    collection.update(*batches[0])
+    assert sorted(map(tuple, collection.compute_groups.values())) == [("one",), ("other",)]
+
+
+@pytest.mark.parametrize("name", metrics.__all__)
+def test_the_state_that_is_equal_to_nothing_comes_first(name: str) -> None:
+    """Torchmetrics 1.4 compares two metrics of a collection by their first states."""
+    make, _, batches = CASES[name]
+    metric = make()
+    metric.update(*batches[0])
+    assert next(iter(metric._defaults)) == "apart"
+    assert torch.as_tensor(metric.metric_state["apart"]).isnan()
+    metric(*batches[0])
+    assert torch.as_tensor(metric.metric_state["apart"]).isnan()
+    metric.reset()
+    assert torch.as_tensor(metric.metric_state["apart"]).isnan()
+
+
+def test_without_the_guard_they_would_be_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else these tests could not fail."""
+    monkeypatch.setattr(metrics.SAMSharpness, "add_state", _without_guard)
+    make, other, batches = CASES["SAMSharpness"]
+    collection = MetricCollection({"one": make(), "other": other()})
+    collection.update(*batches[0])
+    assert len(collection.compute_groups) == 1
+
+
+def _without_guard(metric: Metric, name: str, default: Any, **kwargs: Any) -> None:
+    Metric.add_state(metric, name, torch.zeros_like(default) if name == "apart" else default, **kwargs)
