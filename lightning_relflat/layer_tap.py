@@ -94,6 +94,7 @@ class LayerTap:
         self._mode = ExitStack()
         self._records: list[LayerRecord] = []
         self._hooks: list[LayerHook] = []
+        self._looker = Looker()
         self.look_again()
 
     @property
@@ -146,7 +147,7 @@ class LayerTap:
         for layer in self._candidates.values():
             LayerHook.forget(layer)
         self._looking = True  # whether it is not yet known if there is anything to write out
-        self._looker = Looker()
+        self._looker.look_again()
 
     def take(self, loss: Tensor | None = None) -> list[LayerRecord]:
         """Hand out what was recorded since the last time, in order, and forget it.

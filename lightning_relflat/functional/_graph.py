@@ -243,7 +243,8 @@ def _check_custom(node: Any, grad_inputs: Sequence[Any], grad_outputs: Sequence[
             f"The custom autograd function {kind.__module__}.{kind.__qualname__} between the layer and the loss has a "
             "backward pass that does not depend on what entered it. Either it is linear, or it has computed its "
             "gradient in its forward pass, as fused cross-entropies do, or is marked @once_differentiable: then its "
-            "curvature would be missed. Train with a loss that PyTorch differentiates, or name the criterion, `loss=`. If the function is linear, say so: "
+            "curvature would be missed. Train with a loss that PyTorch differentiates, or name the criterion, `loss=`. "
+            "If the function is linear, say so: "
             f"lightning_relflat.functional.declare_linear({kind.__name__})."
         )
 

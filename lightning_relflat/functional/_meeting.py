@@ -160,14 +160,20 @@ def _spreads(
 class Looker:
     """Remembers how rows meet, so that it is looked for once, and again when sizes or modes change.
 
-    A new mode or number of dimensions is looked at with all products, new sizes alone with a few. Whoever keeps one
-    takes a new one from time to time, as with each epoch.
+    A new mode or number of dimensions is looked at with all products, new sizes alone with a few. What was once seen to
+    meet counts as meeting from then on, which is right at any time and only costs variance.
     """
 
     def __init__(self) -> None:
         self._seen: dict[object, Apart] = {}
         self._kinds: dict[object, Apart] = {}
+        self._stale: set[object] = set()
         self.last: Apart | None = None  # what was last asked about
+
+    def look_again(self) -> None:
+        """Look anew, with all products, whenever next asked."""
+        self._seen = {}
+        self._stale = set(self._kinds)
 
     def apart(self, mode: object, gradients: Sequence[Tensor], uses: Sequence[Rows]) -> Apart:
         """Return what stays apart.
@@ -185,8 +191,19 @@ class Looker:
         if sizes not in self._seen or self._seen[sizes].flat:
             kind = (mode, *(use.outputs.ndim for use in uses))
             known = self._kinds.get(kind)
-            if known is None or not still_holds(known, gradients, uses):
-                known = self._kinds[kind] = look(gradients, uses)
+            if known is None or kind in self._stale or not still_holds(known, gradients, uses):
+                found = look(gradients, uses)
+                known = self._kinds[kind] = found if known is None else _both(known, found)
+                self._stale.discard(kind)
             self._seen[sizes] = known
         self.last = self._seen[sizes]
         return self.last
+
+
+def _both(known: Apart, found: Apart) -> Apart:
+    """Return what stays apart by two looks; flat is what the later one says."""
+    rows = tuple(
+        tuple(a and b for a, b in zip(one, other, strict=True))
+        for one, other in zip(known.rows, found.rows, strict=True)
+    )
+    return Apart(known.passes and found.passes, rows, found.flat, known.chained or found.chained)

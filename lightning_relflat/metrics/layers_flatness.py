@@ -140,7 +140,8 @@ class LayersFlatness(SummedMetric):
     def reset(self) -> None:
         """Begin anew; how rows meet is looked for anew, too."""
         super().reset()
-        self._lookers = [Looker() for _ in range(self.layers)]
+        for looker in self._lookers:
+            looker.look_again()
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return κ of every layer and their sum, and the standard errors, over all processes."""

@@ -133,7 +133,7 @@ class RelativeFlatness(SummedMetric):
     def reset(self) -> None:
         """Begin anew; how rows meet is looked for anew, too."""
         super().reset()
-        self._looker = Looker()
+        self._looker.look_again()
 
     def compute(self) -> Tensor:
         """Return κ of all data so far, over all processes."""
