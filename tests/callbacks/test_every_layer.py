@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional import layer_use
 from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from tests.models import Batch, Net, make_batches, make_loader, make_trainer
+from tests.oracles import kappa
 
 SIZES = [6, 3]
 
@@ -34,61 +36,21 @@ class Deep(Net):
         return features
 
 
-def of_input(net: nn.Module, name: str, inputs: Tensor, target: Tensor) -> float:
-    """κ of a layer that runs once: Σ_i ‖φ_i‖² Tr(∇²_{φ_i} L), from the dense Hessian in its input."""
-    captured: list[Tensor] = []
-    handle = net.get_submodule(name).register_forward_pre_hook(lambda _, args: captured.append(args[0].detach()))
-    net(inputs)
-    handle.remove()
-    [features] = captured
+def of_weight(net: nn.Module, name: str, inputs: Tensor, target: Tensor) -> float:
+    """Return κ of a layer by its definition, from the dense Hessian over its weight wherever it is used."""
+    weight = net.get_parameter(f"{name}.weight").detach()
 
-    def loss(value: Tensor) -> Tensor:
-        replaced = net.get_submodule(name).register_forward_pre_hook(lambda *_: (value,))
-        try:
-            return F.cross_entropy(net(inputs), target)
-        finally:
-            replaced.remove()
+    def loss(matrix: Tensor) -> Tensor:
+        outputs = torch.func.functional_call(net, {f"{name}.weight": matrix.reshape(weight.shape)}, (inputs,))
+        return F.cross_entropy(outputs, target)
 
-    size = features.numel()
-    hessian = torch.autograd.functional.hessian(loss, features).reshape(size, size)
-    squares = features.flatten(1).square().sum(dim=1).repeat_interleave(size // len(features))
-    return (squares * hessian.diagonal()).sum().item()
-
-
-def of_twice(net: Net, inputs: Tensor, target: Tensor) -> float:
-    """Both runs of a layer, each with a weight of its own."""
-    runs: list[Tensor] = []
-    handle = net.get_submodule("twice").register_forward_pre_hook(lambda _, args: runs.append(args[0].detach()))
-    net(inputs)
-    handle.remove()
-    total = 0.0
-    for number in range(2):
-
-        def loss(value: Tensor, number: int = number) -> Tensor:
-            count = [0]
-
-            def hook(_: Any, args: Any) -> Any:
-                count[0] += 1
-                return (value,) if count[0] == number + 1 else args
-
-            replaced = net.get_submodule("twice").register_forward_pre_hook(hook)
-            try:
-                return F.cross_entropy(net(inputs), target)
-            finally:
-                replaced.remove()
-
-        features = runs[number]
-        hessian = torch.autograd.functional.hessian(loss, features).reshape(features.numel(), features.numel())
-        squares = features.square().sum(dim=1).repeat_interleave(features.shape[1])
-        total += (squares * hessian.diagonal()).sum().item()
-    return total
+    return kappa(loss, weight.flatten(1)).item()
 
 
 def expected(net: Net, batches: list[Batch]) -> dict[str, float]:
     inputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
     net.eval()
-    values = {name: of_input(net, name, inputs, target) for name in ("conv", "body", "head")}
-    return values | {"twice": of_twice(net, inputs, target), "unused": 0.0}
+    return {name: of_weight(net, name, inputs, target) for name in ("conv", "body", "twice", "head")}
 
 
 def measured(net: Net, *, repeats: int = 1, **options: Any) -> list[Mapping[str, float]]:
@@ -114,17 +76,25 @@ def test_estimates_lie_around_the_definition_as_their_errors_say(frozen: bool) -
     assert abs(result["val/network_flatness"] - sum(truth.values())) <= 4 * result["val/network_flatness_error"]
     values = [result[f"val/layer_flatness/{name}"] for name in truth]
     assert result["val/network_flatness"] == pytest.approx(sum(values))
+    for kind in ("layer_flatness", "layer_flatness_error"):  # it never ran, so that there is nothing to say
+        assert math.isnan(result[f"val/{kind}/unused"])
     assert all(parameter.requires_grad != frozen and parameter.grad is None for parameter in net.parameters())
     assert "validation_step" not in net.__dict__
 
 
-def test_errors_are_the_spread_over_seeds() -> None:
+def test_two_errors_cover_the_definition_in_19_of_20_seeds() -> None:
     net = Deep().double()
-    results = measured(net, repeats=60, probes=4)
-    for name in ("layer_flatness{}/conv", "layer_flatness{}/body", "network_flatness{}"):
-        values = torch.tensor([result[f"val/{name.format('')}"] for result in results])
-        errors = torch.tensor([result[f"val/{name.format('_error')}"] for result in results])
-        assert 0.6 < errors.square().mean().sqrt() / values.std() < 1.6
+    truth = expected(net, make_batches(SIZES))
+    results = measured(net, repeats=100, probes=4)
+    for name in ("conv", "body", "twice", "head", None):
+        key = "val/network_flatness{}" if name is None else f"val/layer_flatness{{}}/{name}"
+        value = sum(truth.values()) if name is None else truth[name]
+        hits = [abs(result[key.format("")] - value) <= 2 * result[key.format("_error")] for result in results]
+        # 1 and 99 % of a binomial of 100 and 0.95
+        assert 89 <= sum(hits) <= 100
+    values = torch.tensor([result["val/network_flatness"] for result in results])
+    errors = torch.tensor([result["val/network_flatness_error"] for result in results])
+    assert errors.median() < 2 * values.std()  # not by being wide
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
@@ -156,7 +126,7 @@ def test_in_fit_beside_a_penalty_and_in_test(inference_mode: bool) -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_errors_of_two_probes_and_of_the_sum_of_coupled_layers() -> None:
+def test_the_sum_of_coupled_layers_has_an_error_of_its_own() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         first, second = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
@@ -170,14 +140,15 @@ def test_errors_of_two_probes_and_of_the_sum_of_coupled_layers() -> None:
     uses = [layer_use(first, inputs, hidden)], [layer_use(second, between, outputs)]
     found = []
     for seed in range(300):
-        metric = LayersFlatness(2, probes=2, seed=seed)
+        metric = LayersFlatness(2, probes=32, seed=seed)
         metric.update(outputs.square().sum(dim=1).mean(), uses, 2)
         found.append(torch.stack(metric.compute()))
     values, errors = torch.stack(found, dim=1)
     ratios = errors.square().mean(dim=0) / values.var(dim=0)
-    assert 0.8 < ratios.min() <= ratios.max() < 1.25
+    # With so many probes Student's t widens by little: by (2.04 / 1.96)² at most, for 31 degrees of freedom.
+    assert 0.8 < ratios.min() <= ratios.max() < 1.3
     # As if the layers' estimates were independent: what would be too small.
-    assert errors[:, :2].square().sum(dim=1).mean() / values[:, 2].var() < 0.75
+    assert errors[:, :2].square().sum(dim=1).mean() / values[:, 2].var() < 0.8
 
 
 def test_every_batch_seed_and_process_draws_probes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +170,7 @@ def test_every_batch_seed_and_process_draws_probes_of_its_own(monkeypatch: pytes
 
     assert sums() == sums() == pytest.approx(sums(rank=0), rel=1e-12)
     others = [sums(seed=1), sums(batch=1), sums(rank=1), sums(rank=2), sums(batch=1, rank=1)]
-    assert len({round(value, 9) for value, _ in [sums(), *others]}) == 6
+    assert len({round(value, 9) for value, *_ in [sums(), *others]}) == 6
 
 
 def test_patterns_choose_layers() -> None:

@@ -231,7 +231,7 @@ class Interrupt(Net):
     ("kind", "options", "error", "message"),
     [
         (Net, {"layer": "hed"}, ValueError, "one of 'body', 'head', but got 'hed'"),
-        (Net, {"layer": "drop"}, ValueError, "but got 'drop', a torch\.nn\.modules\.dropout\.Dropout"),
+        (Net, {"layer": "drop"}, ValueError, r"but got 'drop', a torch\.nn\.modules\.dropout\.Dropout"),
         (Conv, {"layer": "conv"}, ValueError, r"to name an nn\.Linear, but got 'conv', a Conv1d\(1, 2"),
         (Skips, {"layer": "head"}, RuntimeError, "layer 'head' did not run in a val batch"),
         (Skips, {}, RuntimeError, "(no nn.Linear ran|layer 'head' did not run) in a val batch"),

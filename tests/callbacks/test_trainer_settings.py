@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -24,7 +26,7 @@ from tests.callbacks.test_fam import (
     twins,
 )
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
-from tests.oracles import kappa
+from tests.oracles import block_traces, kappa
 
 FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]
 LOWER = {
