@@ -117,8 +117,8 @@ def test_outputs_changed_in_place_in_a_later_step_alone_are_refused() -> None:
     with LayerTap(net, "2") as tap:
         run(net)
         tap.take()
+        run(net).relu_()
         with pytest.raises(RuntimeError, match=r"The outputs of layer '2' were changed in place"):
-            run(net).relu_()
             tap.take()
 
 
@@ -189,7 +189,7 @@ class OwnForward(nn.Linear):
     [
         (make_net(), "4", r"one of '0', '2', '3', but got '4'\."),
         (make_net(), "1", r"one of '0', '2', '3', but got '1', a torch\.nn\.modules\.activation\.ReLU\."),
-        (nn.Sequential(nn.Bilinear(2, 2, 2)), "0", r"one of none, but got '0', a torch\.nn\.modules\.linear\.Bilinear\."),
+        (nn.Sequential(nn.Bilinear(2, 2, 2)), "0", r"one of none, but got '0', a torch\.nn\..*\.Bilinear\."),
         (nn.Sequential(nn.Conv2d(1, 1, 1)), None, r"has no nn.Linear, but got None. Layers that can be named: '0'\."),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_linear_subclass_that_computes_something_else_is_refused_when_it_runs(
     net = nn.Sequential(OwnForward(2, 2), nn.Linear(2, 2))
     with (
         LayerTap(net, "0"),
-        pytest.raises(TypeError, match=r"got '0', whose outputs are not x Wᵀ \+ b: a tests\.test_layer_tap\.OwnForward\."),
+        pytest.raises(TypeError, match=rf"got '0', whose outputs are not x Wᵀ \+ b: a {__name__}\.OwnForward\."),
     ):
         net(torch.ones(3, 2))
     with LayerTap(net) as tap:  # nor is it what an open tap settles on
