@@ -159,12 +159,12 @@ class Behind(TorchFunctionMode):
         waiting: list[Any] = [root]
         while waiting:
             node = waiting[-1]
-            before = [found for found, _ in node.next_functions if found is not None]
-            unknown = [] if node in known else [found for found in before if found not in known]
+            before = [] if node in known else [found for found, _ in node.next_functions if found is not None]
+            unknown = [found for found in before if found not in known]
             if unknown:
                 waiting += unknown
-            else:
-                known.setdefault(waiting.pop(), any(known[found] for found in before))
+            elif waiting.pop() not in known:
+                known[node] = any(known[found] for found in before)
         return known[root]
 
     @contextmanager

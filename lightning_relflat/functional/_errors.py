@@ -16,6 +16,9 @@ _STUDENT = (
     *(3.1824, 2.7764, 2.5706, 2.3646, 2.2281, 2.0860, 2.0003, 1.9600),
 )
 
+# Degrees of freedom below which an error may be far off; more probes are taken until there are as many.
+ENOUGH = 24
+
 
 def independent(parts: Sequence[Sequence[Tensor | None]], aparts: Sequence[Apart | None]) -> list[Tensor | None]:
     """Return for every layer estimates whose errors are independent of each other.
@@ -57,30 +60,44 @@ def moments(estimates: Tensor) -> Tensor:
         estimates: of shape (probes, k), two probes at least.
 
     Returns:
-        Σ_i x̄_i, Σ_i v_i and Σ_i v_i², with v_i the estimated variance of the mean x̄_i over the probes.
+        Σ_i x̄_i, Σ_i v_i and Σ_i v_i² / (ν + 2), with v_i the estimated variance of the mean x̄_i over the probes and ν
+        one less than their number.
     """
     variances = estimates.var(dim=0) / len(estimates)
-    return torch.stack([estimates.mean(dim=0).sum(), variances.sum(), variances.square().sum()])
+    squares = variances.square().sum() / (len(estimates) + 1)
+    return torch.stack([estimates.mean(dim=0).sum(), variances.sum(), squares])
 
 
-def standard_error(variance: Tensor, square: Tensor, probes: int) -> Tensor:
+def missing(estimates: Tensor, before: int) -> int:
+    """Return how many probes more it takes for an error that means something.
+
+    Args:
+        estimates: of shape (probes, k), what is there of a batch.
+        before: the degrees of freedom of the batches before.
+
+    Returns:
+        The number; 0 where batches are large or were many.
+    """
+    count = max(1, estimates.shape[1])
+    return max(0, -(-(ENOUGH - before) // count) - (len(estimates) - 1))
+
+
+def standard_error(variance: Tensor, square: Tensor) -> Tensor:
     """Return an error of which ±2 cover the true value in about 95 % of all cases.
 
     The root of the variance, times t/1.96, because the variance is itself estimated, by N degrees of freedom: each of
-    its terms v_i has probes - 1, and Satterthwaite's formula gives those of their sum; with the v_i's own errors taken
-    out of it (E[v_i²] = (1 + 2/ν) E[v_i]²), N = (ν + 2) (Σ v_i)² / Σ v_i² - 2.
+    its terms v_i has ν of them, and Satterthwaite's formula gives those of their sum; with the v_i's own errors taken
+    out of it (E[v_i²] = (1 + 2/ν) E[v_i]²), N = (Σ v_i)² / (Σ v_i² / (ν + 2)) - 2.
 
     Args:
         variance: Σ v_i.
-        square: Σ v_i².
-        probes: how many probes each v_i is of.
+        square: Σ v_i² / (ν + 2).
 
     Returns:
         The error.
     """
-    freedom = probes - 1
-    count = (freedom + 2) * variance.square() / torch.where(square > 0, square, 1) - 2
-    inverse = 1 / count.clamp(min=freedom)
+    count = variance.square() / torch.where(square > 0, square, 1) - 2
+    inverse = 1 / count.clamp(min=1)
     places = torch.tensor(_FREEDOM, dtype=torch.float64, device=variance.device).reciprocal().flip(0)
     values = torch.tensor(_STUDENT, dtype=torch.float64, device=variance.device).flip(0)
     index = torch.searchsorted(places, inverse.double().contiguous()).clamp(1, len(places) - 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_relflat.functional._checks import check_count
-from lightning_relflat.functional._errors import independent, moments, standard_error
+from lightning_relflat.functional._errors import independent, missing, moments, standard_error
 from lightning_relflat.functional._linear_map import LayerUse
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
@@ -42,6 +42,7 @@ class LayersFlatness(SummedMetric):
     Args:
         layers: how many layers.
         probes: how many random probes to take, two at least, because the standard errors come from their differences.
+            The first batches take more where they are small, or where their samples meet, until errors can be told.
         seed: where the probes start; processes draw different ones.
         mean: whether the loss is a mean, so that batches add up by their weight, or a sum.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
@@ -81,6 +82,7 @@ class LayersFlatness(SummedMetric):
         self.mean = mean
         self.batches = 0  # numbers the probes
         self._lookers = [Looker() for _ in range(layers)]
+        self._freedom = 0  # degrees of freedom of the errors so far
         # For every layer and their sum: the weighted sum, its variance, and the squares of the variance's terms.
         self._add_sums("sums", 3, layers + 1)
         self._add_sums("seen", layers)
@@ -110,15 +112,30 @@ class LayersFlatness(SummedMetric):
         if len(uses) != self.layers:
             raise ValueError(f"Expected argument `uses` to be of {self.layers} layers, but got {len(uses)}.")
         generator = torch.Generator(loss.device).manual_seed(own_probe_seed(self.seed, self.batches))
-        with torch.no_grad():
-            parts = flatness_of_layers(
-                loss, uses, lookers=self._lookers, mode=mode, probes=self.probes, generator=generator
-            )
-        aparts = [
-            looker.last if any(part is not None for part in own) else None
-            for looker, own in zip(self._lookers, parts, strict=True)
-        ]
-        estimates = independent(parts, aparts)
+
+        def draw(probes: int) -> list[Tensor | None]:
+            with torch.no_grad():
+                parts = flatness_of_layers(
+                    loss, uses, lookers=self._lookers, mode=mode, probes=probes, generator=generator
+                )
+            aparts = [
+                looker.last if any(part is not None for part in own) else None
+                for looker, own in zip(self._lookers, parts, strict=True)
+            ]
+            return independent(parts, aparts)
+
+        estimates = draw(self.probes)
+        fewest = min(
+            (found for found in estimates if found is not None), key=lambda found: found.shape[1], default=None
+        )
+        if fewest is not None:
+            more = missing(fewest, self._freedom)
+            if more:
+                estimates = [
+                    None if one is None or other is None else torch.cat([one, other])
+                    for one, other in zip(estimates, draw(more), strict=True)
+                ]
+            self._freedom += fewest.shape[1] * (self.probes + more - 1)
         added, seen = torch.zeros_like(self.sums), torch.zeros_like(self.seen)
         for layer, estimate in enumerate(estimates):
             if estimate is not None:
@@ -140,6 +157,7 @@ class LayersFlatness(SummedMetric):
     def reset(self) -> None:
         """Begin anew; how rows meet is looked for anew, too."""
         super().reset()
+        self._freedom = 0
         for looker in self._lookers:
             looker.look_again()
 
@@ -147,6 +165,6 @@ class LayersFlatness(SummedMetric):
         """Return κ of every layer and their sum, and the standard errors, over all processes."""
         divisor = self.total_weight if self.mean else torch.ones_like(self.total_weight)
         known = torch.cat([self.seen > 0, (self.seen > 0).any(dim=0, keepdim=True)])
-        errors = standard_error(self.sums[1], self.sums[2], self.probes)
+        errors = standard_error(self.sums[1], self.sums[2])
         absent = torch.full_like(self.sums[0], torch.nan)
         return torch.where(known, self.sums[0] / divisor, absent), torch.where(known, errors / divisor, absent)

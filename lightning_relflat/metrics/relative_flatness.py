@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
 from lightning_relflat.functional._checks import check_count, check_floating, check_probes, shape_of
-from lightning_relflat.functional._errors import independent, moments, standard_error
+from lightning_relflat.functional._errors import independent, missing, moments, standard_error
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional.criteria import criterion_loss, has_closed_form, owned_criterion
@@ -47,7 +47,8 @@ class RelativeFlatness(SummedMetric):
             a loss for every sample, whose mean is taken.
         class_dim: as for :func:`~lightning_relflat.functional.relative_flatness`.
         probes: how many random probes to take for a loss without a closed form; two at least, because the standard
-            error comes from their differences. ``None`` is exact, at one Hessian-vector product for every feature.
+            error comes from their differences; the first batches take more where they are small, or where their
+            samples meet, until the error can be told. ``None`` is exact, at min(d, m) products where samples stay apart.
         seed: where the probes start; processes draw different ones.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 
@@ -103,6 +104,7 @@ class RelativeFlatness(SummedMetric):
         self.seed = check_count("seed", seed, at_least=0)
         self.batches = 0  # numbers the probes; not reset, so that each use of the metric draws others
         self._looker = Looker()
+        self.freedom = 0  # degrees of freedom of the error so far
         # weighted sum, total weight, variance of the weighted sum, and the squares of the variance's terms
         self._add_numbers("sums", 4)
 
@@ -133,6 +135,7 @@ class RelativeFlatness(SummedMetric):
     def reset(self) -> None:
         """Begin anew; how rows meet is looked for anew, too."""
         super().reset()
+        self.freedom = 0
         self._looker.look_again()
 
     def compute(self) -> Tensor:
@@ -153,7 +156,7 @@ class RelativeFlatness(SummedMetric):
         with self._together():
             weighted_sum, total_weight, variance, square = self.sums
             divisor = torch.ones_like(total_weight) if _reduction(self.loss) == "sum" else total_weight
-            return weighted_sum / divisor, standard_error(variance, square, self.probes or 2) / divisor
+            return weighted_sum / divisor, standard_error(variance, square) / divisor
 
     @property
     def takes_mean(self) -> bool:
@@ -201,16 +204,27 @@ class RelativeFlatness(SummedMetric):
                 total = value.sum()
             generator = torch.Generator(features.device).manual_seed(own_probe_seed(self.seed, self.batches))
             with behind.curvature(), torch.no_grad():
-                parts = flatness_of_layers(
-                    total,
-                    [[as_use(None, features, outputs, weight)]],
-                    lookers=[self._looker],
-                    probes=self.probes,
-                    generator=generator,
-                    allow_unused=False,
-                )
-        [estimates] = independent(parts, [self._looker.last])
-        assert estimates is not None  # the loss depends on the outputs
+                use = as_use(None, features, outputs, weight)
+
+                def draw(probes: int | None) -> Tensor:
+                    parts = flatness_of_layers(
+                        total,
+                        [[use]],
+                        lookers=[self._looker],
+                        probes=probes,
+                        generator=generator,
+                        allow_unused=False,
+                    )
+                    [estimates] = independent(parts, [self._looker.last])
+                    assert estimates is not None  # the loss depends on the outputs
+                    return estimates
+
+                estimates = draw(self.probes)
+                if self.probes is not None:
+                    more = missing(estimates, self.freedom)
+                    if more:
+                        estimates = torch.cat([estimates, draw(more)])
+                    self.freedom += estimates.shape[1] * (len(estimates) - 1)
         samples = features.shape[:-1].numel()
         # `value` is a mean over the batch's samples, unless it is a sum over them; the states hold sums.
         estimates = estimates * (1 if value.ndim > 0 or _reduction(self.loss) == "sum" else samples)
