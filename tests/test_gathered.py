@@ -43,7 +43,7 @@ def measure(rank: int, world: int, folder: str) -> None:
         net = small_net()
         with LayerTap(net, "2") as tap:
             outputs = net(inputs(rank))
-            everything: Tensor = GatherLayer.apply(outputs)  # type: ignore[no-untyped-call]
+            everything: Tensor = GatherLayer.apply(outputs)
             found = tap.relative_flatness(contrast(outputs, everything, rank), probes=None)
         torch.save(found.detach(), Path(folder) / f"{rank}.pt")
 

@@ -48,7 +48,7 @@ class RelativeFlatness(SummedMetric):
         class_dim: as for :func:`~lightning_relflat.functional.relative_flatness`.
         probes: how many random probes to take for a loss without a closed form; two at least, because the standard
             error comes from their differences; the first batches take more where they are small, or where their
-            samples meet, until the error can be told. ``None`` is exact, at min(d, m) products where samples stay apart.
+            samples meet, until the error can be told. ``None`` takes all products, min(d, m) where samples stay apart.
         seed: where the probes start; processes draw different ones.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 

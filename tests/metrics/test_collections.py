@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_relflat import metrics
-from lightning_relflat.functional.feature_laplacian import layer_use
+from lightning_relflat.functional import layer_use
 from lightning_relflat.metrics import (
     ColumnFlatness,
     FeatureRobustness,
