@@ -363,7 +363,7 @@ def test_a_function_that_is_declared_linear_passes() -> None:
         torch.testing.assert_close(found.detach(), expected.detach())
 
 
-@pytest.mark.parametrize("given", [nn.ReLU, F.relu, 3], ids=repr, ids=["a module", "a function", "a number"])
+@pytest.mark.parametrize("given", [nn.ReLU, F.relu, 3], ids=["a module", "a function", "a number"])
 def test_what_is_declared_linear_is_an_autograd_function(given: Any) -> None:
     message = f"Expected argument `function` to be a subclass of torch.autograd.Function, but got {given!r}."
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
