@@ -17,8 +17,6 @@ from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import (
     adapted_weight,
     class_path,
-    computes,
-    has_matrix,
     is_adapted,
     layer_weight,
     may_be_linear,
@@ -105,29 +103,6 @@ class LayerRecord:
                 "that is not in place after this layer, e.g. nn.ReLU(inplace=False)."
             )
 
-    def check_computed(self, name: str) -> None:
-        """Raise if the outputs of a matrix are not what it makes of the features; reads the device.
-
-        Kernels that write a gradient over their input do so behind PyTorch's back.
-
-        Args:
-            name: the layer's name, for the message.
-
-        Raises:
-            RuntimeError: if they are not.
-        """
-        if not has_matrix(self.layer) or is_adapted(self.layer):  # an adapter may drop out parts of its input
-            return
-        bias = self.layer._parameters.get("bias")
-        if any(type(tensor) not in (Tensor, nn.Parameter, type(None)) for tensor in (bias, self.weight)):
-            return  # sharded again since
-        if not computes(self.features, self.weight, bias, self.outputs):
-            raise RuntimeError(
-                f"The outputs of layer {name!r} are no longer x Wᵀ + b: something has overwritten them, as kernels do "
-                "that compute a loss and its gradient in place, or a hook computes something else. Use a loss that "
-                "leaves them as they are."
-            )
-
 
 class Listener(Protocol):
     """Who is told of a layer's passes: a tap."""
@@ -211,7 +186,7 @@ class LayerHook:
             late = LateGradients(features, weight, layer.bias, outputs)
             outputs = late.outputs
         for tap in taps:
-            if tap.behind is not None and late is None:
+            if tap.behind is not None and late is None and not torch.compiler.is_compiling():
                 outputs = tap.behind.begin(outputs)
         version = None if outputs.is_inference() else outputs._version
         handed = None

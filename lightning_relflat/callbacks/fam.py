@@ -178,7 +178,7 @@ class FAM(Callback):
         self._loaded = False  # whether a checkpoint has brought the state of the run that begins
         self._suffix = ""
         self._announced: str | None = None
-        self._warned = self._checked = self._verified = False
+        self._warned = self._verified = False
         self._coefficient = 0.0  # of the step; 0 also where none is due
         self._step = 0
         self._begun = False
@@ -214,7 +214,7 @@ class FAM(Callback):
         if trainer.global_step == 0 and not self._loaded:  # a run of its own, as the next fold of a cross-validation
             self._steps = 0
             self._ratio = LossRatio()
-        self._warned = self._checked = self._verified = False
+        self._warned = self._verified = False
         self._begin_epoch()
         self._suffix = name_suffix(trainer, FAM, self.layer)
         # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
@@ -385,7 +385,6 @@ class FAM(Callback):
         automatic = module.automatic_optimization
         if automatic:
             self._check_records()
-        self._check_computed()
         self._check_finite("loss", loss)
         kappa = self._kappa(loss) if self._records and loss.requires_grad else None
         if kappa is None:
@@ -509,13 +508,6 @@ class FAM(Callback):
                 f"{verdict.reason}. Leave out `loss`: then the curvature comes from the loss itself."
             )
         self._verified = verdict.holds is True
-
-    def _check_computed(self) -> None:
-        """Check once that the outputs are still what the layer has made of its features."""
-        if self.criterion is not None and not self._checked and self._records:
-            self._checked = True
-            for record in self._records:
-                record.check_computed(self._tap.name or "" if self._tap else "")
 
     def _warn(self, what: str) -> None:
         assert self._tap is not None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
@@ -241,3 +244,35 @@ def test_a_monitor_refuses_a_loss_that_is_not_trained_with(change: Any) -> None:
 def test_a_monitor_of_a_hidden_layer_is_refused_with_the_heads_loss() -> None:
     with pytest.raises(RuntimeError, match="the loss that is trained with is not CrossEntropyLoss"):
         make_trainer(precision="64-true", callbacks=[FlatnessMonitor("body")]).fit(Net().double(), make_loader(SIZES))
+
+
+def test_the_learning_rate_finder_sees_the_loss_without_the_penalty(tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(FAM):
+        def of(self, loss: Tensor) -> Tensor | None:
+            seen.append(loss)
+            return super().of(loss)
+
+    net = Net()
+    trainer = make_trainer(callbacks=[Watching("head", 0.1)], default_root_dir=tmp_path)
+    Tuner(trainer).lr_find(net, make_loader(SIZES, dtype=torch.float32), num_training=3, update_attr=False)
+    assert not seen
+    trainer.fit(net, make_loader(SIZES, dtype=torch.float32))
+    assert len(seen) == len(SIZES)
+
+
+def test_checkpointing_around_a_norm_behind_the_layer_is_refused() -> None:
+    class Checkpointed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.LayerNorm(6), nn.Tanh())
+
+        def features(self, inputs: Tensor) -> Tensor:
+            found: Tensor = checkpoint(self.block, self.body(inputs), use_reentrant=False)
+            return found
+
+    net = Checkpointed().double()
+    with pytest.raises(RuntimeError, match="Activation checkpointing lies between the layer and the loss"):
+        make_trainer(precision="64-true", callbacks=[FAM("body", 0.1)]).fit(net, make_loader(SIZES))
+    assert not net.body._forward_hooks
