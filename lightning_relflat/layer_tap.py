@@ -69,7 +69,7 @@ class LayerTap:
         >>> tap.start()
         >>> outputs = net(torch.ones(5, 4))
         >>> [record] = tap.take()
-        >>> tap.name, record.features.shape, record.outputs is outputs
+        >>> tap.name, record.features.shape, torch.equal(record.outputs, outputs)
         ('2', torch.Size([5, 3]), True)
         >>> tap.close()
     """

@@ -70,10 +70,13 @@ class MethodPatch:
         self._around = _pass_on
         if self._module.__dict__.get(self._name) is not self:
             return
-        if self._own is None:
+        own = self._own
+        while isinstance(own, MethodPatch) and own._around is _pass_on:
+            own = own._own  # that one has gone in the meantime
+        if own is None:
             delattr(self._module, self._name)
         else:
-            setattr(self._module, self._name, self._own)
+            setattr(self._module, self._name, own)
 
     # In a copy of the module (averaging callbacks make one) the method is the copy's own again.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

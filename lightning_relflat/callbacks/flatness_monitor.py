@@ -195,7 +195,7 @@ class FlatnessMonitor(Callback):
         if "sums" in state:
             self._within_epoch = True
             self._seen.add("train")
-            metric.batches, metric.freedom = state["batches"], state["freedom"]
+            metric.batches, metric.before = state["batches"], state["before"]
             if trainer.global_rank == 0:  # they are the sums of all processes
                 metric.sums = state["sums"].to(metric.sums)
 
@@ -415,7 +415,7 @@ class FlatnessMonitor(Callback):
         if metric is None or not self._within_epoch:
             return state
         with metric.sync_context():
-            return state | {"sums": metric.sums.cpu().clone(), "batches": metric.batches, "freedom": metric.freedom}
+            return state | {"sums": metric.sums.cpu().clone(), "batches": metric.batches, "before": metric.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint holds until `fit` begins."""

@@ -16,7 +16,7 @@ from lightning_relflat.functional._checks import (
     full_precision,
     shape_of,
 )
-from lightning_relflat.functional._graph import is_transformed
+from lightning_relflat.functional._graph import is_open
 
 Target: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
 
@@ -146,7 +146,7 @@ def _read_classes(
         weight, total = (1 - smoothing) * of_target + smoothing * class_weight.mean() * weight, of_target.sum()
     if poison is not None:
         weight = weight * poison
-    all_count = _is_open(counted) and bool(counted.all())
+    all_count = is_open(counted) and bool(counted.all())
     return CalledBatch(rows, (indices,), weight, total, None if all_count else counted, poison)
 
 
@@ -180,7 +180,7 @@ def _check_indices(
 ) -> tuple[Tensor, Tensor | None]:
     """Refuse class indices that no output has, or return others in their place and what makes their samples NaN."""
     wrong = counted & ((indices < 0) | (indices >= classes))
-    if not _is_open(indices):
+    if not is_open(indices):
         return indices.where(~wrong, 0), torch.ones_like(indices, dtype=like.dtype).where(~wrong, torch.nan)
     if wrong.any():
         raise ValueError(
@@ -195,7 +195,7 @@ def _check_probabilities(rows: Tensor, like: Tensor) -> Tensor | None:
     least, mass = rows.amin(dim=1), rows.sum(dim=1, dtype=like.dtype)
     # A NaN passes: then the loss is NaN, and so is its curvature.
     wrong = (least < 0) | ((mass != 0) & ((mass - 1).abs() > _SLACK))
-    if not _is_open(rows):
+    if not is_open(rows):
         return torch.ones_like(mass).where(~wrong, torch.nan)
     if wrong.any():
         negative = least.min().item() < 0
@@ -210,16 +210,11 @@ def _check_probabilities(rows: Tensor, like: Tensor) -> Tensor | None:
 def _between(numbers: Tensor, most: float, need: str) -> Tensor:
     """Refuse numbers below 0 or above a bound, or return them with NaN in their place."""
     wrong = (numbers < 0) | (numbers > most)
-    if not _is_open(numbers):
+    if not is_open(numbers):
         return numbers.where(~wrong, torch.nan)
     if wrong.any():
         raise ValueError(f"Expected {need}, but got {numbers[wrong][0].item():g}.")
     return numbers
-
-
-def _is_open(values: Tensor) -> bool:
-    """Return whether numbers may be looked at: a GPU would make the host wait, and a traced tensor has none."""
-    return values.device.type == "cpu" and not is_transformed(values)
 
 
 def _variances(variances: Tensor, called: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ _STUDENT = (
     *(3.1824, 2.7764, 2.5706, 2.3646, 2.2281, 2.0860, 2.0003, 1.9600),
 )
 
-# Degrees of freedom below which an error may be far off; more probes are taken until there are as many.
-ENOUGH = 24
+# The degrees of freedom that an error needs to mean something. If it is all there is, the first batch has to have them;
+# the b-th of several a b-th part, so that no batch with few dominates.
+ENOUGH = 32
 
 
 def independent(parts: Sequence[Sequence[Tensor | None]], aparts: Sequence[Apart | None]) -> list[Tensor | None]:
@@ -73,13 +74,13 @@ def missing(estimates: Tensor, before: int) -> int:
 
     Args:
         estimates: of shape (probes, k), what is there of a batch.
-        before: the degrees of freedom of the batches before.
+        before: how many batches there were before.
 
     Returns:
         The number; 0 where batches are large or were many.
     """
-    count = max(1, estimates.shape[1])
-    return max(0, -(-(ENOUGH - before) // count) - (len(estimates) - 1))
+    count = max(1, estimates.shape[1]) * (before + 1)
+    return max(0, -(-ENOUGH // count) - (len(estimates) - 1))
 
 
 def standard_error(variance: Tensor, square: Tensor) -> Tensor:

@@ -328,3 +328,15 @@ def is_transformed(*tensors: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
     )
+
+
+def is_open(*tensors: Tensor) -> bool:
+    """Return whether numbers may be looked at without a wait: on a CPU, and outside of tracing and transforms.
+
+    Args:
+        tensors: the tensors whose numbers are to be looked at.
+
+    Returns:
+        Whether they may.
+    """
+    return all(tensor.device.type == "cpu" for tensor in tensors) and not is_transformed(*tensors)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._graph import is_transformed
+from lightning_relflat.functional._graph import is_open
 
 # The squares and products of such numbers, and the sums of these, are far from the ends of float32.
 _LOW, _HIGH = 2.0**-20, 2.0**20
@@ -33,7 +33,7 @@ def size_of(weight: Tensor, features: Tensor) -> Tensor | None:
     if weight.numel() == 0 or features.numel() == 0:
         return None
     largest = _largest(weight)
-    seen = weight.is_cpu and not is_transformed(weight, features)
+    seen = is_open(weight, features)
     if seen and _LOW < float(largest) < _HIGH and float(_largest(features)) < _HIGH:
         return None
     limit = -math.log2(torch.finfo(weight.dtype).tiny)

@@ -82,7 +82,7 @@ class LayersFlatness(SummedMetric):
         self.mean = mean
         self.batches = 0  # numbers the probes
         self._lookers = [Looker() for _ in range(layers)]
-        self._freedom = 0  # degrees of freedom of the errors so far
+        self._before = 0  # batches since it was reset
         # For every layer and their sum: the weighted sum, its variance, and the squares of the variance's terms.
         self._add_sums("sums", 3, layers + 1)
         self._add_sums("seen", layers)
@@ -129,13 +129,13 @@ class LayersFlatness(SummedMetric):
             (found for found in estimates if found is not None), key=lambda found: found.shape[1], default=None
         )
         if fewest is not None:
-            more = missing(fewest, self._freedom)
+            more = missing(fewest, self._before)
             if more:
                 estimates = [
                     None if one is None or other is None else torch.cat([one, other])
                     for one, other in zip(estimates, draw(more), strict=True)
                 ]
-            self._freedom += fewest.shape[1] * (self.probes + more - 1)
+            self._before += 1
         added, seen = torch.zeros_like(self.sums), torch.zeros_like(self.seen)
         for layer, estimate in enumerate(estimates):
             if estimate is not None:
@@ -157,7 +157,7 @@ class LayersFlatness(SummedMetric):
     def reset(self) -> None:
         """Begin anew; how rows meet is looked for anew, too."""
         super().reset()
-        self._freedom = 0
+        self._before = 0
         for looker in self._lookers:
             looker.look_again()
 

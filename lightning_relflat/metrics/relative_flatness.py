@@ -104,7 +104,7 @@ class RelativeFlatness(SummedMetric):
         self.seed = check_count("seed", seed, at_least=0)
         self.batches = 0  # numbers the probes; not reset, so that each use of the metric draws others
         self._looker = Looker()
-        self.freedom = 0  # degrees of freedom of the error so far
+        self.before = 0  # batches since it was reset
         # weighted sum, total weight, variance of the weighted sum, and the squares of the variance's terms
         self._add_numbers("sums", 4)
 
@@ -135,7 +135,7 @@ class RelativeFlatness(SummedMetric):
     def reset(self) -> None:
         """Begin anew; how rows meet is looked for anew, too."""
         super().reset()
-        self.freedom = 0
+        self.before = 0
         self._looker.look_again()
 
     def compute(self) -> Tensor:
@@ -221,10 +221,10 @@ class RelativeFlatness(SummedMetric):
 
                 estimates = draw(self.probes)
                 if self.probes is not None:
-                    more = missing(estimates, self.freedom)
+                    more = missing(estimates, self.before)
                     if more:
                         estimates = torch.cat([estimates, draw(more)])
-                    self.freedom += estimates.shape[1] * (len(estimates) - 1)
+                    self.before += 1
         samples = features.shape[:-1].numel()
         # `value` is a mean over the batch's samples, unless it is a sum over them; the states hold sums.
         estimates = estimates * (1 if value.ndim > 0 or _reduction(self.loss) == "sum" else samples)

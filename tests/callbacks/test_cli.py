@@ -108,7 +108,12 @@ trainer:
       through_hessian: ${flag}
     - _target_: lightning_relflat.FlatnessMonitor
       layer: head
-      loss: cross_entropy
+      loss:
+        _target_: torch.nn.CrossEntropyLoss
+        label_smoothing: 0.1
+        weight:
+          _target_: torch.tensor
+          data: [0.5, 1.0, 2.0]
       target: 1
       every_n_steps: null
 flag: true
@@ -150,7 +155,7 @@ def check_training(trainer: Any) -> None:
             create_graph=True,
         )
 
-    net, twin = twins()
+    net, twin = twins(criterion=criterion)
     trainer.fit(net, make_loader(SIZES))
     train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3)
     assert_same_weights(net, twin)

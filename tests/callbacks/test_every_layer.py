@@ -72,7 +72,7 @@ def test_estimates_lie_around_the_definition_as_their_errors_say(frozen: bool) -
     for name, value in truth.items():
         error = result[f"val/layer_flatness_error/{name}"]
         assert abs(result[f"val/layer_flatness/{name}"] - value) <= 4 * error
-        assert error <= 0.05 * max(map(abs, truth.values()))
+        assert error <= 0.15 * max(map(abs, truth.values()))
     assert abs(result["val/network_flatness"] - sum(truth.values())) <= 4 * result["val/network_flatness_error"]
     values = [result[f"val/layer_flatness/{name}"] for name in truth]
     assert result["val/network_flatness"] == pytest.approx(sum(values))

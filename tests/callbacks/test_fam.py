@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
-from lightning_relflat.functional import _called_batch
+from lightning_relflat.functional import _called_batch, _scale
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.layer_tap import LayerTap
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
@@ -820,7 +820,10 @@ def test_only_the_first_step_of_an_epoch_reads_more_than_whether_values_are_fini
     for fams in ([], [FAM(layer, **form)]):
         watch = Watch()
         loader = make_loader([5, 5, 5], dtype=torch.float32)
-        with mock.patch.object(_called_batch, "_is_open", return_value=False):
+        with (
+            mock.patch.object(_called_batch, "is_open", return_value=False),
+            mock.patch.object(_scale, "is_open", return_value=False),
+        ):
             make_trainer(callbacks=[*fams, watch], max_epochs=2).fit(Net(), loader)
         reads.append(watch.reads)
     assert len(reads[0]) == 6

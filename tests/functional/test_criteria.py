@@ -33,7 +33,7 @@ INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 
 def unseen() -> Any:
     """Return a context in which numbers may not be looked at, as on a GPU."""
-    return mock.patch.object(reading, "_is_open", return_value=False)
+    return mock.patch.object(reading, "is_open", return_value=False)
 
 
 # --- any criterion with any target ------------------------------------------------------------------------------------
