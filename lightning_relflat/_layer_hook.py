@@ -128,11 +128,14 @@ class LayerHook:
     # known, one is.
     _hands_copies: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
     # Whether a foreign layer's weight has the shape (m, d).
-    _transposed: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
+    _seen_transposed: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = weakref.ref(layer)
         self.taps: list[Listener] = []
+        # Looked up here, because the hook itself may be traced by a compiler.
+        self._copies = self._hands_copies.get(layer, True)
+        self._transposed = self._seen_transposed.get(layer) if may_be_linear(layer) else False
         # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
         self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
         # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
@@ -191,7 +194,7 @@ class LayerHook:
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = late is None and any(not tap.copies for tap in taps)
-        if in_graph and self._hands_copies.get(layer, True) and not torch.compiler.is_compiling():
+        if in_graph and self._copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
         age = sum(parameter._version for parameter in layer.parameters())
         copied = weight if late else weight.clone()
@@ -202,15 +205,15 @@ class LayerHook:
 
     def _weight(self, layer: nn.Module, features: Tensor, outputs: Tensor) -> Tensor | None:
         """Return the weight that the layer computed with, or ``None`` if it turns out to compute something else."""
-        if layer not in self._transposed:
+        if self._transposed is None:
             try:
                 weight = layer_weight(layer, features, outputs)
             except TypeError:
                 return None
-            self._transposed[layer] = weight is not layer._parameters.get("weight") and may_be_linear(layer)
+            self._transposed = self._seen_transposed[layer] = weight is not layer._parameters["weight"]
             return weight
         weight = adapted_weight(layer) if is_adapted(layer) else layer.weight  # type: ignore[assignment]
-        return weight.mT if self._transposed[layer] else weight
+        return weight.mT if self._transposed else weight
 
     def drop(self, tap: Listener) -> None:
         """Forget a tap, and go with the last one."""

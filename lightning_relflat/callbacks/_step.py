@@ -28,10 +28,18 @@ class Step:
         method: ``"training_step"``, ``"validation_step"`` or ``"test_step"``.
         batch: the batch that the step was given, or has taken from its iterator, as it was before the step could
             change it: containers are copied, tensors are not.
+        output: what it has returned, once it has.
     """
 
     method: str
     batch: Any = None
+    output: Any = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss among what it has returned, if there is one."""
+        found = self.output.get("loss") if isinstance(self.output, Mapping) else self.output
+        return found if isinstance(found, Tensor) and found.numel() == 1 else None
 
 
 class Listener(Protocol):
@@ -120,7 +128,7 @@ class StepWatcher:
             for listener in self.listeners:
                 stack.callback(listener.end)
                 listener.begin(step)
-            output = call(*args, **kwargs)
+            output = step.output = call(*args, **kwargs)
             if method != "training_step" or not self._automatic:
                 return output
             # The forms of output that Lightning takes; anything else it refuses itself.

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -35,7 +36,7 @@ from lightning_relflat.callbacks._step import Step, StepWatcher
 from lightning_relflat.curvature import check_claim
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.functional._weights import has_matrix
-from lightning_relflat.functional.output_hessian import has_closed_form
+from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
 from lightning_relflat.linear_layers import describe
 from lightning_relflat.metrics.entry import Entry
@@ -171,7 +172,7 @@ class FlatnessMonitor(Callback):
         # Stages whose present epoch has had a step, and a batch with the layer in it.
         self._stepped: set[str] = set()
         self._seen: set[str] = set()
-        self._verified = False
+        self._verified = self._compared = False
         self._announced: str | None = None
         self._suffix = ""
 
@@ -202,7 +203,7 @@ class FlatnessMonitor(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last epoch's gap; its training values were not there before."""
         self._note_gap(trainer)
-        self._verified = False
+        self._verified = self._compared = False
         if self._tap is not None:
             self._tap.look_again()
 
@@ -299,6 +300,7 @@ class FlatnessMonitor(Callback):
             return
         if self._tap.copies and self._tap.recording:
             self._passes = self._tap.take()
+            self._compare_value()
         self._open = []
         self._tap.stop()
 
@@ -360,11 +362,13 @@ class FlatnessMonitor(Callback):
         """Warn where the values mean little, and draw them."""
         if not trainer.sanity_checking:
             self._finish("val", trainer)
+            self._warn_unverified(trainer)
             self._validated = True
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where the values mean little, and draw them."""
         self._finish("test", trainer)
+        self._warn_unverified(trainer)
 
     def on_test_batch_start(
         self,
@@ -500,6 +504,27 @@ class FlatnessMonitor(Callback):
                 "criterion, or a callable `loss(outputs, target)`."
             )
         self._verified = verdict.holds is True
+
+    def _compare_value(self) -> None:
+        """Take the loss named for verified where a validation or test step returns it."""
+        loss = None if self._step is None else self._step.loss
+        if self._compared or loss is None or len(self._passes) != 1 or not has_closed_form(self.metric.loss):
+            return
+        assert self._step is not None
+        self._compared = True
+        target = find_target(self._step.batch, self.target)
+        if target is not None:
+            named, _ = criterion_loss(self.metric.loss, self._passes[0].outputs, target)
+            self._verified = torch.allclose(named, loss.detach().to(named), rtol=0.01)
+
+    def _warn_unverified(self, trainer: Trainer) -> None:
+        """Say once that a value rests on a loss that nothing has shown to be the one trained with."""
+        if trainer.state.fn != "fit" and not self._verified and self._seen and has_closed_form(self.metric.loss):
+            rank_zero_warn(
+                f"{self!r}: that {self.metric.loss} of the layer's outputs is the loss that the module trains with "
+                "has not been verified, because no step has shown that loss. Return it from the step, or measure "
+                "within `fit`."
+            )
 
     def _check_seen(self, stage: str) -> None:
         """Raise if there were steps in an epoch, but none with the layer in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -276,3 +277,24 @@ def test_checkpointing_around_a_norm_behind_the_layer_is_refused() -> None:
     with pytest.raises(RuntimeError, match="Activation checkpointing lies between the layer and the loss"):
         make_trainer(precision="64-true", callbacks=[FAM("body", 0.1)]).fit(net, make_loader(SIZES))
     assert not net.body._forward_hooks
+
+
+class Returning(Net):
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return {"loss": self.loss(batch)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "said"),
+    [
+        (Net, "cross_entropy", True),
+        (Returning, "cross_entropy", False),
+        (Returning, nn.CrossEntropyLoss(reduction="sum"), True),
+    ],
+)
+def test_a_loss_that_no_step_shows_is_said_to_be_unverified(kind: type[Net], loss: Any, said: bool) -> None:
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", loss)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.validate(kind().double(), make_loader(SIZES), verbose=False)
+    assert sum("has not been verified" in str(warning.message) for warning in caught) == said
