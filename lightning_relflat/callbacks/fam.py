@@ -56,12 +56,13 @@ class FAM(Callback):
     objective and its gradient, Lemma 1.
 
     Args:
-        layer: the dotted name of the feature layer, or ``None`` for the last ``nn.Linear`` that runs in the first
-            penalised step.
+        layer: the dotted name of a linear or convolution layer, hidden or last, or ``None`` for the last linear one
+            that the loss of the first penalised step depends on.
         coefficient: λ; negative to train away from flatness.
         loss: ``None`` to take the curvature from the loss tensor itself, with random probes: any loss, nothing to
-            declare. Or the criterion, by name or as the object that the module trains with: then κ is exact. It must be
-            computed from the layer's outputs (an ``nn.Linear``) and the batch's target alone. With a cross-entropy of
+            declare. Or the criterion, by name or as the object that the module trains with, computed from the outputs
+            of a linear layer and the batch's target alone: then κ is exact. Once an epoch it is checked that its
+            curvature there is that of the loss of the step; not with 2²¹ outputs or more. With a cross-entropy of
             2²¹ outputs or more in a batch, loss and penalty go backward through the layer together, which saves their
             memory; a hook on the outputs then sees the gradient of the loss alone.
         target: where a named loss finds its target: an index or key of the batch, or ``None`` if its curvature needs
@@ -111,7 +112,8 @@ class FAM(Callback):
         ValueError: if an argument is not what it should be; in ``fit`` before the first step if there is no such
             layer, the batch has no such target, or the layer's weight cannot be capped.
         RuntimeError: in ``fit``, if a penalty could not be added: the layer did not run, carries no graph, or is
-            frozen with nothing else to penalise; or if the loss or the penalty is not finite.
+            frozen with nothing else to penalise; if a loss that is named is not the one trained with, or the curvature
+            of the one that is cannot be had rightly; or if the loss or the penalty is not finite.
 
     Example:
         >>> from lightning_relflat import FAM

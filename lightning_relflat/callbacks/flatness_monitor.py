@@ -48,10 +48,12 @@ from lightning_relflat.metrics.relative_flatness import Loss, RelativeFlatness
 class FlatnessMonitor(Callback):
     r"""Logs the relative flatness κ of a layer over training, validation and test data.
 
-    Logged once per epoch: ``train/relative_flatness``, ``val/relative_flatness`` and ``test/relative_flatness``, exact
-    over the whole set and over all processes. The training value is taken along the epoch, while the weights change,
-    as a logged training loss is. With several data loaders Lightning appends ``/dataloader_idx_0`` and so on; if the
-    Trainer has several monitors, the layer's name is appended: ``val/relative_flatness/head``.
+    Logged once per epoch: ``train/relative_flatness``, ``val/relative_flatness`` and ``test/relative_flatness``, over
+    the whole set and all processes, exact for a criterion with a closed form. Passes that the training loss does not
+    depend on do not count, and of several evaluations of a batch the first does. The training value is taken along the
+    epoch, while the weights change, as a logged training loss is. With several data loaders Lightning appends
+    ``/dataloader_idx_0`` and so on; if the Trainer has several monitors, the layer's name is appended:
+    ``val/relative_flatness/head``.
 
     Nothing of the run changes: no weight, no random number. A checkpoint taken within a training epoch holds the sums
     so far, of all processes, so that a resumed run logs what the run would have logged. A process whose loader yields
@@ -61,9 +63,12 @@ class FlatnessMonitor(Callback):
     Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), definition of κ_Tr.
 
     Args:
-        layer: the dotted name of an ``nn.Linear``, or ``None`` for the last one that runs in the first batch.
+        layer: the dotted name of a linear layer, or ``None`` for the last one that the loss depends on, in
+            ``validate`` and ``test`` alone the last one that runs.
         loss: as for :class:`~lightning_relflat.RelativeFlatness`: the criterion's name or object, or a callable
-            ``loss(outputs, target)`` on the layer's outputs.
+            ``loss(outputs, target)`` on the layer's outputs. In ``fit`` it is checked once an epoch that a criterion's
+            curvature there is that of the loss of the step; in ``validate`` and ``test`` alone a warning says that it
+            has not been, unless the step returns a loss of the criterion's value.
         target: where in the batch the target is: an index or a key, or ``None`` if the loss needs none.
         every_n_steps: log ``train/relative_flatness_step``, the κ of the batch, every n training steps too. As every
             value logged in a step, it reaches the loggers with the Trainer's ``log_every_n_steps``.
@@ -97,8 +102,9 @@ class FlatnessMonitor(Callback):
         ValueError: if an argument is not what it should be; before the first batch if there is no such layer, or a
             loader whose samples are not known, and with the first batch if it has no such target.
         ModuleNotFoundError: if ``figures`` are to be drawn without matplotlib.
-        RuntimeError: if the layer did not run in a batch, or if one of several processes has no batch of one of several
-            data loaders.
+        RuntimeError: before the optimizer's step if the training loss does not depend on the layer, or is not the one
+            named; if the layer ran in no batch of an epoch; or if one of several processes has no batch of one of
+            several data loaders.
 
     Example:
         >>> from lightning_relflat import FlatnessMonitor
@@ -508,7 +514,9 @@ class FlatnessMonitor(Callback):
     def _compare_value(self) -> None:
         """Take the loss named for verified where a validation or test step returns it."""
         loss = None if self._step is None else self._step.loss
-        if self._compared or loss is None or len(self._passes) != 1 or not has_closed_form(self.metric.loss):
+        if self._verified or self._compared or loss is None or len(self._passes) != 1:
+            return
+        if not has_closed_form(self.metric.loss):
             return
         assert self._step is not None
         self._compared = True
