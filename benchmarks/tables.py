@@ -51,10 +51,11 @@ def where(results: dict[str, Any]) -> str:
     found = results.get("machine")
     if not found:
         return "Not measured yet.\n"
+    note = f" {found['note']}" if "note" in found else ""
     load = f" with a load of {found['load']} at the end" if "load" in found else ""
     return (
         f"Machine: {found['processor']}, {found['cores']} cores{load}, {found['threads']} thread(s) of PyTorch "
-        f"{found['torch']}, Python {found['python']}, {found['system']}.\n"
+        f"{found['torch']}, Python {found['python']}, {found['system']}.{note}\n"
     )
 
 
