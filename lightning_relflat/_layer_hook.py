@@ -155,12 +155,18 @@ class LayerHook:
     @classmethod
     def note(cls, record: LayerRecord) -> None:
         """Note whether what follows a layer changes its outputs in place."""
-        cls._hands_copies[record.layer] = record.is_overwritten()
+        found = cls._hands_copies[record.layer] = record.is_overwritten()
+        hook = cls._of_layer.get(record.layer)
+        if hook is not None:
+            hook._copies = found
 
     @classmethod
     def forget(cls, layer: nn.Module) -> None:
         """Forget it."""
         cls._hands_copies.pop(layer, None)
+        hook = cls._of_layer.get(layer)
+        if hook is not None:
+            hook._copies = True
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
