@@ -269,7 +269,7 @@ class LayerTap:
             if not sums:
                 return None
             kappa = torch.stack(sums).sum()
-            return behind.deposit(kappa) if behind is not None and gated else kappa
+            return kappa if behind is None else behind.deposit(kappa)
 
     def __enter__(self) -> LayerTap:
         self.start()

@@ -17,10 +17,10 @@ from lightning_relflat.callbacks._base import (
     find_target,
     name_suffix,
 )
+from lightning_relflat.callbacks._claim import refuse_false_claim
 from lightning_relflat.callbacks._loss_ratio import LossRatio
 from lightning_relflat.callbacks._step import Step, StepWatcher
 from lightning_relflat.callbacks._weight_cap import Norm, WeightCap, check_max_norm, check_norm
-from lightning_relflat.curvature import check_claim
 from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._weights import has_matrix
@@ -502,14 +502,15 @@ class FAM(Callback):
         # Where outputs are very many, a second derivative of them would not fit beside them.
         if self._verified or not records or any(record.late for record in records):
             return
-        verdict = check_claim(loss, [record.outputs for record in records], target, self.criterion)
-        if verdict.holds is False:
-            name = "" if self._tap is None else self._tap.name
-            raise RuntimeError(
-                f"{self!r}: the loss that is trained with is not {self.criterion} of the outputs of layer {name!r}: "
-                f"{verdict.reason}. Leave out `loss`: then the curvature comes from the loss itself."
-            )
-        self._verified = verdict.holds is True
+        self._verified = refuse_false_claim(
+            self,
+            None if self._tap is None else self._tap.name,
+            loss,
+            records,
+            target,
+            self.criterion,
+            remedy="Leave out `loss`: then the curvature comes from the loss itself.",
+        )
 
     def _warn(self, what: str) -> None:
         assert self._tap is not None

@@ -21,6 +21,7 @@ from lightning_relflat.callbacks._base import (
     find_target,
     name_suffix,
 )
+from lightning_relflat.callbacks._claim import refuse_false_claim
 from lightning_relflat.callbacks._every_layer import EveryLayer
 from lightning_relflat.callbacks._figures import Gallery, GapCurve, bars, check_matplotlib, heat_map, sample_grid
 from lightning_relflat.callbacks._report import (
@@ -33,7 +34,6 @@ from lightning_relflat.callbacks._report import (
 )
 from lightning_relflat.callbacks._sharpest import Sharpest, loaders_of
 from lightning_relflat.callbacks._step import Step, StepWatcher
-from lightning_relflat.curvature import check_claim
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
@@ -502,14 +502,16 @@ class FlatnessMonitor(Callback):
         if self._verified or not records or not has_closed_form(self.metric.loss):
             return
         target = find_target(self._step.batch, self.target)
-        verdict = check_claim(loss, [record.outputs for record in records], target, self.metric.loss)
-        if verdict.holds is False:
-            raise RuntimeError(
-                f"{self!r}: the loss that is trained with is not {self.metric.loss} of the outputs of layer "
-                f"{self._tap.name!r}: {verdict.reason}. Give `loss` as it is computed from these outputs: another "
-                "criterion, or a callable `loss(outputs, target)`."
-            )
-        self._verified = verdict.holds is True
+        self._verified = refuse_false_claim(
+            self,
+            self._tap.name,
+            loss,
+            records,
+            target,
+            self.metric.loss,
+            remedy="Give `loss` as it is computed from these outputs: another criterion, or a callable "
+            "`loss(outputs, target)`.",
+        )
 
     def _compare_value(self) -> None:
         """Take the loss named for verified where a validation or test step returns it."""

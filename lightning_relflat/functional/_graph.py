@@ -27,9 +27,7 @@ def depends(loss: Tensor, outputs: Tensor) -> bool:
     Returns:
         Whether it does; ``False`` for outputs without a graph.
     """
-    if outputs.grad_fn is not None:
-        return outputs.grad_fn in _walk([loss.grad_fn], {outputs.grad_fn})
-    return any(getattr(node, "variable", None) is outputs for node in _walk([loss.grad_fn], set()))
+    return reaches([loss], [outputs])
 
 
 def reaches(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
@@ -43,7 +41,11 @@ def reaches(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
         Whether any of the sources depends on any of the targets.
     """
     nodes = {tensor.grad_fn for tensor in targets if tensor.grad_fn is not None}
-    return any(node in nodes for node in _walk([tensor.grad_fn for tensor in sources], nodes))
+    leaves = [tensor for tensor in targets if tensor.grad_fn is None]
+    return any(
+        node in nodes or any(getattr(node, "variable", None) is leaf for leaf in leaves)
+        for node in _walk([tensor.grad_fn for tensor in sources], nodes)
+    )
 
 
 def leaves_of(root: Tensor, stops: Sequence[Tensor]) -> list[Tensor]:

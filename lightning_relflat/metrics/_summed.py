@@ -52,14 +52,10 @@ class SummedMetric(Metric):
     def _add_sums(self, name: str, *shape: int) -> None:
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _add_numbers(self, name: str, count: int) -> None:
-        """Add a state of several numbers, to be updated together."""
-        self._add_sums(name, count)
-
     def _add_to_numbers(self, name: str, values: Sequence[Tensor]) -> None:
-        """Add to each of the numbers of such a state."""
+        """Add to each of the numbers of a state."""
         numbers: Tensor = getattr(self, name)
-        setattr(self, name, numbers + torch.stack([*values]).to(numbers))
+        setattr(self, name, numbers + torch.stack(list(values)).to(numbers))
 
     def _together(self) -> AbstractContextManager[None]:
         """Hold the states of all processes together, as within ``compute``."""

@@ -90,7 +90,7 @@ class FlatnessReport(SpectralMeasure):
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
-        self._add_numbers("totals", 8)
+        self._add_sums("totals", 8)
         m = check_count("in_features", in_features, at_least=1)
         d = check_count("out_features", out_features, at_least=1)
         self.num_classes = None if num_classes is None else check_count("num_classes", num_classes, at_least=1)

@@ -96,7 +96,7 @@ class HessianTrace(LayerMeasure):
         super().__init__(loss, class_dim=class_dim, **kwargs)
         check_scale(scale)
         self.scale: Scale = scale
-        self._add_numbers("totals", 2)
+        self._add_sums("totals", 2)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -176,7 +176,7 @@ class ColumnFlatness(LayerMeasure):
         if summary not in ("none", "max", "sum"):
             raise ValueError(f"Expected argument `summary` to be 'none', 'max' or 'sum', but got {summary!r}.")
         self.summary = summary
-        self._add_numbers("totals", 1)
+        self._add_sums("totals", 1)
         self._add_sums("columns", check_count("in_features", in_features, at_least=1))
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
@@ -258,7 +258,7 @@ class StandardizedRelativeFlatness(LayerMeasure):
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
         check_count("in_features", in_features, at_least=1)
-        self._add_numbers("totals", 1)
+        self._add_sums("totals", 1)
         self._add_sums("pairs", in_features, in_features)
         self.add_state("moments", torch.zeros(3, in_features, dtype=torch.float64), dist_reduce_fx=merge_moments)
 

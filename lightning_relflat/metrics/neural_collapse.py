@@ -107,7 +107,7 @@ class NeuralCollapse(SummedMetric):
             # A class without a mean has its center where the others are.
             around = self.class_means.nanmean(dim=0).nan_to_num()
             self.center = self.class_means.where(~self.class_means.isnan(), around)
-        self._add_numbers("numbers", 3)  # samples with a weight, samples with a decision, those that mismatch
+        self._add_sums("numbers", 3)  # samples with a weight, samples with a decision, those that mismatch
         shapes = {
             "counts": (num_classes,),
             "sums": (num_classes, num_features),

@@ -106,7 +106,7 @@ class RelativeFlatness(SummedMetric):
         self._looker = Looker()
         self.before = 0  # batches since it was reset
         # weighted sum, total weight, variance of the weighted sum, and the squares of the variance's terms
-        self._add_numbers("sums", 4)
+        self._add_sums("sums", 4)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.

@@ -125,7 +125,7 @@ class LargestEigenvalue(SpectralMeasure):
         check_count("in_features", in_features, at_least=1)
         check_count("out_features", out_features, at_least=1)
         self.scale: Scale = scale
-        self._add_numbers("totals", 1)
+        self._add_sums("totals", 1)
         blocks = has_blocks(self.loss, scale)
         self._spectra = (Spectrum(self, out_features, in_features, blocks=blocks, columns=columns, seed=seed),)
         self._shape = out_features, in_features
