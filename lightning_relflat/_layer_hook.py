@@ -110,6 +110,7 @@ class Listener(Protocol):
     recording: bool
     copies: bool
     late: bool
+    opens: bool
     behind: Behind | None
 
     @property
@@ -172,9 +173,14 @@ class LayerHook:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
     ) -> Tensor | None:
         computed = self._computed.pop() if self._computed else None
-        taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
+        taps = [tap for tap in self.taps if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]
         if not taps:
             return None
+        opens = any(tap.opens for tap in taps)
+        if opens:
+            torch.set_grad_enabled(True)
+            if not outputs.requires_grad:
+                outputs = outputs.detach().requires_grad_()
         features = args[0] if args else next(iter(kwargs.values()))
         weight = self._weight(layer, features, outputs) if computed is None else computed
         if weight is None:
@@ -200,7 +206,7 @@ class LayerHook:
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = late is None and any(not tap.copies for tap in taps)
-        if in_graph and self._copies and not torch.compiler.is_compiling():
+        if in_graph and (self._copies or opens) and not torch.compiler.is_compiling():
             handed = outputs.clone()
         age = sum(parameter._version for parameter in layer.parameters())
         copied = weight if late else weight.clone()

@@ -24,6 +24,7 @@ from lightning_relflat.callbacks._claim import refuse_false_claim
 from lightning_relflat.callbacks._loss_ratio import LossRatio
 from lightning_relflat.callbacks._step import Step, StepWatcher
 from lightning_relflat.callbacks._weight_cap import Norm, WeightCap, check_max_norm, check_norm
+from lightning_relflat.claims import Claim
 from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._weights import has_matrix
@@ -186,7 +187,8 @@ class FAM(Callback):
         self._ratio = LossRatio()
         self._loaded = False  # whether a checkpoint has brought the state of the run that begins
         self._announced: str | None = None
-        self._warned = self._verified = False
+        self._claim = None if self.criterion is None else Claim(self.criterion)
+        self._warned = False
         self._coefficient = 0.0  # of the step; 0 also where none is due
         self._step = 0
         self._begun = False
@@ -215,7 +217,7 @@ class FAM(Callback):
         if trainer.global_step == 0 and not self._loaded:  # a run of its own, as the next fold of a cross-validation
             self._steps = 0
             self._ratio = LossRatio()
-        self._warned = self._verified = False
+        self._warned = False
         self._begin_epoch()
         # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
         late = pl_module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
@@ -333,7 +335,8 @@ class FAM(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again at what lies behind the layer, and whether the loss is the one named; both may have changed."""
-        self._verified = False
+        if self._claim is not None:
+            self._claim.look_again()
         if self._tap is not None:
             self._tap.look_again()
 
@@ -346,7 +349,7 @@ class FAM(Callback):
         self._records = []
         if self._tap is None:
             return
-        if step.method == "training_step" and self._coefficient != 0:
+        if step.stage == "train" and self._coefficient != 0:
             self._evaluation = step
             self._ran += 1
             self._tap.start()
@@ -357,6 +360,9 @@ class FAM(Callback):
         """Do not listen during a backward pass: checkpointed layers run again there."""
         if self._coefficient != 0 and self._tap is not None:
             self._tap.recording = not paused
+
+    def evaluated(self, step: Step) -> None:
+        """Take no notice of validation and test."""
 
     def end(self) -> None:
         """Stop listening."""
@@ -495,20 +501,12 @@ class FAM(Callback):
             self._warn("has a frozen weight. The penalty reaches only what comes before it.")
 
     def _check_claim(self, loss: Tensor, records: list[LayerRecord], target: Any) -> None:
-        """Check once an epoch that the loss trained with has the curvature of the one that is named."""
-        assert self.criterion is not None
+        """Check that the loss trained with has the curvature of the one that is named."""
+        assert self._claim is not None
         # Where outputs are very many, a second derivative of them would not fit beside them.
-        if self._verified or not records or any(record.late for record in records):
-            return
-        self._verified = refuse_false_claim(
-            self,
-            None if self._tap is None else self._tap.name,
-            loss,
-            records,
-            target,
-            self.criterion,
-            remedy="Leave out `loss`: then the curvature comes from the loss itself.",
-        )
+        if records and not any(record.late for record in records):
+            name = None if self._tap is None else self._tap.name
+            refuse_false_claim(self, name, self._claim, loss, records, target)
 
     def _warn(self, what: str) -> None:
         assert self._tap is not None
