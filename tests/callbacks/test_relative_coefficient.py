@@ -295,7 +295,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     kept = torch.load(path, weights_only=True)
     assert kept["global_step"] == 6
-    state = kept["callbacks"]["FAM[layer='head']"]
+    state = kept["callbacks"]["FAM[name=None]"]
     assert state["steps"] == 6
     assert len(state["sizes"]) == 5
     resumed = Momentum().double()
