@@ -2,5 +2,6 @@
 
 from lightning_relflat.callbacks.fam import FAM
 from lightning_relflat.callbacks.flatness_monitor import FlatnessMonitor
+from lightning_relflat.callbacks.max_norm import MaxNorm
 
-__all__ = ["FAM", "FlatnessMonitor"]
+__all__ = ["FAM", "FlatnessMonitor", "MaxNorm"]
