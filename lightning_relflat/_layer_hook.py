@@ -136,6 +136,8 @@ class LayerHook:
         # Looked up here, because the hook itself may be traced by a compiler.
         self._copies = self._hands_copies.get(layer, True)
         self._transposed = self._seen_transposed.get(layer) if may_be_linear(layer) else False
+        # It differentiates, which is not to be traced.
+        self._adapted_weight = torch.compiler.disable(adapted_weight) if is_adapted(layer) else None  # type: ignore[no-untyped-call]
         # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
         self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
         # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
@@ -188,6 +190,7 @@ class LayerHook:
         large = any(tap.late for tap in taps) and is_large(outputs)
         if (
             large
+            and computed is None
             and isinstance(layer, nn.Linear)
             and weight is layer.weight
             and LateGradients.suit(features, weight, outputs)
@@ -218,7 +221,7 @@ class LayerHook:
                 return None
             self._transposed = self._seen_transposed[layer] = weight is not layer._parameters["weight"]
             return weight
-        weight = adapted_weight(layer) if is_adapted(layer) else layer.weight  # type: ignore[assignment]
+        weight = layer.weight if self._adapted_weight is None else self._adapted_weight(layer)  # type: ignore[assignment]
         return weight.mT if self._transposed else weight
 
     def drop(self, tap: Listener) -> None:
