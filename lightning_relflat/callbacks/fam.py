@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from lightning_relflat.callbacks._base import (
     Trainer,
     check_key,
     check_layer,
+    check_name,
     find_target,
-    name_suffix,
+    labelled,
+    refuse_collisions,
 )
 from lightning_relflat.callbacks._claim import refuse_false_claim
 from lightning_relflat.callbacks._loss_ratio import LossRatio
@@ -49,8 +52,8 @@ class FAM(Callback):
     clipping, mixed precision with its scaler, line searches and distributed strategies treat it as they treat the
     loss. It costs no second forward pass.
 
-    Logged in each step: ``fam/penalty``, the term that was added, and ``fam/coefficient``, the λ of the step.
-    If the Trainer has several of these callbacks, the layer's name is appended: ``fam/penalty/head``.
+    Logged in each step: ``fam/penalty``, the term that was added, and ``fam/coefficient``, the λ of the step. Several
+    of these callbacks in one Trainer need different names: ``fam/hidden/penalty`` for ``name="hidden"``.
 
     Source: Adilova et al., *FAM: Relative Flatness Aware Minimization* (arXiv 2307.02337), the regularised
     objective and its gradient, Lemma 1.
@@ -65,8 +68,8 @@ class FAM(Callback):
             curvature there is that of the loss of the step; not with 2²¹ outputs or more. With a cross-entropy of
             2²¹ outputs or more in a batch, loss and penalty go backward through the layer together, which saves their
             memory; a hook on the outputs then sees the gradient of the loss alone.
-        target: where a named loss finds its target: an index or key of the batch, or ``None`` if its curvature needs
-            none.
+        target: where a named loss finds its target: an index or key of the batch, a list of them that are followed one
+            after the other, a callable on the batch, or ``None`` if its curvature needs none.
         probes: how many random probes to average without a named loss; ``None`` takes all products that there are: the
             smaller of the layer's sides many where no rows meet behind it, that times the number of features where they
             do; up to 10,000.
@@ -102,6 +105,7 @@ class FAM(Callback):
             starts and after every step of the optimizer that holds it; up to rounding. Needs a named layer whose weight
             is one tensor: no parametrization, no adapters. If the weight is tied to another layer's, that one is
             capped with it. The cap holds as long as ``fit`` runs, also before ``start_epoch`` and from ``stop_epoch``.
+        name: a group of its own for what is logged, for several of these callbacks in one Trainer.
         norm: what ``max_norm`` caps: ``"frobenius"``, the root of the sum of squares, of a convolution's kernel too;
             or ``"spectral"``, the largest singular value, of an ``nn.Linear`` (gathered whole if it is sharded).
 
@@ -118,7 +122,7 @@ class FAM(Callback):
     Example:
         >>> from lightning_relflat import FAM
         >>> FAM(layer="head", coefficient=0.1)
-        FAM(layer='head', coefficient=0.1)
+        FAM(layer='head')
         >>> FAM(coefficient=1.0, warmup_steps=100).coefficient_at(epoch=0, step=49)
         0.5
     """
@@ -129,7 +133,7 @@ class FAM(Callback):
         coefficient: float = 0.1,
         *,
         loss: str | nn.Module | None = None,
-        target: int | str | None = 1,
+        target: int | str | Sequence[int | str] | Callable[[Any], Any] | None = 1,
         probes: int | None = 1,
         shared_probes: int | None = None,
         through_hessian: bool = True,
@@ -144,11 +148,13 @@ class FAM(Callback):
         normalize_features: bool = False,
         max_norm: float | None = None,
         norm: Norm = "frobenius",
+        name: str | None = None,
     ) -> None:
         super().__init__()
         check_probes(probes)
         self.layer = check_layer(layer)
         self.coefficient = check_number("coefficient", coefficient)
+        self.loss = loss
         self.criterion = None if loss is None else owned_criterion(loss)
         self.target = check_key(target)
         self.probes = probes
@@ -167,6 +173,7 @@ class FAM(Callback):
         self.normalize_features = check_flag("normalize_features", normalize_features)
         self.max_norm = check_max_norm(max_norm)
         self.norm = check_norm(norm)
+        self.name = check_name(name)
         if self.max_norm is not None and layer is None:
             raise ValueError(
                 "Expected argument `layer` to name the layer whose weight `max_norm` caps, because it is capped before "
@@ -178,7 +185,6 @@ class FAM(Callback):
         self._cap: WeightCap | None = None
         self._ratio = LossRatio()
         self._loaded = False  # whether a checkpoint has brought the state of the run that begins
-        self._suffix = ""
         self._announced: str | None = None
         self._warned = self._verified = False
         self._coefficient = 0.0  # of the step; 0 also where none is due
@@ -187,14 +193,6 @@ class FAM(Callback):
         self._evaluation: Step | None = None  # the training step that runs
         self._records: list[LayerRecord] = []
         self._begin_epoch()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(layer={self.layer!r}, coefficient={self.coefficient!r})"
-
-    @property
-    def state_key(self) -> str:
-        """Two of these callbacks can live side by side if their layers differ."""
-        return f"{type(self).__name__}[layer={self.layer!r}]"
 
     def coefficient_at(self, *, epoch: int, step: int) -> float:
         """Return λ for a training step. Override for a policy of your own.
@@ -212,13 +210,13 @@ class FAM(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and wrap the module's methods."""
+        refuse_collisions(trainer, self)
         self._forget_step()
         if trainer.global_step == 0 and not self._loaded:  # a run of its own, as the next fold of a cross-validation
             self._steps = 0
             self._ratio = LossRatio()
         self._warned = self._verified = False
         self._begin_epoch()
-        self._suffix = name_suffix(trainer, FAM, self.layer)
         # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
         late = pl_module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
         self._tap = LayerTap(
@@ -413,7 +411,7 @@ class FAM(Callback):
         values = {"penalty": penalty.detach(), "coefficient": coefficient}
         for name, value in values.items():
             # The size is told, because Lightning would look for one in a batch that it may not have.
-            module.log(f"fam/{name}{self._suffix}", value, on_step=True, on_epoch=False, batch_size=1)
+            module.log(labelled(f"fam/{name}", self.name), value, on_step=True, on_epoch=False, batch_size=1)
         return penalty
 
     def _kappa(self, loss: Tensor) -> Tensor | None:

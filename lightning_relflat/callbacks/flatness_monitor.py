@@ -447,7 +447,7 @@ class FlatnessMonitor(Callback):
                 raise ValueError(
                     "Expected argument `layers` to be given to one FlatnessMonitor, but got it in several."
                 )
-            self._every = EveryLayer(pl_module, self.layers, self.layer, self.metric, self.target)
+            self._every = EveryLayer(pl_module, self.layers, self.layer, self.metric, self.target)  # type: ignore[arg-type]
 
     def _settle(self) -> None:
         """Say once which layer it is, and refuse one that cannot be measured."""
