@@ -136,8 +136,6 @@ class LayerHook:
         # Looked up here, because the hook itself may be traced by a compiler.
         self._copies = self._hands_copies.get(layer, True)
         self._transposed = self._seen_transposed.get(layer) if may_be_linear(layer) else False
-        # It differentiates, which is not to be traced.
-        self._adapted_weight = torch.compiler.disable(adapted_weight) if is_adapted(layer) else None  # type: ignore[no-untyped-call]
         # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
         self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
         # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
@@ -178,6 +176,17 @@ class LayerHook:
         if not taps:
             return None
         features = args[0] if args else next(iter(kwargs.values()))
+        record = self._record
+        if any(tap.behind is not None for tap in taps) and torch.compiler.is_compiling():
+            # Curvature does not go through what is compiled. What follows the layer in a compiled function cannot be
+            # had then; what follows it outside can, if the doors are no part of that function.
+            record = torch.compiler.disable(record)  # type: ignore[no-untyped-call]
+        return record(layer, taps, features, outputs, computed)
+
+    def _record(
+        self, layer: nn.Module, taps: list[Listener], features: Tensor, outputs: Tensor, computed: Tensor | None
+    ) -> Tensor | None:
+        """Tell taps of a pass, and return what is to be handed on in the outputs' place."""
         weight = self._weight(layer, features, outputs) if computed is None else computed
         if weight is None:
             if any(tap.name is None for tap in taps):
@@ -221,7 +230,12 @@ class LayerHook:
                 return None
             self._transposed = self._seen_transposed[layer] = weight is not layer._parameters["weight"]
             return weight
-        weight = layer.weight if self._adapted_weight is None else self._adapted_weight(layer)  # type: ignore[assignment]
+        if is_adapted(layer):
+            # It differentiates, which is not to be traced.
+            compiling = torch.compiler.is_compiling()
+            found: Tensor = (torch.compiler.disable(adapted_weight) if compiling else adapted_weight)(layer)  # type: ignore[no-untyped-call]
+            return found
+        weight = layer.weight  # type: ignore[assignment]
         return weight.mT if self._transposed else weight
 
     def drop(self, tap: Listener) -> None:
