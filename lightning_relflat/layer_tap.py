@@ -123,7 +123,7 @@ class LayerTap:
         self.stop()
         self._hooks = [LayerHook.of(candidate) for candidate in self._candidates.values()]
         for hook in self._hooks:
-            hook.taps.append(self)
+            hook.join(self)
 
     def start(self) -> None:
         """Put the hooks on, forget what was recorded and begin to record."""
