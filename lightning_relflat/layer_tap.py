@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
+from lightning_relflat._sharded import staying_whole
 from lightning_relflat.curvature import exact_parts, recognise_passes
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
@@ -134,7 +135,7 @@ class LayerTap:
         self.stop()
         self._hooks = [LayerHook.of(candidate) for candidate in self._candidates.values()]
         for hook in self._hooks:
-            hook.taps.append(self)
+            hook.join(self)
 
     def start(self) -> None:
         """Put the hooks on, forget what was recorded and begin to record."""
@@ -293,6 +294,7 @@ class LayerTap:
         behind, module = self.behind, self._module()
         with ExitStack() as stack:
             stack.enter_context(_within_fabric())
+            stack.enter_context(staying_whole(module))
             mine = [record for record in records if record.is_in(loss)]
             recognised = recognise_passes(loss, mine) if self._recognises else None
             self.exact = recognised is not None
