@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-if sys.version_info < (3, 11):
-    pytest.skip("needs tomllib", allow_module_level=True)
-import tomllib
+tomllib: Any = pytest.importorskip("tomllib", reason="comes with Python 3.11")
 
 ROOT = Path(__file__).parents[1]
 COMPROMISED = {
@@ -25,7 +23,7 @@ CLEAN = ("2.4.0", "2.6.1", "2.6.6")  # are there, and have to stay allowed
 def requirements(project: dict[str, Any], name: str) -> Iterator[Requirement]:
     """Yield the requirements of one package, those of the build and of all extras too."""
     lists = [project["build-system"]["requires"], project["project"]["dependencies"]]
-    for text in sum([*lists, *project["project"]["optional-dependencies"].values()], start=[]):
+    for text in itertools.chain(*lists, *project["project"]["optional-dependencies"].values()):
         found = Requirement(text)
         if found.name.lower().replace("_", "-") == name:
             yield found
