@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import pydoc
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,16 @@ PICTURES = (".png", ".pdf", ".svg")
 
 class InputError(Exception):
     """Bad input; the message says what to do."""
+
+
+def say(kind: Literal["error", "warning"], message: str) -> None:
+    """Write one line to stderr.
+
+    Args:
+        kind: what it is.
+        message: its text, on one line whatever it holds.
+    """
+    print(f"relflat: {kind}: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
