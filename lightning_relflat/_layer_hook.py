@@ -189,8 +189,7 @@ class LayerHook:
         taps = [tap for tap in self.taps if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]
         if not taps:
             return None
-        opens = any(tap.opens for tap in taps)
-        if opens:
+        if any(tap.opens for tap in taps):
             torch.set_grad_enabled(True)
             if not outputs.requires_grad:
                 outputs = outputs.detach().requires_grad_()
@@ -227,7 +226,8 @@ class LayerHook:
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = late is None and any(not tap.copies for tap in taps)
-        if in_graph and (self._copies or opens) and not torch.compiler.is_compiling():
+        copies = self._copies or any(tap.opens for tap in taps)
+        if in_graph and copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
         age = sum(parameter._version for parameter in layer.parameters())
         copied = weight if late else weight.clone()

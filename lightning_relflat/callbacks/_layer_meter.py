@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_relflat._calls import CriterionCalls
+from lightning_relflat._sharded import staying_whole
 from lightning_relflat.callbacks._base import LightningModule, Target, find_target
 from lightning_relflat.callbacks._claim import refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
@@ -47,7 +48,8 @@ class Measurable:
             The sums; ``None`` if the loss does not depend on the layer.
         """
         if self.loss is not None:
-            return sums_of_loss(self.loss, self.records, probes, behind=meter.tap.behind, mode=meter.mode)
+            with staying_whole(meter.module):
+                return sums_of_loss(self.loss, self.records, probes, behind=meter.tap.behind, mode=meter.mode)
         assert self.called is not None
         found, (criterion, target) = [], self.called
         for record in self.records:
@@ -78,9 +80,10 @@ class LayerMeter:
         self._target = target
         self._linear = linear
         self._tap: LayerTap | None = None
-        self._module: LightningModule | None = None
+        self.module: LightningModule | None = None
         self.listens = False
         self.layer: nn.Module | None = None  # once it is known
+        self.name: str | None = None
         self.missed = 0  # batches whose loss was another than those before
         self.ambiguous = self._compared = False
         self._ran: set[Stage] = set()
@@ -96,14 +99,9 @@ class LayerMeter:
         return self._tap
 
     @property
-    def device(self) -> torch.device | None:
-        """Where the module computes."""
-        return None if self._module is None else self._module.device
-
-    @property
     def mode(self) -> object:
         """Stands for how the module computes."""
-        return None if self._module is None else self._module.training
+        return None if self.module is None else self.module.training
 
     def attach(self, module: LightningModule) -> None:
         """Find the layer.
@@ -115,7 +113,7 @@ class LayerMeter:
             ValueError: if there is no such layer, or it cannot be measured.
         """
         self._forget_run()
-        self._module = module
+        self.module = module
         if self.claim is not None:
             self.claim.look_again()
             if isinstance(self.claim.criterion, nn.Module):
@@ -128,7 +126,7 @@ class LayerMeter:
         if self._tap is not None:
             self._tap.close()
             self._tap = None
-        self._module = None
+        self.module = None
         self._open = []
 
     def look_again(self) -> None:
@@ -189,10 +187,10 @@ class LayerMeter:
         Raises:
             RuntimeError: if the loss does not depend on the layer, or is not the one that was said.
         """
-        assert self._module is not None
+        assert self.module is not None
         self._open += self.tap.take(loss)
         mine = [record for record in self._open if record.is_in(loss)]
-        if not mine and self._module.automatic_optimization:
+        if not mine and self.module.automatic_optimization:
             if not self._open and not self.tap.pending:
                 raise RuntimeError(f"{self._who!r}: {self.nothing('`training_step`')}")
             layer = "any linear layer" if self.tap.name is None else f"layer {self.tap.name!r}"
@@ -282,8 +280,8 @@ class LayerMeter:
         return Measurable(loss, records, calls[0].as_criterion() if one else None), seen
 
     def _is_sane(self) -> bool:
-        assert self._module is not None
-        return self._module.trainer.sanity_checking
+        assert self.module is not None
+        return self.module.trainer.sanity_checking
 
     def _compare_value(self, step: Step, record: LayerRecord, target: Any) -> None:
         """Take what was said for verified where a step of validation or test shows a loss of its value."""
@@ -305,7 +303,7 @@ class LayerMeter:
             return
         if self._linear:
             refuse_layer(name, layer)
-        self.layer = layer
+        self.layer, self.name = layer, name
         rank_zero_info(f"{self._who!r}: measured at layer {describe(name, layer)}.")
 
     def nothing(self, where: str) -> str:
@@ -341,7 +339,7 @@ class LayerMeter:
         )
 
     def _forget_run(self) -> None:
-        self.layer = None
+        self.layer = self.name = None
         self.missed = 0
         self.ambiguous = self._compared = False
         self._ran, self._plain = set(), {}

@@ -167,7 +167,7 @@ class Reports:
             torch.distributed.all_gather_object(all_kinds, own)
             kind = next((kind for kind in all_kinds if kind is not None), None)
             if metric is None and kind is not None:
-                self._metric(stage, loader, kind[0], torch.empty(kind[1], device=self._meter.device))
+                self._metric(stage, loader, kind[0], torch.empty(kind[1], device=_device(self._meter)))
             updated = kind is not None
         else:
             updated = key in self._updated
@@ -233,3 +233,7 @@ class Reports:
                 f"Expected the loss to be a cross-entropy, because {' and '.join(map(repr, needing))} in argument "
                 f"`report` need classes, but got {show(criterion)}."
             )
+
+
+def _device(meter: LayerMeter) -> torch.device | None:
+    return None if meter.module is None else meter.module.device

@@ -117,6 +117,11 @@ class FlatnessMonitor(Monitor):
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
         self._told: set[str] = set()
 
+    @property
+    def measured_layer(self) -> str | None:
+        """The name of the layer that is measured, or was last; ``None`` as long as it is not known."""
+        return self._meter.name
+
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the layer."""
         self._metrics, self._sums, self._within_epoch, self._told = {}, [], False, set()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
+from lightning_relflat._sharded import staying_whole
 from lightning_relflat.callbacks._base import LightningModule, Trainer, show
 from lightning_relflat.callbacks._monitor import Monitor
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
@@ -167,7 +168,7 @@ class LayersMonitor(Monitor):
             uses.append([as_use(record.layer, record.features, record.outputs, record.weight) for record in mine])
         assert self._module is not None
         metric = self._metric(step.stage, self._loader)
-        with self._behind.curvature():
+        with self._behind.curvature(), staying_whole(self._module):
             metric.update(loss, uses, _samples(records), self._module.training, exact)
 
     def end(self) -> None:

@@ -88,14 +88,16 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def add_checkpoint_options(parser: ArgumentParser) -> None:
+def add_checkpoint_options(parser: ArgumentParser, *, of_one_layer: bool = True) -> None:
     """Add what is needed to measure a checkpoint.
 
     Args:
         parser: the command's parser.
+        of_one_layer: whether it is told which layer, and which loss of its outputs.
     """
     add_classes(parser)
-    add_layer(parser)
+    if of_one_layer:
+        add_layer(parser)
     add_hardware(parser)
     parser.add_argument(
         "--trust",
@@ -120,7 +122,7 @@ def run(config: Namespace, given: Namespace) -> Result:
     measures = list(get_args(Measure)) if config.measures is None else config.measures
     parts: list[Part] = ["train", "val"] if config.split == "both" else [config.split]
     layer, values = report_checkpoint(config.ckpt, config, given, parts=parts, measures=measures)
-    title = f"{config.ckpt}, layer {layer}, loss {config.loss}"
+    title = f"{config.ckpt}, layer {layer}, loss {config.loss or 'of the step'}"
     heads = {"train": "training", "val": "validation"}
     table = new_table(title, "", *(heads[part] for part in parts), *(["difference"] if len(parts) == 2 else []))
     table.add_column("what it is")
@@ -180,19 +182,27 @@ def report_checkpoint(
         InputError: if something cannot be found or does not fit.
     """
     model, data = load(path, config, given)
-    layer = config.layer or last_layer(model, data, config)
     loss = find_loss(config.loss)
     report = measures != ["relative_flatness"]
     values: dict[str, float] = {}
+    layer = None
     for part in parts:
-        monitor = FlatnessMonitor(layer, loss, target=config.target, report=report, seed=config.seed)
+        monitor = FlatnessMonitor(config.layer, loss, target=config.target, report=report, seed=config.seed)
         found = validate(model, data, part, config, [monitor])
+        layer = monitor.measured_layer
+        missing = {_logged(measure) for measure in measures} - {name.partition("/")[2] for name in found}
+        if layer is None or missing:
+            raise InputError(
+                "`validation_step` shows no loss that depends on the layer, or none with a closed form; return the "
+                "loss there or log it, or name it with --loss"
+            )
         wanted = {_logged(measure) for measure in measures}
         values |= {
             name: value
             for name, value in found.items()
             if (own := name.partition("/")[2]) in wanted or not is_flatness(own)
         }
+    assert layer is not None
     return layer, values
 
 
