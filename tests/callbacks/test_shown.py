@@ -88,7 +88,9 @@ def test_the_loss_of_a_step_is_what_it_shows(way: str, criterion: Any, inference
         num_sanity_val_steps=1 + fitting * (way != "scaled"),
     )
     loader = make_loader(SIZES, seed=2)
-    shown = way not in ("computed", "a metric returned") or criterion is F.cross_entropy  # a criterion of PyTorch's is seen when it is called
+    shown = (
+        way not in ("computed", "a metric returned") or criterion is F.cross_entropy
+    )  # a criterion of PyTorch's is seen when it is called
     with contextlib.nullcontext() if shown else pytest.warns(UserWarning, match="no loss that depends on"):
         if fitting:
             trainer.fit(net, make_loader([3]), loader)
