@@ -302,6 +302,19 @@ def test_in_manual_optimization_an_epoch_without_such_a_loss_is_said() -> None:
         train(ManualUnused().double(), FAM("unused"))
 
 
+def test_two_of_one_name_are_refused() -> None:
+    class Own(FAM):
+        pass
+
+    net = Net().double()
+    with pytest.raises(RuntimeError, match="Found more than one stateful callback of type `FAM`"):  # by Lightning
+        make_trainer(callbacks=[FAM("head"), FAM("body")])
+    trainer = make_trainer(precision="64-true", callbacks=[FAM("head"), Own("body")])
+    with pytest.raises(ValueError, match="Expected argument `name` to tell several FAM callbacks apart"):
+        trainer.fit(net, make_loader(SIZES))
+    assert_untouched(net)
+
+
 class Log(Callback):
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -370,3 +383,8 @@ def test_the_penalty_comes_when_it_is_due() -> None:
     net, twin = twins(lr=0.1)
     train(net, FAM("head", 0.4, loss="cross_entropy", start_epoch=1), [5, 6], max_epochs=2)
     assert_same_weights(net, train_by_hand(twin, make_batches([5, 6]) * 2, definition, [0, 0, 0.4, 0.4]))
+
+
+def test_a_claim_about_very_many_outputs_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_relflat.callbacks.fam.is_large", lambda outputs: True)
+    train(Scaled().double(), FAM("head", loss="cross_entropy", start_epoch=1))
