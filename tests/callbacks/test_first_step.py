@@ -388,3 +388,28 @@ def test_the_penalty_comes_when_it_is_due() -> None:
 def test_a_claim_about_very_many_outputs_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_relflat.callbacks.fam.is_large", lambda outputs: True)
     train(Scaled().double(), FAM("head", loss="cross_entropy", start_epoch=1))
+
+
+@pytest.mark.parametrize("layer", ["head", None])
+def test_a_loss_of_the_weights_alone_may_come_first(layer: str | None) -> None:
+    class Regularised(ManualNet):
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            self(batch[0])
+            for loss in (lambda: 0.1 * self.head.weight.square().sum(), lambda: self.loss(batch)):
+                optimizer.zero_grad()
+                self.manual_backward(loss())
+                optimizer.step()
+
+    net, twin = twins(Regularised)
+    train(net, FAM(layer, 0.1, probes=None))
+    optimizer = torch.optim.SGD(twin.parameters(), lr=twin.lr)
+    for batch in make_batches(SIZES):
+        for second in (False, True):
+            optimizer.zero_grad()
+            loss = (
+                twin.loss(batch) + 0.1 * definition(twin, batch, 0) if second else 0.1 * twin.head.weight.pow(2).sum()
+            )
+            loss.backward()
+            optimizer.step()
+    assert_same_weights(net, twin)
