@@ -112,6 +112,7 @@ class Listener(Protocol):
     recording: bool
     copies: bool
     late: bool
+    opens: bool
     behind: Behind | None
 
     @property
@@ -185,9 +186,13 @@ class LayerHook:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
     ) -> Tensor | None:
         computed = self._computed.pop() if self._computed else None
-        taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
+        taps = [tap for tap in self.taps if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]
         if not taps:
             return None
+        if any(tap.opens for tap in taps):
+            torch.set_grad_enabled(True)
+            if not outputs.requires_grad:
+                outputs = outputs.detach().requires_grad_()
         features = args[0] if args else next(iter(kwargs.values()))
         record = self._record if all(tap.behind is None for tap in taps) else self._record_untraced
         return record(layer, taps, features, outputs, computed)
@@ -221,7 +226,8 @@ class LayerHook:
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = late is None and any(not tap.copies for tap in taps)
-        if in_graph and self._copies and not torch.compiler.is_compiling():
+        copies = self._copies or any(tap.opens for tap in taps)
+        if in_graph and copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
         age = sum(parameter._version for parameter in layer.parameters())
         copied = weight if late else weight.clone()

@@ -84,12 +84,19 @@ def show_call(thing: object) -> str:
     for name, parameter in sorted(parameters.items(), key=lambda item: item[1].kind):
         value = getattr(thing, name, parameter.default)
         if value is not parameter.default and (isinstance(value, Tensor) or value != parameter.default):
-            shown.append(f"{name}={_show(value)}")
+            shown.append(f"{name}={show(value)}")
     return f"{type(thing).__name__}({', '.join(shown)})"
 
 
-def _show(value: object) -> str:
-    """Return a value as messages print it, without a tensor's numbers."""
+def show(value: object) -> str:
+    """Return a value as messages print it, without a tensor's numbers.
+
+    Args:
+        value: the value.
+
+    Returns:
+        In a few words what it is.
+    """
     if isinstance(value, Tensor):
         return f"<{'×'.join(map(str, value.shape)) or 1} numbers>"
     if isinstance(value, nn.Module):
@@ -97,7 +104,7 @@ def _show(value: object) -> str:
     if inspect.isroutine(value):
         return f"<function {value.__qualname__}>"
     if isinstance(value, list | tuple):
-        items = ", ".join(map(_show, value))
+        items = ", ".join(map(show, value))
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' * (len(value) == 1)})"
     return repr(value)
 
@@ -115,9 +122,7 @@ def check_layer(layer: object) -> str | None:
         ValueError: if it is something else.
     """
     if layer is not None and not isinstance(layer, str):
-        raise ValueError(
-            f"Expected argument `layer` to be the dotted name of a layer, or None, but got {_show(layer)}."
-        )
+        raise ValueError(f"Expected argument `layer` to be the dotted name of a layer, or None, but got {show(layer)}.")
     return layer
 
 
@@ -138,7 +143,7 @@ def check_name(name: object) -> str | None:
     if not isinstance(name, str) or not name or name.strip("/") != name:
         raise ValueError(
             "Expected argument `name` to be a part of the names of logged values, without a slash at its ends, or "
-            f"None, but got {_show(name)}."
+            f"None, but got {show(name)}."
         )
     return name
 
@@ -211,7 +216,7 @@ def check_key(target: object) -> Target:
         return tuple(target)
     raise ValueError(
         "Expected argument `target` to be an index or key of the batch, a path of them, a callable on the batch, or "
-        f"None, but got {_show(target)}."
+        f"None, but got {show(target)}."
     )
 
 
@@ -242,7 +247,7 @@ def find_target(batch: Any, key: Target) -> Any:
         except Exception as error:
             raise ValueError(
                 f"Expected argument `target` to find the target in the batch, which is {_kind(batch)}, but "
-                f"{_show(key)} raised {type(error).__name__}: {error}"
+                f"{show(key)} raised {type(error).__name__}: {error}"
             ) from error
     else:
         path, depth = key if isinstance(key, tuple) else (key,), 0
@@ -250,7 +255,7 @@ def find_target(batch: Any, key: Target) -> Any:
             for depth, step in enumerate(path):  # noqa: B007  # the message says how deep
                 target = _look_up(target, step)
         except (AttributeError, IndexError, KeyError) as error:
-            place = f"what {_show(path[:depth])} leads to in the batch, which is" if depth else "the batch, which is"
+            place = f"what {show(path[:depth])} leads to in the batch, which is" if depth else "the batch, which is"
             raise ValueError(
                 f"Expected argument `target` to be an index or key of {place} {_kind(target)}, but got {key!r}. "
                 "Where the loss needs no target for its curvature, pass target=None."

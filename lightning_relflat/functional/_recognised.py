@@ -45,10 +45,13 @@ class Recognised:
             ``"sigmoid"`` for diag(f σ(z) (1 − σ(z))); ``"quadratic"`` for diag(f).
         factors: f for each of the outputs: of shape (...) for a softmax, one for every row, else (..., d). They hold
             everything that is done with the criterion: reduction, weights, masks, mixtures, factors.
+        total: what a mean over the rows divides by: what PyTorch's own cross-entropy has divided by if the loss is one,
+            else the number of rows with a factor.
     """
 
     kind: Kind
     factors: tuple[Tensor, ...]
+    total: Tensor
 
 
 def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor]) -> Recognised | None:
@@ -76,7 +79,7 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
         >>> from lightning_relflat.functional._recognised import recognise
         >>> z = torch.zeros(2, 3, requires_grad=True)
         >>> recognise(0.5 * F.cross_entropy(z, torch.tensor([0, -100])), [z], [z])
-        Recognised(kind='softmax', factors=(tensor([0.5000, 0.0000]),))
+        Recognised(kind='softmax', factors=(tensor([0.5000, 0.0000]),), total=tensor(1.))
     """
     if loss.grad_fn is None or not all(tensor.requires_grad and tensor.ndim > 0 for tensor in outputs):
         return None
@@ -104,7 +107,7 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
             found = [factor + new.to(widest) / unit for factor, new in zip(found, arrived, strict=True)]
     if plan.kind == "softmax":
         found = [factor[..., 0] for factor in found]
-    return Recognised(plan.kind, tuple(found))
+    return Recognised(plan.kind, tuple(found), _total(plan, found))
 
 
 class _Unknown(Exception):  # noqa: N818  # not an error: an answer
@@ -116,14 +119,14 @@ class _Plan:
 
     def __init__(self, loss: Tensor, outputs: Sequence[Tensor]) -> None:
         self.criteria: dict[Node, Callable[[Any, Tensor, Tensor], Tensor]] = {}
-        self.turns: list[Node] = []  # operations that turn the sign of what they are given, and not of its curvature
+        self.turns = set[Node]()  # operations that turn the sign of what they are given, and not of its curvature
         self.kind: Kind = "softmax"
         self.learnt = False  # whether there are factors that have gradients of their own
         self._outputs = {_node_of(tensor): tensor for tensor in outputs}
         self._between = nodes_between(loss, outputs)
         self._class_dims: dict[Node, int] = {}
         self._reached: set[Node] = set()
-        above: set[Node] = set()
+        self.above = above = set[Node]()  # the linear operations and the criteria
         waiting = [loss.grad_fn]
         while waiting:
             node = waiting.pop()
@@ -183,13 +186,10 @@ class _Plan:
             [(place, below, below_number)] = inner
             if self.kind == "softmax":
                 class_dim = _class_dim_before(node, class_dim, _shape(node, number), _shape(below, below_number))
-            elif node.name() not in _VIEWS | _SHIFTS:
-                raise _Unknown
-            elif node.name() in _SHIFTS and getattr(node, "_saved_alpha", 1) != 1:
+            elif node.name() not in _VIEWS | _SHIFTS or getattr(node, "_saved_alpha", 1) != 1:
                 raise _Unknown
             elif node.name() in ("NegBackward0", "RsubBackward1") or (node.name() == "SubBackward0" and place == 1):
-                if node not in self.turns:
-                    self.turns.append(node)
+                self.turns.add(node)
             node, number = below, below_number
 
 
@@ -219,7 +219,7 @@ def _of_log_softmax(node: Any, gradient: Tensor, _: Tensor) -> Tensor:
     return -gradient.sum(dim=_signed(node._saved_dim), keepdim=True)
 
 
-def _of_square(node: Any, gradient: Tensor, _: Tensor) -> Tensor:
+def _of_square(_: Any, gradient: Tensor, __: Tensor) -> Tensor:
     return 2 * gradient
 
 
@@ -229,14 +229,16 @@ def _of_mse(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
 
 def _of_huber(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
     inside = (node._saved_self - node._saved_target).detach().abs() < node._saved_delta
-    return _each(node, gradient, like) * inside
+    found: Tensor = _each(node, gradient, like) * inside
+    return found
 
 
 def _of_smooth_l1(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
     if node._saved_beta == 0:  # the absolute error
         return torch.zeros_like(like)
     inside = (node._saved_self - node._saved_target).detach().abs() < node._saved_beta
-    return _each(node, gradient, like) * inside / node._saved_beta
+    found: Tensor = _each(node, gradient, like) * inside / node._saved_beta
+    return found
 
 
 def _of_binary_cross_entropy(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
@@ -259,6 +261,16 @@ _CRITERIA: dict[str, tuple[Kind, Callable[[Any, Tensor, Tensor], Tensor]]] = {
     "HuberLossBackward0": ("quadratic", _of_huber),
     "SmoothL1LossBackward0": ("quadratic", _of_smooth_l1),
 }
+
+
+def _total(plan: _Plan, factors: Sequence[Tensor]) -> Tensor:
+    """Return what the mean over rows divides by."""
+    means = [node for node in plan.above if node.name().startswith("NllLoss") and node._saved_reduction == 1]  # type: ignore[attr-defined]
+    if len(means) == 1:
+        total: Tensor = means[0]._saved_total_weight  # type: ignore[attr-defined]
+        return total.detach()
+    counted = [factor if plan.kind == "softmax" else factor.reshape(-1, factor.shape[-1])[:, 0] for factor in factors]
+    return torch.stack([(rows != 0).sum() for rows in counted]).sum()
 
 
 def _is_linear(node: Node, inner: Sequence[tuple[int, Node, int]]) -> bool:

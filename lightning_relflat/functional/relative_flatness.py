@@ -368,9 +368,7 @@ def flatness_through(
             curvature = hessian.diagonals().sum(dim=1) * weight.square().sum()
         else:
             curvature = hessian.trace_through(weight)
-        return _times_lengths(
-            hessian.weight * curvature, features, size, hessian.counted, normalize=normalize_features
-        )
+        return _times_lengths(hessian.weight * curvature, features, size, hessian.counted, normalize=normalize_features)
 
 
 def _times_lengths(
