@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch.nn import functional as F
 
 from tests.models import Batch
 from tests.together.cover import Case
-from tests.together.nets import BATCHES, CLIP, EPOCHS, Net, batches_of, is_due, make_optimizer
+from tests.together.nets import BATCHES, CLIP, EPOCHS, VALIDATION, Net, batches_of, is_due, make_optimizer
 
 COEFFICIENTS = {"trace": 0.05, "unit_features": 0.2, "constant_hessian": 0.2}
 START = 1  # of `late`
 WARMUP = 5
+CAP = 0.9
 TEMPERATURE = 1.7
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -43,11 +45,13 @@ def rows_of(layer: nn.Module, features: Tensor) -> tuple[Tensor, Callable[[Tenso
     return features.flatten(0, -2), lambda rows: rows.unflatten(0, features.shape[:-1])
 
 
-def norm_by_hand(norm: Any, values: Tensor) -> Tensor:
+def norm_by_hand(norm: Any, values: Tensor, *, training: bool = True) -> Tensor:
     """Return what a normalisation makes of (n, m) in elementary operations; statistics over a batch are constants."""
     if isinstance(norm, nn.Identity):
         return values
     dim = 1 if isinstance(norm, nn.LayerNorm) else 0
+    if dim == 0 and not training:
+        return (values - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
     mean = values.mean(dim, keepdim=True)
     variance = (values - mean).square().mean(dim, keepdim=True)
     if dim == 0:
@@ -55,7 +59,7 @@ def norm_by_hand(norm: Any, values: Tensor) -> Tensor:
     return (values - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
 
 
-def flatness(net: Net, batch: Batch, option: str = "none") -> Tensor:
+def flatness(net: Net, batch: Batch, option: str = "none", *, training: bool = True) -> Tensor:
     """Return κ of the layer, or what stands for it, differentiable; give it float64."""
     layer: Any = net.layer
     rows, shaped = rows_of(layer, net.body(batch[0]))
@@ -65,7 +69,7 @@ def flatness(net: Net, batch: Batch, option: str = "none") -> Tensor:
     def loss(outputs: Tensor) -> Tensor:
         outputs = shaped(outputs)
         if net.case["place"] == "hidden":
-            outputs = net.after(outputs, norm_by_hand)
+            outputs = net.after(outputs, partial(norm_by_hand, training=training))
         return net.criterion(outputs / (TEMPERATURE if option == "temperature" else 1), batch[1])
 
     if option == "unit_features":
@@ -83,7 +87,7 @@ def flatness(net: Net, batch: Batch, option: str = "none") -> Tensor:
 
 def coefficient_of(case: Case) -> float:
     """Return a λ that is felt, and with which training does not diverge."""
-    return COEFFICIENTS.get(case["option"], 0.3) * (0.1 if case["behind"] == "batch_norm" else 1)
+    return COEFFICIENTS.get(case["option"], 0.3) * (1 if case["behind"] == "tanh" else 0.1)
 
 
 class Schedule:
@@ -125,6 +129,11 @@ def double_of(net: Net) -> Net:
     return twin
 
 
+def mean_of(parts: list[tuple[float, int]]) -> float:
+    """Return the mean of values over numbers of samples."""
+    return sum(value * count for value, count in parts) / sum(count for _, count in parts)
+
+
 class Loop:
     """The loop of a case, over the shares of one or several processes, with the penalty or without it."""
 
@@ -135,12 +144,14 @@ class Loop:
         self.optimizer = make_optimizer(case, self.net)
         self.shares = [batches_of(case, rank, world) for rank in range(world)]
         self.schedule = Schedule(case)
-        self.kappas: list[float] = []
+        self.measured: list[tuple[float, int]] = []  # κ of the last epoch's batches, and their sizes
+        self._cap()
 
     def run(self) -> dict[str, Tensor]:
         """Return the parameters as they are at the end."""
         averages: list[dict[str, Tensor]] = []
         for epoch in range(1 if self.case["beside"] == "stopping" else EPOCHS):
+            self.measured = []
             if self.case["beside"] == "swa":
                 averages.append(self._present())
             for index in range(BATCHES):
@@ -172,7 +183,9 @@ class Loop:
             measured.extend(self._backward(batches[index], coefficient, divisor) for batches in self.shares)
             if due:
                 self._clip()
-            return measured[-1][0]
+            loss, kappa = measured[-1]
+            # In manual optimization the penalty is in the gradients alone.
+            return loss if self.case["optimization"] == "manual" else loss + coefficient * kappa
 
         if due and self.case["optimizer"] == "lbfgs":
             self.optimizer.step(closure)
@@ -180,6 +193,8 @@ class Loop:
             closure()
             if due:
                 self.optimizer.step()
+        if due:
+            self._cap()
         self.schedule.losses.append(sum(loss for loss, _ in measured) / len(measured))
         self.schedule.kappas.append(sum(kappa for _, kappa in measured) / len(measured))
         return due
@@ -194,6 +209,8 @@ class Loop:
         twin = double_of(net)
         inputs = [value.double() if value.is_floating_point() else value for value in batch]
         kappa = flatness(twin, inputs, option)
+        if self.case["monitor"] == "flatness":
+            self.measured.append((float(flatness(twin, inputs)), len(inputs[0])))
         named = {name: value for name, value in twin.named_parameters() if value.requires_grad}
         gradients = torch.autograd.grad(kappa, list(named.values()), allow_unused=True)
         for name, gradient in zip(named, gradients, strict=True):
@@ -201,6 +218,25 @@ class Loop:
             if coefficient and gradient is not None:
                 own.grad = (0 if own.grad is None else own.grad) + (coefficient / divisor * gradient).to(own.dtype)
         return loss.item(), kappa.item()
+
+    def _cap(self) -> None:
+        if self.case["capped"] == "nothing":
+            return
+        with torch.no_grad():
+            weight: Any = self.net.layer.weight
+            order = 2 if self.case["capped"] == "spectral" else "fro"
+            size = torch.linalg.matrix_norm(weight.double().flatten(1), order)
+            weight.copy_(weight.double() * (CAP / size).clamp(max=1))
+
+    def validated(self) -> float:
+        """Return κ over the validation data, with the weights at the end."""
+        twin = double_of(self.net)
+        parts = []
+        for rank in range(len(self.shares)):
+            for batch in batches_of(self.case, rank, len(self.shares), seed=VALIDATION):
+                inputs = [value.double() if value.is_floating_point() else value for value in batch]
+                parts.append((float(flatness(twin, inputs, training=False)), len(batch[0])))
+        return mean_of(parts)
 
     def _clip(self) -> None:
         if self.case["clipping"] == "norm":

@@ -27,6 +27,8 @@ ONE: Mapping[str, tuple[str, ...]] = {
     "loss": ("cross_entropy", "mse", "custom"),
     "optimizer": ("sgd", "adam", "lbfgs"),
     "sizes": ("even", "uneven"),
+    "monitor": ("nothing", "flatness", "report", "layers", "sharpest"),
+    "capped": ("nothing", "frobenius", "spectral"),
 }
 TWO: Mapping[str, tuple[str, ...]] = {
     **ONE,
@@ -72,16 +74,27 @@ _IMPOSSIBLE: dict[str, Callable[[Case], bool]] = {
         c["behind"] == "batch_norm" and c["precision"].startswith("bf16") and c["optimizer"] == "adam"
     ),
     "averages need whole weights": lambda c: c["strategy"].startswith("fsdp") and c["beside"] in ("average", "swa"),
+    "a cap has one tensor to scale, a spectral one a matrix": lambda c: (
+        c["capped"] != "nothing"
+        and (
+            c["layer"] in ("peft", "weight_norm", "spectral_norm") or (c["capped"], c["layer"]) == ("spectral", "conv")
+        )
+    ),
     "LBFGS needs whole weights": lambda c: c["strategy"].startswith("fsdp") and c["optimizer"] == "lbfgs",
 }
 
-# What cannot be right is refused in these words.
+# What may be refused, in these words; else it is right.
 _REFUSED: dict[str, Callable[[Case], bool]] = {
     r"cannot be differentiated twice, as compiled functions .* name it: `loss=`": lambda c: (
-        c["form"] == "exact" and c["compiled"] == "module"
+        (c["form"] == "exact" and c["compiled"] == "module")
+        or (c["monitor"] == "layers" and c["compiled"] != "nothing")
     ),
     r"Activation checkpointing lies between the layer and the loss.* Penalise a layer behind": lambda c: (
         c["checkpointed"] == "behind" and c["behind"] in ("layer_norm", "batch_norm")
+    ),
+    r"Expected argument `layer` to .* one tensor": lambda c: c["capped"] != "nothing" and c["layer"] == "lora",
+    r"closed form.* Take the last linear layer, or name the criterion: `loss=`": lambda c: (
+        c["monitor"] in ("report", "sharpest") and (c["place"] == "hidden" or c["loss"] == "custom")
     ),
 }
 

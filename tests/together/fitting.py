@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import tempfile
 import traceback
@@ -27,12 +28,12 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_relflat import FAM
+from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm, SharpestMonitor
 from tests.models import make_trainer
-from tests.together.by_hand import START, TEMPERATURE, WARMUP, Loop, coefficient_of
+from tests.together.by_hand import CAP, START, TEMPERATURE, WARMUP, Loop, coefficient_of, mean_of
 from tests.together.cases import refusals
 from tests.together.cover import Case
-from tests.together.nets import BACKEND, BATCHES, CLIP, EPOCHS, Net
+from tests.together.nets import BACKEND, BATCHES, CLIP, EPOCHS, LR, Net
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -88,12 +89,11 @@ def judge(case: Case, *, world: int = 1) -> Verdict:
     try:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
-            found = fit(case, Path(folder), started, world=world)
+            found, logged = fit(case, Path(folder), started, world=world)
     except Exception as error:
         return _of_exception(case, error, started.steps)
-    if refusals(case):
-        return Verdict("wrong", "not refused")
-    expected = Loop(case, world=world).run()
+    loop = Loop(case, world=world)
+    expected = loop.run()
     without = Loop(case, world=world, penalised=False).run()
     effect = max(float((expected[name] - without[name]).abs().max()) for name in expected)
     for name, value in expected.items():
@@ -101,7 +101,22 @@ def judge(case: Case, *, world: int = 1) -> Verdict:
         absolute, relative = TOLERANCES[case["precision"]]
         if not difference <= absolute * max(effect, 1) + relative * min(effect, 1):
             return Verdict("wrong", f"{name} is off by {difference:.3g}, where the penalty moves it by {effect:.3g}")
+    if case["precision"] == "64":
+        for name, value in _expected_to_be_logged(case, loop).items():
+            error = 6 * logged.get(name.replace("flatness/", "flatness_error/"), 0.0) * ("/layer_" in name)
+            if not abs(logged.get(name, math.nan) - value) <= 1e-7 * max(abs(value), effect, 1e-3) + error:
+                return Verdict("wrong", f"{name} is {logged.get(name)} for {value}")
     return Verdict("right", effect=effect)
+
+
+def _expected_to_be_logged(case: Case, loop: Loop) -> dict[str, float]:
+    expected = {}
+    if case["monitor"] == "flatness" and case["optimizer"] != "lbfgs":
+        expected["train/relative_flatness"] = mean_of(loop.measured)
+    if case["monitor"] in ("flatness", "report", "layers") and case["beside"] not in ("average", "swa"):
+        name = "val/layer_flatness/layer" if case["monitor"] == "layers" else "val/relative_flatness"
+        expected[name] = loop.validated()
+    return expected
 
 
 def _of_exception(case: Case, error: Exception, steps: int) -> Verdict:
@@ -115,8 +130,8 @@ def _of_exception(case: Case, error: Exception, steps: int) -> Verdict:
     return Verdict("refused", text)
 
 
-def fit(case: Case, folder: Path, started: Started, *, world: int = 1) -> dict[str, Tensor]:
-    """Return the parameters as the Trainer leaves them."""
+def fit(case: Case, folder: Path, started: Started, *, world: int = 1) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the parameters as the Trainer leaves them, and what it has logged."""
     net, trainer = Net(case), _trainer(case, folder, started, world)
     trainer.fit(_compiled(case, net))
     if case["beside"] == "resume":
@@ -127,7 +142,7 @@ def fit(case: Case, folder: Path, started: Started, *, world: int = 1) -> dict[s
     for name, value in net.state_dict(keep_vars=True).items():
         if value.requires_grad:
             found[name] = value.full_tensor().detach() if hasattr(value, "full_tensor") else value.detach()
-    return found
+    return found, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _compiled(case: Case, net: nn.Module) -> Any:
@@ -150,6 +165,7 @@ def _trainer(case: Case, folder: Path, started: Started, world: int) -> Any:
         "max_epochs": EPOCHS,
         "use_distributed_sampler": False,
         "callbacks": [*_callbacks(case, folder), started],
+        "num_sanity_val_steps": 1,
     }
     if case["precision"] == "16-mixed":
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -188,7 +204,7 @@ def _callbacks(case: Case, folder: Path) -> Sequence[Callback]:
     callbacks: list[Callback] = [FAM("layer", coefficient_of(case), **given)]
     beside: dict[str, Any] = {
         "average": lambda: WeightAveraging(),
-        "swa": lambda: StochasticWeightAveraging(0.2 if case["optimizer"] == "sgd" else 0.05, swa_epoch_start=1),
+        "swa": lambda: StochasticWeightAveraging(LR[case["optimizer"]], swa_epoch_start=1),
         "resume": lambda: ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1),
         "stopping": lambda: EarlyStopping("loss", stopping_threshold=1e9, check_on_train_epoch_end=True),
         "schedule": lambda: GradientAccumulationScheduler({0: 1, 1: 2}),
@@ -196,4 +212,14 @@ def _callbacks(case: Case, folder: Path) -> Sequence[Callback]:
     }
     if case["beside"] != "nothing":
         callbacks.append(beside[case["beside"]]())
+    monitors: dict[str, Any] = {
+        "flatness": lambda: FlatnessMonitor("layer", loss, probes=None),
+        "report": lambda: FlatnessMonitor("layer", loss, report=True, stages=["val"]),
+        "layers": lambda: LayersMonitor("*"),
+        "sharpest": lambda: SharpestMonitor(2, "layer", loss),
+    }
+    if case["monitor"] != "nothing":
+        callbacks.append(monitors[case["monitor"]]())
+    if case["capped"] != "nothing":
+        callbacks.append(MaxNorm("layer", CAP, norm=case["capped"]))  # type: ignore[arg-type]
     return callbacks

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
 from tests.models import Batch, Resumable
@@ -21,11 +22,13 @@ CLIP = {"norm": 0.1, "value": 0.03}
 SIZES = {"even": [6, 6, 6, 6], "uneven": [6, 4, 8, 5]}
 DTYPES = {"64": torch.float64, "bf16-true": torch.bfloat16}
 BACKEND = "aot_eager"
+LR = {"sgd": 0.1, "adam": 0.05, "lbfgs": 0.3}
+VALIDATION = 2  # the seed of its data
 
 
-def batches_of(case: Case, rank: int = 0, world: int = 1) -> list[Batch]:
+def batches_of(case: Case, rank: int = 0, world: int = 1, *, seed: int = 1) -> list[Batch]:
     """Return a process's share of the batches."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     dtype, batches = DTYPES.get(case["precision"], torch.float32), []
     for size in SIZES[case["sizes"]]:
         inputs = torch.randn(size * world, 10, generator=generator, dtype=torch.float64)
@@ -170,8 +173,21 @@ class Net(L.LightningModule):
                     fully_shard(part, mesh=mesh)
         fully_shard(self, mesh=mesh)
 
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1])
+
     def train_dataloader(self) -> Any:
         return Resumable(batches_of(self.case, self.trainer.global_rank, self.trainer.world_size))
+
+    def val_dataloader(self) -> Any:
+        """Return batches of a data set in a known order."""
+        if self.case["monitor"] == "nothing":
+            return []
+        batches = batches_of(self.case, self.trainer.global_rank, self.trainer.world_size, seed=VALIDATION)
+        ends = torch.tensor([len(batch[0]) for batch in batches]).cumsum(0).tolist()
+        indices = [list(range(end - len(batch[0]), end)) for end, batch in zip(ends, batches, strict=True)]
+        inputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return DataLoader(TensorDataset(inputs, target), batch_sampler=indices)
 
 
 def is_due(batch_idx: int, every: int) -> bool:
@@ -182,10 +198,12 @@ def is_due(batch_idx: int, every: int) -> bool:
 def make_optimizer(case: Case, net: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     if case["optimizer"] == "sgd":
-        return torch.optim.SGD(parameters, lr=0.2, momentum=0.5)
+        return torch.optim.SGD(parameters, lr=LR["sgd"], momentum=0.5)
     if case["optimizer"] == "adam":
-        return torch.optim.Adam(parameters, lr=0.05, eps=0.03)  # gradients of rounding errors are to count for nothing
-    return torch.optim.LBFGS(parameters, lr=0.3, max_iter=3, history_size=3)
+        return torch.optim.Adam(
+            parameters, lr=LR["adam"], eps=0.03
+        )  # gradients of rounding errors are to count for nothing
+    return torch.optim.LBFGS(parameters, lr=LR["lbfgs"], max_iter=3, history_size=3, line_search_fn="strong_wolfe")
 
 
 def _layer(kind: str, outputs: int) -> nn.Module:
