@@ -74,6 +74,9 @@ _IMPOSSIBLE: dict[str, Callable[[Case], bool]] = {
         c["behind"] == "batch_norm" and c["precision"].startswith("bf16") and c["optimizer"] == "adam"
     ),
     "averages need whole weights": lambda c: c["strategy"].startswith("fsdp") and c["beside"] in ("average", "swa"),
+    "samples have parts where the loss has a closed form": lambda c: (
+        c["monitor"] == "sharpest" and (c["place"] == "hidden" or c["loss"] == "custom" or c["compiled"] == "module")
+    ),
     "a cap has one tensor to scale, a spectral one a matrix": lambda c: (
         c["capped"] != "nothing"
         and (
@@ -93,8 +96,8 @@ _REFUSED: dict[str, Callable[[Case], bool]] = {
         c["checkpointed"] == "behind" and c["behind"] in ("layer_norm", "batch_norm")
     ),
     r"Expected argument `layer` to .* one tensor": lambda c: c["capped"] != "nothing" and c["layer"] == "lora",
-    r"closed form.* Take the last linear layer, or name the criterion: `loss=`": lambda c: (
-        c["monitor"] in ("report", "sharpest") and (c["place"] == "hidden" or c["loss"] == "custom")
+    r"name an nn.Linear where a criterion of its outputs is asked for": lambda c: (
+        c["monitor"] == "report" and c["layer"] == "conv"
     ),
 }
 

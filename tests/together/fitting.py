@@ -102,10 +102,10 @@ def judge(case: Case, *, world: int = 1) -> Verdict:
         if not difference <= absolute * max(effect, 1) + relative * min(effect, 1):
             return Verdict("wrong", f"{name} is off by {difference:.3g}, where the penalty moves it by {effect:.3g}")
     if case["precision"] == "64":
-        for name, value in _expected_to_be_logged(case, loop).items():
-            error = 6 * logged.get(name.replace("flatness/", "flatness_error/"), 0.0) * ("/layer_" in name)
-            if not abs(logged.get(name, math.nan) - value) <= 1e-7 * max(abs(value), effect, 1e-3) + error:
-                return Verdict("wrong", f"{name} is {logged.get(name)} for {value}")
+        for name, kappa in _expected_to_be_logged(case, loop).items():
+            width = 6 * logged.get(name.replace("flatness", "flatness_error"), 0.0)  # of an estimate
+            if not abs(logged.get(name, math.nan) - kappa) <= 1e-7 * max(abs(kappa), effect, 1e-3) + width:
+                return Verdict("wrong", f"{name} is {logged.get(name)} for {kappa}")
     return Verdict("right", effect=effect)
 
 
