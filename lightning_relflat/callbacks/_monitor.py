@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_relflat.callbacks._base import (
     Callback,
@@ -256,3 +258,17 @@ class Monitor(Callback):
                 self._module.log(
                     f"{labelled(f'{stage}/{label}', self.name)}{behind}", value, prog_bar=shown, batch_size=1
                 )
+
+
+def computed(metric: Metric) -> Any:
+    """Return what a metric computes, in a process without a batch, too.
+
+    Args:
+        metric: the metric.
+
+    Returns:
+        What it computes.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+        return metric.compute()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_relflat.callbacks._base import show
 from lightning_relflat.callbacks._layer_meter import LayerMeter, Measurable
+from lightning_relflat.callbacks._monitor import computed
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.metrics.flatness_report import FlatnessReport
@@ -173,7 +174,7 @@ class Reports:
             updated = key in self._updated
         if not updated:
             return {}
-        found = self.values[f"{stage}{behind}"] = self._metrics[key].compute()
+        found = self.values[f"{stage}{behind}"] = computed(self._metrics[key])
         names = [*ALWAYS, *(EIGENVALUES if "eigenvalues" in self.parts else ())]
         logged = {f"flatness/{name}": found[name] for name in names}
         if "classes" in self.parts:

@@ -64,7 +64,7 @@ class Step:
         yield [] if self.loss is None else [self.loss]
         logged = [value for name, value in self.logged if "loss" in name.lower() and value.numel() == 1]
         yield list({id(value): value for value in logged}.values())
-        yield [call.result for call in self.calls.calls if call.result.numel() == 1] if self.calls else []
+        yield [call.result for call in self.calls.calls if call.result.ndim == 0] if self.calls else []
 
 
 def the_loss(step: Step, records: Sequence[LayerRecord]) -> tuple[Tensor | None, bool]:

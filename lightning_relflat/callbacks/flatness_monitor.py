@@ -247,7 +247,9 @@ class FlatnessMonitor(Monitor):
         totals = metric.totals()
         _, weight, variance, _ = totals.tolist()
         if self._meter.missed:
-            self._say("missed", f"{self._meter.missed} batches were left out, whose loss was another than before.")
+            self._say(
+                "missed", f"batches were left out ({self._meter.missed} so far): their loss was another than before."
+            )
         if weight == 0:
             self._say(f"absent from {stage}", self._meter.absent(stage))
             return {}

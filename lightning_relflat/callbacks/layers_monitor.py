@@ -14,7 +14,7 @@ from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._sharded import staying_whole
 from lightning_relflat.callbacks._base import LightningModule, Trainer, show
-from lightning_relflat.callbacks._monitor import Monitor
+from lightning_relflat.callbacks._monitor import Monitor, computed
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.curvature import exact_parts, recognise_passes
 from lightning_relflat.functional._checks import check_count, check_flag
@@ -188,7 +188,7 @@ class LayersMonitor(Monitor):
 
     def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
         """Return κ of the layers that were seen, and their sum."""
-        flatness, errors = self._metric(stage, loader).compute()
+        flatness, errors = computed(self._metric(stage, loader))
         known = (~flatness.isnan()).tolist()
         names = [name for name, seen in zip(self._taps, known, strict=False) if seen]
         absent = [repr(name) for name, seen in zip(self._taps, known, strict=False) if not seen]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 
 from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer
 from lightning_relflat.callbacks._layer_meter import LayerMeter, Measurable
-from lightning_relflat.callbacks._monitor import Monitor
+from lightning_relflat.callbacks._monitor import Monitor, computed
 from lightning_relflat.callbacks._step import Stage, Step
 from lightning_relflat.curvature import Loss, exact_parts, recognise_passes
 from lightning_relflat.functional._checks import check_count
@@ -177,9 +176,7 @@ class SharpestMonitor(Monitor):
 
     def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
         """Find the samples of all processes."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The ``compute`` method of metric")  # a process without a batch
-            parts, indices = self._metric(stage, loader).compute().tolist()
+        parts, indices = computed(self._metric(stage, loader)).tolist()
         self.samples[f"{stage}{behind}"] = [
             SharpSample(int(index), part) for index, part in zip(indices, parts, strict=True)
         ]
