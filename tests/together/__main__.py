@@ -13,8 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from tests.together.cases import ONE, TWO, described, parsed, possible
-from tests.together.cover import Case, covering
+from tests.together.cases import ONE, TWO, cover, described, parsed
+from tests.together.cover import Case
 from tests.together.fitting import Verdict, judge, quietly
 from tests.together.processes import judge_in_processes
 
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--case", help="one case, as it is printed")
     given = parser.parse_args()
     factors = ONE if given.processes == 1 else TWO
-    cases: Iterable[Case] = covering(factors, given.ways, possible=possible, seed=given.seed)
+    cases: Iterable[Case] = cover(factors, given.ways, given.seed)
     if given.case is not None:
         cases = [parsed(given.case)]
     found: Counter[str] = Counter()

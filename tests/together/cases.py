@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from tests.together.cover import Case
+from tests.together.cover import Case, covering
 
 ONE: Mapping[str, tuple[str, ...]] = {
     "strategy": ("single",),
@@ -100,6 +100,15 @@ _REFUSED: dict[str, Callable[[Case], bool]] = {
         c["monitor"] == "report" and c["layer"] == "conv"
     ),
 }
+
+
+def cover(factors: Mapping[str, tuple[str, ...]], ways: int, seed: int) -> Iterator[Case]:
+    """Yield cases in which all levels of so many factors meet, and some that may be refused, by each level once.
+
+    What is refused says nothing of the other settings, so that it counts as no meeting.
+    """
+    yield from covering(factors, ways, possible=lambda case: possible(case) and not refusals(case), seed=seed)
+    yield from covering(factors, 1, possible=lambda case: possible(case) and bool(refusals(case)), seed=seed)
 
 
 def possible(case: Case) -> bool:

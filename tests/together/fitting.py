@@ -91,7 +91,7 @@ def judge(case: Case, *, world: int = 1) -> Verdict:
             warnings.simplefilter("ignore")
             found, logged = fit(case, Path(folder), started, world=world)
     except Exception as error:
-        return _of_exception(case, error, started.steps)
+        return of_exception(case, error, started.steps)
     loop = Loop(case, world=world)
     expected = loop.run()
     without = Loop(case, world=world, penalised=False).run()
@@ -119,10 +119,9 @@ def _expected_to_be_logged(case: Case, loop: Loop) -> dict[str, float]:
     return expected
 
 
-def _of_exception(case: Case, error: Exception, steps: int) -> Verdict:
+def of_exception(case: Case, error: Exception, steps: int) -> Verdict:
     text = f"{type(error).__name__}: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f"{frames[-1].filename}:{frames[-1].lineno}"
+    where = next((f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-1:]), "")
     if steps:
         return Verdict("wrong", f"after {steps} steps {text} ({where})")
     if not any(re.search(words, text) for words in refusals(case)):
