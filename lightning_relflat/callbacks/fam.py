@@ -26,6 +26,7 @@ from lightning_relflat.callbacks._step import Step, StepWatcher
 from lightning_relflat.callbacks.coefficients import Coefficients
 from lightning_relflat.claims import Claim
 from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
+from lightning_relflat.functional._graph import foresee
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import has_matrix
@@ -411,6 +412,8 @@ class FAM(Callback):
         elif not met:
             return  # in manual optimization another loss may
         self._rehearsal, self._rehearsed = None, 0
+        if self.criterion is None and loss.requires_grad:
+            foresee(loss, [record.outputs for record in met])
         if self.criterion is not None and met:
             target = find_target(self._evaluation and self._evaluation.batch, self.target)
             if not any(is_large(record.outputs) for record in met):
