@@ -1,0 +1,249 @@
+"""Train a project's own module with our callbacks, beside κ by its definition on the very steps that it takes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_relflat import FAM
+from lightning_relflat.callbacks._base import Callback
+from tests.oracles import norms_by_hand
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
+
+
+class Fit(Protocol):
+    """Trains a fresh module of a project as the project does, with these callbacks and settings of the Trainer."""
+
+    def __call__(self, callbacks: list[Any], **settings: Any) -> Any:
+        """Train."""
+
+
+def matrix_of(layer: Any) -> Tensor:
+    """Return a layer's W (d, m) in the graph of its parameters: W + BA with peft's LoRA, the transpose of a Conv1D."""
+    if isinstance(getattr(layer, "base_layer", None), nn.Linear):
+        whole: Tensor = layer.base_layer.weight
+        for name in layer.active_adapters:
+            whole = whole + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+        return whole
+    weight: Tensor = layer.weight
+    if type(layer).__name__ == "Conv1D":  # of transformers
+        return weight.mT
+    return weight.reshape(len(weight), -1)
+
+
+@contextmanager
+def moved_by(layer: nn.Module, step: Tensor) -> Iterator[None]:
+    """Let a layer compute with W + step, wherever the model runs it; a weight that is tied to its stays as it is."""
+
+    def compute(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> Tensor:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return outputs + layer._conv_forward(inputs, step.reshape(layer.weight.shape), None)
+        return outputs + F.linear(inputs, step)
+
+    handle = layer.register_forward_hook(compute, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def kappa_of(layer: nn.Module, compute_loss: Callable[[], Tensor], *, create_graph: bool) -> tuple[Tensor, Tensor]:
+    """Return κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr(H_{s,s'}), entry by entry of H, and the loss.
+
+    Every group of a grouped convolution is a layer of its own.
+    """
+    matrix = matrix_of(layer)
+    step = torch.zeros_like(matrix, requires_grad=True)
+    with moved_by(layer, step), torch.enable_grad():
+        loss = compute_loss()
+        [gradient] = torch.autograd.grad(loss, step, create_graph=True)
+        group = torch.arange(len(matrix)) // (len(matrix) // getattr(layer, "groups", 1))
+        gram = matrix @ matrix.mT * (group[:, None] == group)
+        kappa = loss.new_zeros(())
+        if gradient.requires_grad:
+            for s in range(len(matrix)):
+                for j in range(matrix.shape[1]):
+                    [row] = torch.autograd.grad(
+                        gradient[s, j], step, retain_graph=True, create_graph=create_graph, materialize_grads=True
+                    )
+                    kappa = kappa + (gram[s] * row[:, j]).sum()
+    return kappa, loss
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Let what is drawn within be drawn again after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@contextmanager
+def copying_what_is_computed() -> Iterator[None]:
+    """Let modules be copied that keep tensors of a step before, which PyTorch copies only where they are leaves."""
+    original = Tensor.__deepcopy__
+
+    def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        return original(tensor, memo) if tensor.is_leaf else memo.setdefault(id(tensor), tensor.detach().clone())
+
+    Tensor.__deepcopy__ = copied  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.__deepcopy__ = original  # type: ignore[method-assign]
+
+
+class Definition(Callback):
+    """Computes κ of a layer by its definition, on a copy of the module, before every step that the module takes.
+
+    Attributes:
+        kappas: κ of the training steps.
+        penalties: of the same steps, what FAM logged as its term, divided by the λ that it logged.
+        gradient_error: how far the gradient of the first step is from that of L + λκ, relative to its size.
+    """
+
+    def __init__(self, layer: str, *, gradients: bool = False) -> None:
+        super().__init__()
+        self.layer, self.gradients = layer, gradients
+        self.kappas: list[float] = []
+        self.penalties: list[float] = []
+        self.gradient_error: float | None = None
+        self._parts: tuple[dict[str, Tensor | None], dict[str, Tensor | None]] | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        create_graph = self.gradients and not self.kappas
+        with same_draws(), ExitStack() as stack:
+            with copying_what_is_computed():
+                module, batch = copy.deepcopy((pl_module, batch))
+            module.trainer = trainer
+            module.log = lambda *_, **__: None
+            arguments = [batch, batch_idx][: len(inspect.signature(type(module).training_step).parameters) - 1]
+            norms = [
+                norm
+                for norm in module.modules()
+                if isinstance(norm, NORMS) and (norm.training or not isinstance(norm, nn.modules.batchnorm._BatchNorm))
+            ]
+            stack.enter_context(norms_by_hand(*norms))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+
+            def compute_loss() -> Tensor:
+                output = type(module).training_step(module, *arguments)
+                loss: Tensor = output if isinstance(output, Tensor) else output["loss"]
+                return loss
+
+            kappa, loss = kappa_of(module.get_submodule(self.layer), compute_loss, create_graph=create_graph)
+            self.kappas.append(float(kappa))
+            if create_graph:
+                named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+                self._parts = tuple(  # type: ignore[assignment]
+                    dict(
+                        zip(
+                            named,
+                            torch.autograd.grad(value, list(named.values()), retain_graph=True, allow_unused=True)
+                            if value.requires_grad
+                            else [None] * len(named),
+                            strict=True,
+                        )
+                    )
+                    for value in (loss, kappa)
+                )
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if self._parts is None:
+            return
+        of_loss, of_kappa = self._parts
+        self._parts = None
+        coefficient = float(trainer.callback_metrics["fam/coefficient"])
+        off = size = 0.0
+        for name, parameter in pl_module.named_parameters():
+            if name in of_loss:
+                zero = torch.zeros_like(parameter)
+                one = of_kappa[name]
+                penalty = zero if one is None else coefficient * one
+                plain = of_loss[name]
+                expected = penalty if plain is None else plain + penalty
+                found = zero if parameter.grad is None else parameter.grad
+                off += float((found - expected).square().sum())
+                size += float(penalty.square().sum())
+        self.gradient_error = (off / max(size, 1e-300)) ** 0.5
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        metrics = trainer.callback_metrics
+        if "fam/penalty" in metrics:
+            self.penalties.append(float(metrics["fam/penalty"]) / float(metrics["fam/coefficient"]))
+
+
+def relative_error(found: float, expected: float) -> float:
+    return abs(found - expected) / max(abs(expected), 1e-12)
+
+
+def off_by(found: list[float], expected: list[float]) -> float:
+    """Return by how many standard errors the mean of estimates is off, each from an expected value of its own."""
+    errors = [one - other for one, other in zip(found, expected, strict=True)]
+    scale = max(map(abs, expected))
+    spread = statistics.stdev(errors) / len(errors) ** 0.5
+    return abs(statistics.mean(errors)) / max(spread, 1e-6 * scale, 1e-12)
+
+
+class Case:
+    """One project's module in one task: what is asked of it, and what is written down."""
+
+    def __init__(self, record: Callable[[str, object], None]) -> None:
+        self._record = record
+
+    def agrees(self, fit: Fit, layer: str, *, exact_steps: int = 2, steps: int = 25, gradients: bool = True) -> None:
+        """Assert that FAM penalises this layer's κ, exactly with all products and in the mean with random probes.
+
+        Args:
+            fit: trains a module, of dtype float64 with ``precision="64-true"``.
+            layer: the dotted name of the layer that FAM is to find by itself.
+            exact_steps: how many steps to take with all products.
+            steps: how many with random probes, as ``FAM()`` has them.
+            gradients: whether to compare the gradient of the first step, too.
+        """
+        self._record("layer", layer)
+        fam, oracle = FAM(probes=None), Definition(layer, gradients=gradients)
+        fit([oracle, fam], precision="64-true", max_steps=exact_steps)
+        assert fam._announced == layer
+        assert len(oracle.penalties) == len(oracle.kappas) == exact_steps
+        worst = max(map(relative_error, oracle.penalties, oracle.kappas))
+        self._record("all products", f"{exact_steps} steps, κ to {worst:.0e}")
+        assert worst < 1e-7, (oracle.penalties, oracle.kappas)
+        if gradients:
+            assert oracle.gradient_error is not None
+            self._record("gradient", f"to {oracle.gradient_error:.0e}")
+            assert oracle.gradient_error < 1e-6
+        fam, oracle = FAM(), Definition(layer)
+        fit([oracle, fam], max_steps=steps)
+        assert fam._announced == layer
+        assert len(oracle.penalties) == len(oracle.kappas) == steps
+        errors = off_by(oracle.penalties, oracle.kappas)
+        self._record("random probes", f"{steps} steps, mean {errors:.1f} standard errors off")
+        assert errors < 4, (oracle.penalties, oracle.kappas)
