@@ -196,7 +196,7 @@ class LayerHook:
             outputs = late.outputs
         for tap in taps:
             if tap.behind is not None and late is None and not torch.compiler.is_compiling():
-                outputs = tap.behind.begin(outputs)
+                outputs = tap.behind.begin(outputs, layer)
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = late is None and any(not tap.copies for tap in taps)

@@ -296,6 +296,8 @@ class LayerTap:
             if hook.layer() is not layer:
                 hook.drop(self)
         self._hooks = [hook for hook in self._hooks if hook.layer() is layer]
+        if self._own_behind is not None:
+            self._own_behind.settle(layer)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
