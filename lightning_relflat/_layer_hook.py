@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_relflat._behind import Behind
+from lightning_relflat.functional._checks import plain
 from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional._late_gradients import Beside, LateGradients
 from lightning_relflat.functional._softmax_trace import is_large
@@ -83,7 +84,7 @@ class LayerRecord:
 
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
-        features, outputs = self.features.detach().clone(), self.outputs.detach().clone()
+        features, outputs = self.features.detach().clone(), plain(self.outputs).detach().clone()
         weight = self.weight.detach() if self.late is None else self.weight.detach().clone()
         return LayerRecord(self.layer, features, outputs, weight, None, age=self.age)
 
@@ -175,7 +176,7 @@ class LayerHook:
         taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
         if not taps:
             return None
-        features = args[0] if args else next(iter(kwargs.values()))
+        features = plain(args[0] if args else next(iter(kwargs.values())))
         weight = self._weight(layer, features, outputs) if computed is None else computed
         if weight is None:
             if any(tap.name is None for tap in taps):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._called_batch import Target
-from lightning_relflat.functional._checks import full_precision
+from lightning_relflat.functional._checks import full_precision, ordinary
 from lightning_relflat.functional.criteria import criterion_loss
 from lightning_relflat.functional.output_hessian import output_hessian
 
@@ -68,14 +68,14 @@ def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criteri
         >>> check_claim(0.3 * F.cross_entropy(outputs, target), [outputs], target, cross_entropy).reason
         'its curvature there is 0.3 times that of the named loss'
     """
-    with full_precision(loss), torch.enable_grad():
+    with full_precision(loss), torch.enable_grad(), ordinary():
         try:
             gradients = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
         except RuntimeError:  # compiled with buffers that a backward pass gives away
             return Verdict(None, "its gradient cannot be taken before the backward pass")
         probes = [_signs(tensor) for tensor in outputs]
         products = _products(gradients, outputs, probes)
-    with torch.no_grad(), full_precision(loss):
+    with torch.no_grad(), full_precision(loss), ordinary():
         found, expected, sizes = [], [], []
         for tensor, probe, product in zip(outputs, probes, products or gradients, strict=True):
             hessian = output_hessian(tensor, target, loss=criterion, class_dim=-1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
+from lightning_relflat.functional._checks import ordinary
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
@@ -246,6 +247,7 @@ class LayerTap:
         behind, module = self.behind, self._module()
         with ExitStack() as stack:
             stack.enter_context(_within_fabric())
+            stack.enter_context(ordinary())
             gated = False
             if behind is not None:
                 stack.enter_context(behind.curvature())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_floating(name: str, value: object) -> None:
@@ -74,6 +75,24 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor of a subclass that only overrides functions, as MONAI's ``MetaTensor``, as an ordinary one.
+
+    What PyTorch does underneath stays: a ``DTensor`` or a compiler's tensors are what they are.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or isinstance(tensor, nn.Parameter):
+        return tensor
+    with ordinary():
+        return tensor.as_subclass(Tensor)
+
+
+def ordinary() -> AbstractContextManager[None]:
+    """Return a context in which such tensors count as ordinary ones, and what is computed of them is one."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
