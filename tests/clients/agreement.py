@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -298,3 +299,15 @@ class Case:
         errors = off_by(oracle.penalties, oracle.kappas)
         self._record("random probes", f"{steps} steps, mean {errors:.1f} standard errors off")
         assert errors < 4, (oracle.penalties, oracle.kappas)
+
+    def refused(self, fit: Fit, message: str, *, callback: FAM | None = None) -> None:
+        """Assert that training is refused before the first step, with this in the message.
+
+        Args:
+            fit: trains a module.
+            message: a pattern.
+            callback: what to refuse; ``FAM()`` if left out.
+        """
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=message) as raised:
+            fit([FAM() if callback is None else callback], max_steps=1)
+        self._record("refused", str(raised.value))

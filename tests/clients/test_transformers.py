@@ -99,7 +99,9 @@ def test_sequence_classification(case: Case, kind: str) -> None:
         config |= {"cls_token_id": 1, "sep_token_id": 2}
     config = getattr(transformers, f"{kind}Config")(**config)
     model = getattr(transformers, f"{kind}ForSequenceClassification")
-    layer = {"Bert": "classifier", "DistilBert": "classifier", "ModernBert": "classifier"}.get(kind, "classifier.out_proj")
+    layer = {"Bert": "classifier", "DistilBert": "classifier", "ModernBert": "classifier"}.get(
+        kind, "classifier.out_proj"
+    )
     data = texts(labels=draw(2 * SAMPLES, below=6) - 3)
     case.agrees(fitting(lambda: model(config), data), f"model.{layer}")
 
@@ -151,7 +153,9 @@ def next_words() -> dict[str, Tensor]:
 def test_causal_gpt2(case: Case, tied: bool) -> None:
     """causal language model, head tied to the embedding or not"""
     config = transformers.GPT2Config(**GPT2, tie_word_embeddings=tied)
-    case.agrees(fitting(lambda: transformers.GPT2LMHeadModel(config), next_words()), "model.lm_head", tolerance=IN_FLOAT32)
+    case.agrees(
+        fitting(lambda: transformers.GPT2LMHeadModel(config), next_words()), "model.lm_head", tolerance=IN_FLOAT32
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -201,7 +205,9 @@ def test_t5(case: Case, tied: bool) -> None:
     )
     data = texts(labels=draw(2 * SAMPLES, 3))
     data["labels"][1, 2:] = -100
-    case.agrees(fitting(lambda: transformers.T5ForConditionalGeneration(config), data), "model.lm_head", tolerance=IN_FLOAT32)
+    case.agrees(
+        fitting(lambda: transformers.T5ForConditionalGeneration(config), data), "model.lm_head", tolerance=IN_FLOAT32
+    )
 
 
 IMAGE = {
