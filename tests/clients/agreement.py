@@ -115,8 +115,8 @@ def statistics_fixed_behind(leaf: Tensor, module: nn.Module) -> Iterator[None]:
 def kappa_of(module: nn.Module, name: str, compute_loss: Callable[[], Tensor], *, create_graph: bool) -> Tensor:
     """Return κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr(H_{s,s'}) of a layer of a module, entry by entry of H.
 
-    Every group of a grouped convolution is a layer of its own, and the statistics of a batch are constants. Norms of
-    other kinds compute in elementary operations, because PyTorch's own derivatives of them are wrong in the third order.
+    Every group of a grouped convolution is a layer of its own, and the statistics of a batch are constants. Other
+    norms compute in elementary operations, because PyTorch's own derivatives of them are wrong in the third order.
     """
     layer = module.get_submodule(name)
     matrix = matrix_of(layer)
