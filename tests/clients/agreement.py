@@ -38,7 +38,7 @@ class Fit(Protocol):
     """Trains a fresh module of a project as the project does, with these callbacks and settings of the Trainer."""
 
     def __call__(self, callbacks: list[Any], **settings: Any) -> Any:
-        """Train."""
+        """Train; return the callbacks that were told, where they are copies."""
 
 
 def dtype_of(settings: dict[str, Any]) -> torch.dtype:
@@ -280,8 +280,8 @@ class Case:
         """
         self._record("layer", layer)
         name = layer if named else None
-        fam, oracle = FAM(name, probes=None), Definition(layer, gradients=gradients)
-        fit([oracle, fam], precision="64-true", max_steps=exact_steps)
+        callbacks: list[Any] = [Definition(layer, gradients=gradients), FAM(name, probes=None)]
+        oracle, fam = fit(callbacks, precision="64-true", max_steps=exact_steps) or callbacks
         assert fam._announced == layer
         assert len(oracle.penalties) == len(oracle.kappas) == exact_steps
         assert min(map(abs, oracle.kappas)) > 0
@@ -292,13 +292,28 @@ class Case:
             assert oracle.gradient_error is not None
             self._record("gradient", f"to {oracle.gradient_error:.0e}")
             assert oracle.gradient_error < 10 * tolerance
-        fam, oracle = FAM(name), Definition(layer)
-        fit([oracle, fam], max_steps=steps)
+        callbacks = [Definition(layer), FAM(name)]
+        oracle, fam = fit(callbacks, max_steps=steps) or callbacks
         assert fam._announced == layer
         assert len(oracle.penalties) == len(oracle.kappas) == steps
         errors = off_by(oracle.penalties, oracle.kappas)
         self._record("random probes", f"{steps} steps, mean {errors:.1f} standard errors off")
         assert errors < 4, (oracle.penalties, oracle.kappas)
+
+    def is_flat(self, fit: Fit, layer: str) -> None:
+        """Assert that κ is 0, because the loss is piecewise linear, and that FAM says so.
+
+        Args:
+            fit: trains a module, in float64 with ``precision="64-true"``.
+            layer: the dotted name of the layer that FAM is to find by itself.
+        """
+        self._record("layer", layer)
+        callbacks: list[Any] = [Definition(layer), FAM()]
+        with pytest.warns(UserWarning, match="κ = 0, because the loss is piecewise linear") as warned:
+            oracle, fam = fit(callbacks, precision="64-true", max_steps=2) or callbacks
+        assert fam._announced == layer
+        assert oracle.penalties == oracle.kappas == [0, 0]
+        self._record("flat", str(next(one.message for one in warned if "κ = 0" in str(one.message))))
 
     def refused(self, fit: Fit, message: str, *, callback: FAM | None = None) -> None:
         """Assert that training is refused before the first step, with this in the message.

@@ -12,7 +12,8 @@ from tests.clients.agreement import Case
 @pytest.fixture
 def case(record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> Case:
     """What a test asks of a module, written down for docs/compatibility.md."""
-    record_property("run", request.function.__doc__)
+    variant = getattr(request.node, "callspec", None)
+    record_property("run", request.function.__doc__ + ("" if variant is None else f": {variant.id}"))
     return Case(record_property)
 
 
