@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_relflat import FAM
 from lightning_relflat.callbacks._base import Callback
@@ -52,6 +51,9 @@ def matrix_of(layer: Any) -> Tensor:
         whole: Tensor = layer.base_layer.weight
         for name in layer.active_adapters:
             whole = whole + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+        return whole
+    if hasattr(layer, "weight_g"):  # of the older weight_norm, which sets the weight when the layer runs
+        whole = torch._weight_norm(layer.weight_v, layer.weight_g, 0)
         return whole
     weight: Tensor = layer.weight
     if type(layer).__name__ == "Conv1D":  # of transformers
@@ -91,25 +93,27 @@ def depends(value: Tensor, leaf: Tensor) -> bool:
 
 
 @contextmanager
-def statistics_fixed_behind(leaf: Tensor, module: nn.Module) -> Iterator[None]:
+def statistics_fixed_behind(leaf: Tensor) -> Iterator[None]:
     """Let batch normalisations have fixed statistics where what they normalise was computed from a leaf."""
+    original = F.batch_norm
 
-    def compute(norm: Any, args: tuple[Tensor, ...], _: Any) -> Tensor | None:
-        [x] = args
-        if not depends(x, leaf):
-            return None
+    def batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = inspect.signature(original).bind(x, *args, **kwargs)
+        given.apply_defaults()
+        if not given.arguments["training"] or not depends(x, leaf):
+            return original(x, *args, **kwargs)
+        weight, bias, eps = (given.arguments[name] for name in ("weight", "bias", "eps"))
         shape = [1, -1, *[1] * (x.ndim - 2)]
         variance, mean = torch.var_mean(x.detach(), (0, *range(2, x.ndim)), correction=0, keepdim=True)
-        values: Tensor = (x - mean) / (variance + norm.eps).sqrt()
-        return values if norm.weight is None else values * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+        values: Tensor = (x - mean) / (variance + eps).sqrt()
+        values = values if weight is None else values * weight.reshape(shape)
+        return values if bias is None else values + bias.reshape(shape)
 
-    with ExitStack() as stack:
-        for norm in module.modules():
-            if isinstance(norm, _BatchNorm) and norm.training:
-                # What inherits from it may do more, as timm's do, which activate as well.
-                assert type(norm).forward is _BatchNorm.forward
-                stack.callback(norm.register_forward_hook(compute).remove)
+    F.batch_norm = batch_norm
+    try:
         yield
+    finally:
+        F.batch_norm = original
 
 
 def kappa_of(module: nn.Module, name: str, compute_loss: Callable[[], Tensor], *, create_graph: bool) -> Tensor:
@@ -122,7 +126,7 @@ def kappa_of(module: nn.Module, name: str, compute_loss: Callable[[], Tensor], *
     matrix = matrix_of(layer)
     step = torch.zeros_like(matrix, requires_grad=True)
     norms = [norm for norm in module.modules() if type(norm).forward in {kind.forward for kind in NORMS}]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), statistics_fixed_behind(step, module):
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), statistics_fixed_behind(step):
         with norms_by_hand(*norms), moved_by(layer, step):
             loss = compute_loss()
         [gradient] = torch.autograd.grad(loss, step, create_graph=True)
