@@ -69,6 +69,16 @@ def test_fully_connected(case: Case) -> None:
     case.agrees(fitting(make, scans(classes)), "model.1.output")
 
 
+def test_named_loss(case: Case) -> None:
+    """`FullyConnectedNet`, the loss named: `FAM(loss="cross_entropy", target="label")`"""
+
+    def make() -> Lit:
+        net = torch.nn.Sequential(torch.nn.Flatten(), nets.FullyConnectedNet(64, 3, [6]))
+        return Lit(net, torch.nn.CrossEntropyLoss())
+
+    case.agrees(fitting(make, scans(classes)), "model.1.output", claim={"loss": "cross_entropy", "target": "label"})
+
+
 def test_densenet(case: Case) -> None:
     """`DenseNet`"""
 

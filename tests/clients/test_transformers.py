@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_relflat import FAM
 from tests.clients.agreement import QUIET, Case, Fit
 
 transformers: Any = pytest.importorskip("transformers")
@@ -156,6 +157,29 @@ def test_causal_gpt2(case: Case, tied: bool) -> None:
     case.agrees(
         fitting(lambda: transformers.GPT2LMHeadModel(config), next_words()), "model.lm_head", tolerance=IN_FLOAT32
     )
+
+
+def test_named_loss(case: Case) -> None:
+    """token classification, the loss named: `FAM(loss="cross_entropy", target="labels")`"""
+    config = transformers.BertConfig(**BERT, num_labels=3)
+    data = texts(labels=draw(2 * SAMPLES, LENGTH, below=6) - 3)
+    data["labels"][data["attention_mask"] == 0] = -100
+    fit = fitting(lambda: transformers.BertForTokenClassification(config), data)
+    case.agrees(fit, "model.classifier", claim={"loss": "cross_entropy", "target": "labels"})
+
+
+def test_named_loss_of_shifted_words(case: Case) -> None:
+    """causal language model, the loss named, which it is not: the model shifts its labels by one word"""
+    config = transformers.GPT2Config(**GPT2)
+    fam = FAM(loss="cross_entropy", target="labels")
+    case.refused(fitting(lambda: transformers.GPT2LMHeadModel(config), next_words()), "Leave out `loss`", callback=fam)
+
+
+def test_named_loss_of_spans(case: Case) -> None:
+    """question answering, the loss named, which it is not: there are two targets"""
+    data = texts(start_positions=draw(2 * SAMPLES, below=5) - 3, end_positions=draw(2 * SAMPLES, below=5))
+    fit = fitting(lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**BERT)), data)
+    case.refused(fit, "target", callback=FAM(loss="cross_entropy", target="start_positions"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
