@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -107,15 +107,21 @@ class _Deposit(torch.autograd.Function):
 class Behind(TorchFunctionMode):
     """Sees what is computed behind a layer, from its first pass on.
 
+    Args:
+        measures: whether curvature is only looked at. Then the loss keeps its own gradient, bit for bit, and only that
+            of curvature goes through what is written out; else both do, because a penalty's gradient needs it.
+
     Attributes:
-        switch: of its gates.
+        switch: of all gates there are: those of one mode lie in the graphs of another.
         rewrote: whether anything was written out.
         gated: whether statistics of a batch were among it.
     """
 
-    def __init__(self) -> None:
+    switch: ClassVar[Switch] = Switch()
+
+    def __init__(self, *, measures: bool = False) -> None:
         super().__init__()
-        self.switch = Switch()
+        self.measures = measures
         self.forget()
 
     def forget(self) -> None:
@@ -313,8 +319,27 @@ def _batch_norm(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict
 def _attention(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Take the one kernel of attention that can be differentiated twice."""
     mode.rewrote = True
+    if not mode.measures:
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+    found = func(*args, **kwargs)
+    if _drops(func, args, kwargs):
+        return found  # drawn a second time it would be another, and the run would draw others from then on
     with sdpa_kernel(SDPBackend.MATH):
-        return func(*args, **kwargs)
+        again = func(*args, **kwargs)
+    if isinstance(found, tuple):  # with the weights, which it may have been asked not to return
+        return (_apply(_Gate, found[0], again[0], mode.switch), *found[1:])
+    result: Tensor = _apply(_Gate, found, again, mode.switch)
+    return result
+
+
+def _drops(func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call of attention draws random numbers."""
+    if func is F.scaled_dot_product_attention:
+        given = _arguments(("query", "key", "value", "attn_mask", "dropout_p"), args, kwargs, dropout_p=0.0)
+        return bool(given["dropout_p"])
+    given = _arguments(_MULTI_HEAD, args, kwargs, training=True)
+    return bool(given["training"] and given["dropout_p"])
 
 
 def _apply(function: Any, *args: Any) -> Any:
@@ -326,6 +351,11 @@ _Function: TypeAlias = Callable[..., Any]
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _TORCH_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+# Of multi_head_attention_forward, as far as is needed.
+_MULTI_HEAD = (
+    *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
+    *("add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training"),
+)
 _FORMS: dict[_Function, Callable[[Behind, _Function, Sequence[Any], dict[str, Any]], Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -352,12 +382,15 @@ def _instead(
 ) -> Tensor:
     """Return what a function computes, with the gradient of a formula for the same."""
     mode.rewrote = True
-    with torch.no_grad():
+    with torch.set_grad_enabled(mode.measures):
         value: Tensor = func(*args, **kwargs)
     with full_precision(value):
         written_out = formula(x.to(compute_dtype(x))).to(value.dtype)
-    result: Tensor = _apply(_Instead, written_out, [value])
-    return result
+    if mode.measures:
+        result: Tensor = _apply(_Gate, value, written_out, mode.switch)
+        return result
+    replaced: Tensor = _apply(_Instead, written_out, [value])
+    return replaced
 
 
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from lightning_relflat.functional._weights import (
     layer_weight,
     may_be_linear,
 )
+
+_Function = TypeVar("_Function")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +113,7 @@ class Listener(Protocol):
     recording: bool
     copies: bool
     late: bool
+    opens: bool
     behind: Behind | None
 
     @property
@@ -137,6 +140,9 @@ class LayerHook:
         # Looked up here, because the hook itself may be traced by a compiler.
         self._copies = self._hands_copies.get(layer, True)
         self._transposed = self._seen_transposed.get(layer) if may_be_linear(layer) else False
+        # It differentiates, which is not to be traced.
+        self._adapted_weight = _untraced(adapted_weight) if is_adapted(layer) else None
+        self._record_untraced = self._record
         # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
         self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
         # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
@@ -152,6 +158,14 @@ class LayerHook:
         if hook is None:
             hook = cls._of_layer[layer] = cls(layer)
         return hook
+
+    def join(self, tap: Listener) -> None:
+        """Add a tap."""
+        self.taps.append(tap)
+        if tap.behind is not None:
+            # Curvature does not go through what is compiled. What follows the layer in a compiled function cannot be
+            # had then; what follows it outside can, if the doors are no part of that function.
+            self._record_untraced = _untraced(self._record)
 
     @classmethod
     def note(cls, record: LayerRecord) -> None:
@@ -173,10 +187,21 @@ class LayerHook:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
     ) -> Tensor | None:
         computed = self._computed.pop() if self._computed else None
-        taps = [tap for tap in self.taps if tap.recording and (tap.copies or torch.is_grad_enabled())]
+        taps = [tap for tap in self.taps if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]
         if not taps:
             return None
+        if any(tap.opens for tap in taps):
+            torch.set_grad_enabled(True)
+            if not outputs.requires_grad:
+                outputs = outputs.detach().requires_grad_()
         features = plain(args[0] if args else next(iter(kwargs.values())))
+        record = self._record if all(tap.behind is None for tap in taps) else self._record_untraced
+        return record(layer, taps, features, outputs, computed)
+
+    def _record(
+        self, layer: nn.Module, taps: list[Listener], features: Tensor, outputs: Tensor, computed: Tensor | None
+    ) -> Tensor | None:
+        """Tell taps of a pass, and return what is to be handed on in the outputs' place."""
         weight = self._weight(layer, features, outputs) if computed is None else computed
         if weight is None:
             if any(tap.name is None for tap in taps):
@@ -189,6 +214,7 @@ class LayerHook:
         large = any(tap.late for tap in taps) and is_large(outputs)
         if (
             large
+            and computed is None
             and isinstance(layer, nn.Linear)
             and weight is layer.weight
             and LateGradients.suit(features, weight, outputs)
@@ -201,7 +227,8 @@ class LayerHook:
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = late is None and any(not tap.copies for tap in taps)
-        if in_graph and self._copies and not torch.compiler.is_compiling():
+        copies = self._copies or any(tap.opens for tap in taps)
+        if in_graph and copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
         age = sum(parameter._version for parameter in layer.parameters())
         copied = weight if late else weight.clone()
@@ -219,7 +246,7 @@ class LayerHook:
                 return None
             self._transposed = self._seen_transposed[layer] = weight is not layer._parameters["weight"]
             return weight
-        weight = adapted_weight(layer) if is_adapted(layer) else layer.weight  # type: ignore[assignment]
+        weight = layer.weight if self._adapted_weight is None else self._adapted_weight(layer)  # type: ignore[assignment]
         return weight.mT if self._transposed else weight
 
     def drop(self, tap: Listener) -> None:
@@ -239,6 +266,12 @@ class LayerHook:
 
     def __reduce__(self) -> tuple[type[_Deaf], tuple[()]]:
         return _Deaf, ()
+
+
+def _untraced(function: _Function) -> _Function:
+    """Return a function that a compiler leaves to Python."""
+    found: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Note:

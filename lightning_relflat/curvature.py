@@ -1,163 +1,342 @@
-"""The curvature of the loss that is trained with, at a layer's outputs: a named criterion is a claim, checked here."""
+"""Which curvature it is: of a loss in its graph, or of a criterion or callable of a layer's outputs and a target.
+
+A loss in its graph gives the curvature in closed form where that graph is one of a known criterion, and random probes
+through whatever follows the layer elsewhere. All of it comes as sums that add up over batches and processes. Needs
+torch alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._called_batch import Target
-from lightning_relflat.functional._checks import full_precision, ordinary
-from lightning_relflat.functional.criteria import criterion_loss
-from lightning_relflat.functional.output_hessian import output_hessian
+from lightning_relflat._behind import Behind
+from lightning_relflat._layer_hook import LayerRecord
+from lightning_relflat.claims import Criterion, value_of_callable
+from lightning_relflat.functional._checks import (
+    check_count,
+    check_floating,
+    check_probes,
+    compute_dtype,
+    ordinary,
+    shape_of,
+)
+from lightning_relflat.functional._errors import independent, missing, moments
+from lightning_relflat.functional._linear_map import LayerUse, as_use
+from lightning_relflat.functional._meeting import Looker
+from lightning_relflat.functional._probes import Measure
+from lightning_relflat.functional._recognised import Recognised, recognise
+from lightning_relflat.functional._softmax_trace import is_large
+from lightning_relflat.functional._weights import has_matrix
+from lightning_relflat.functional.criteria import has_closed_form, owned_criterion
+from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
+from lightning_relflat.functional.output_hessian import OutputHessian
+from lightning_relflat.functional.relative_flatness import (
+    flatness_through,
+    relative_flatness,
+    relative_flatness_sums,
+)
 
-# Relative differences: right claims come to 1e-8 in double precision, wrong ones to 0.028 and more.
-_TOLERANCE = 0.01
-_TOLERANCE_OF_HALF_PRECISION = 0.05  # right ones 2e-3 under bf16 autocast
-# Below this share of the largest curvature that a row's weight allows, nothing can be told from rounding.
-_FLAT = 1e-4
+Loss: TypeAlias = "str | Criterion"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What came of checking a claim.
-
-    Attributes:
-        holds: whether the claim holds; ``None`` where it cannot be told: the curvature is too small to see, or the
-            loss gives neither second derivatives nor a gradient before its backward pass.
-        reason: what differs, for a message.
-    """
-
-    holds: bool | None
-    reason: str = ""
-
-
-def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criterion: nn.Module) -> Verdict:
-    r"""Compare the curvature of a loss at some outputs with that of a criterion of each of them and a target.
-
-    Along one random probe: Hu by differentiating the loss twice, beside Au with A = ∇²_z of the criterion in closed
-    form. What does not change κ passes: undeclared label smoothing, mixup, auxiliary terms, weight decay. A factor,
-    scaled outputs, class weights, masked or shifted positions, a layer further back do not. Where the loss cannot be
-    differentiated twice, its gradient is compared with the criterion's. Reads the device.
-
-    Source: the chain rule; the thresholds are from 20 claims about real models.
+def read_loss(loss: object) -> Criterion:
+    """Return what an argument ``loss`` means.
 
     Args:
-        loss: the loss that is trained with, a scalar.
-        outputs: what left the layer in each pass on which the loss depends, of shape (..., d).
-        target: what the criterion takes as its target.
-        criterion: the criterion claimed.
+        loss: the name of a criterion, a criterion of ``torch.nn``, or a callable ``loss(outputs, target)``.
 
     Returns:
-        The verdict.
+        A copy of the criterion, for those who move it to a device, or the callable.
 
     Raises:
-        TypeError: as :func:`~lightning_relflat.functional.output_hessian` does.
-        ValueError: as :func:`~lightning_relflat.functional.output_hessian` does.
-
-    Example:
-        >>> import torch
-        >>> from torch.nn import functional as F
-        >>> from lightning_relflat.curvature import check_claim
-        >>> outputs, target = torch.tensor([[1.0, 0.0], [0.5, 2.0]], requires_grad=True), torch.tensor([0, 1])
-        >>> cross_entropy = torch.nn.CrossEntropyLoss()
-        >>> check_claim(F.cross_entropy(outputs, target), [outputs], target, cross_entropy).holds
-        True
-        >>> check_claim(0.3 * F.cross_entropy(outputs, target), [outputs], target, cross_entropy).reason
-        'its curvature there is 0.3 times that of the named loss'
+        ValueError: if it is neither known nor callable, or reduces to neither a mean nor a sum.
     """
-    with full_precision(loss), torch.enable_grad(), ordinary():
-        try:
-            gradients = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
-        except RuntimeError:  # compiled with buffers that a backward pass gives away
-            return Verdict(None, "its gradient cannot be taken before the backward pass")
-        probes = [_signs(tensor) for tensor in outputs]
-        products = _products(gradients, outputs, probes)
-    with torch.no_grad(), full_precision(loss), ordinary():
-        found, expected, sizes = [], [], []
-        for tensor, probe, product in zip(outputs, probes, products or gradients, strict=True):
-            hessian = output_hessian(tensor, target, loss=criterion, class_dim=-1)
-            u = probe.reshape(-1, probe.shape[-1]).to(hessian.diagonal)
-            scale = hessian.weight[:, None]
-            if getattr(criterion, "reduction", "mean") != "sum":
-                scale = scale / hessian.total_weight
-            au = hessian.diagonal * u
-            if hessian.root is not None:
-                au = au - hessian.root * (hessian.root * u).sum(dim=1, keepdim=True)
-            found.append(product.detach().reshape(u.shape).to(u))
-            expected.append(au * scale)
-            sizes.append((scale * u).norm())
-        half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in outputs)
-        tolerance = _TOLERANCE_OF_HALF_PRECISION if half else _TOLERANCE
-        if products is None or not torch.cat(found).any():
-            return _judge_gradients(gradients, outputs, target, criterion, tolerance)
-        return _judge(torch.cat(found), torch.cat(expected), torch.stack(sizes).norm(), tolerance)
+    if callable(loss) and not isinstance(loss, type) and not has_closed_form(loss):
+        return loss
+    return owned_criterion(loss)
 
 
-def _signs(like: Tensor) -> Tensor:
-    """Return random signs, always the same, without a number from the run's own generators."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    return torch.randint(0, 2, like.shape, generator=generator, device=like.device).float() * 2 - 1
+def recognise_passes(loss: Tensor, records: Sequence[LayerRecord]) -> Recognised | None:
+    """Return the curvature of a loss at a linear layer's outputs in closed form, where its graph says what it is.
 
+    Args:
+        loss: a loss.
+        records: the passes through the layer that it depends on, in their graph.
 
-def _products(
-    gradients: Sequence[Tensor], outputs: Sequence[Tensor], probes: Sequence[Tensor]
-) -> Sequence[Tensor] | None:
-    """Return the Hessian's products, or ``None`` where the loss cannot be differentiated twice or hides it."""
-    curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
-    if not curved:
+    Returns:
+        The curvature; ``None`` where it is not recognised, for a convolution, and for 2²¹ outputs and more, whose
+        closed form would need their memory once more.
+    """
+    outputs = [record.outputs for record in records]
+    if not records or not has_matrix(records[0].layer) or any(map(is_large, outputs)):
         return None
-    try:
-        return torch.autograd.grad(
-            [gradients[k] for k in curved],
-            outputs,
-            [probes[k].to(gradients[k].dtype) for k in curved],
-            retain_graph=True,
-            materialize_grads=True,
+    return recognise(loss, outputs, [record.features for record in records])
+
+
+def exact_parts(
+    recognised: Recognised,
+    records: Sequence[LayerRecord],
+    *,
+    through_hessian: bool = True,
+    measure: Measure = "relative_flatness",
+    normalize_features: bool = False,
+) -> list[Tensor]:
+    r"""Return the part of every row in κ of a linear layer, exactly, differentiable.
+
+    .. math:: κ = \sum_p ‖φ_p‖^2 \operatorname{Tr}(W^⊤ A_p W)
+
+    with A_p the Hessian at row p of the outputs.
+
+    Args:
+        recognised: that Hessian.
+        records: the passes that it was recognised at.
+        through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
+        measure: as for :func:`~lightning_relflat.functional.relative_flatness`.
+        normalize_features: as there.
+
+    Returns:
+        For each pass the parts, of shape (rows,).
+    """
+    options: Any = {"measure": measure, "normalize_features": normalize_features}
+    parts = []
+    for record, factor in zip(records, recognised.factors, strict=True):
+        features, outputs, factor = (
+            value if through_hessian else value.detach() for value in (record.features, record.outputs, factor)
         )
-    except RuntimeError:
+        if recognised.kind == "softmax":
+            # Rows without a share count as ignored: they may hold anything, such as NaN.
+            shares = torch.where(factor != 0, 0, -100)
+            own = relative_flatness(
+                features, record.weight, outputs, shares, loss=_SOFTMAX, reduction="none", class_dim=-1, **options
+            )
+            parts.append((own * factor.to(own)).flatten())
+            continue
+        dtype = compute_dtype(features, record.weight, outputs)
+        rows = outputs.reshape(-1, outputs.shape[-1]).to(dtype)
+        diagonal = factor.reshape(rows.shape).to(dtype)
+        if recognised.kind == "sigmoid":
+            diagonal = diagonal * rows.sigmoid() * (-rows).sigmoid()
+        ones = diagonal.new_ones(len(rows))
+        hessian = OutputHessian(diagonal, None, ones, ones.sum())
+        flat = features.reshape(len(rows), -1).to(dtype)
+        parts.append(flatness_through(hessian, flat, record.weight.to(dtype), **options))
+    return parts
+
+
+_SOFTMAX = nn.CrossEntropyLoss()
+
+
+class Probes:
+    """Random probes for the κ of one layer, numbered so that a run draws the same ones again.
+
+    Args:
+        probes: how many for a batch; ``None`` takes all products that there are.
+        seed: where they start; processes draw different ones.
+
+    Attributes:
+        batches: numbers the probes.
+        before: how many batches there were since sums began.
+
+    Raises:
+        ValueError: if ``probes`` is no integer of at least 2 nor ``None``, or ``seed`` none of at least 0.
+    """
+
+    def __init__(self, probes: int | None, seed: int) -> None:
+        check_probes(probes)
+        if probes == 1:
+            raise ValueError("Expected argument `probes` to be an integer of at least 2, or None, but got 1.")
+        self.probes = probes
+        self.seed = check_count("seed", seed, at_least=0)
+        self.batches = self.before = 0
+        self.looker = Looker()
+
+    @property
+    def flat(self) -> bool:
+        """Whether the loss last measured is piecewise linear in the outputs, so that its κ is 0."""
+        return self.looker.last is not None and self.looker.last.flat
+
+    def begin(self) -> None:
+        """Begin new sums; how rows meet is looked for anew."""
+        self.before = 0
+        self.looker.look_again()
+
+    def sums(self, loss: Tensor, uses: Sequence[LayerUse], mode: object = None) -> Tensor | None:
+        """Return κ of a loss, its variance over the probes, and the squares of the variance's terms.
+
+        Args:
+            loss: the loss.
+            uses: the passes through the layer.
+            mode: as for :func:`~lightning_relflat.functional.layer_flatness.flatness_of_layers`.
+
+        Returns:
+            Three numbers, as :func:`~lightning_relflat.functional._errors.moments` has them; ``None`` if the loss does
+            not depend on the layer.
+        """
+        generator = torch.Generator(loss.device).manual_seed(own_probe_seed(self.seed, self.batches))
+
+        def draw(probes: int | None) -> Tensor | None:
+            parts = flatness_of_layers(
+                loss, [list(uses)], lookers=[self.looker], mode=mode, probes=probes, generator=generator
+            )
+            [estimates] = independent(parts, [self.looker.last if any(p is not None for p in parts[0]) else None])
+            return estimates
+
+        with torch.no_grad():
+            estimates = draw(self.probes)
+            if estimates is None:
+                return None
+            if self.probes is None:
+                return torch.stack([estimates.sum(), *estimates.new_zeros(2)])
+            more = missing(estimates, self.before)
+            if more:
+                others = draw(more)
+                estimates = estimates if others is None else torch.cat([estimates, others])
+        self.before += 1
+        return moments(estimates)
+
+
+# All sums below are float64 vectors (Σ_b t_b κ_b, Σ_b t_b, variance of the first, squares of the variance's terms),
+# where t is what a batch weighs.
+
+
+@ordinary()
+def sums_of_loss(
+    loss: Tensor,
+    records: Sequence[LayerRecord],
+    probes: Probes,
+    *,
+    behind: Behind | None = None,
+    mode: object = None,
+) -> Tensor | None:
+    """Return the sums of a batch, from its loss.
+
+    A batch weighs what a recognised mean divides by, else as much as its number of samples.
+
+    Args:
+        loss: the loss, in its graph.
+        records: the passes through the layer that it depends on, in their graph.
+        probes: for a loss that is not recognised.
+        behind: the function mode that has seen what lies between.
+        mode: as for :func:`~lightning_relflat.functional.layer_flatness.flatness_of_layers`.
+
+    Returns:
+        The sums; ``None`` if the loss does not depend on the passes.
+    """
+    probes.batches += 1
+    recognised = recognise_passes(loss, records)
+    if recognised is not None:
+        with torch.no_grad():
+            kappa = torch.stack([part.double().sum() for part in exact_parts(recognised, records)]).sum()
+        total = recognised.total.double()
+        return torch.stack([kappa * total, total, *torch.zeros_like(kappa).expand(2)])
+    features = records[0].features
+    uses = [as_use(record.layer, record.features, record.outputs, record.weight) for record in records]
+    with (behind or Behind()).curvature():
+        found = probes.sums(loss, uses, mode)
+    if found is None:
         return None
+    samples = 1 if features.ndim == 1 else len(features)
+    return weighted(found, found.new_full((), float(samples)))
 
 
-def _judge(found: Tensor, expected: Tensor, size: Tensor, tolerance: float) -> Verdict:
-    """Compare what was found with what was claimed, and say what differs."""
-    norms = torch.stack([found.norm(), expected.norm(), (found - expected).norm(), size])
-    has, claimed, difference, largest = norms.tolist()
-    if max(has, claimed) < _FLAT * largest:
-        return Verdict(None, "its curvature is too small to be told from rounding")
-    if difference <= tolerance * max(has, claimed):
-        return Verdict(True)
-    if has == 0:
-        return Verdict(False, "it is piecewise linear in them")
-    factor = float((found * expected).sum() / expected.square().sum().clamp(min=torch.finfo(found.dtype).tiny))
-    if float((found - factor * expected).norm()) <= tolerance * has:
-        return Verdict(False, f"its curvature there is {factor:.4g} times that of the named loss")
-    silent = (found.abs().amax(dim=1) == 0) & (expected.abs().amax(dim=1) > 0)
-    if bool(silent.any()):
-        count = f"{int(silent.sum())} of {len(silent)}"
-        return Verdict(False, f"{count} rows have no share in it (masked, shifted or left out)")
-    return Verdict(
-        False,
-        f"its curvature there differs by {difference / max(has, claimed):.0%} (another criterion, weights or scale of "
-        "the outputs, or another layer between them and the loss)",
-    )
+def sums_of_criterion(
+    features: Tensor, weight: Tensor, outputs: Tensor, target: Any, criterion: nn.Module, *, class_dim: int | None = -1
+) -> Tensor:
+    """Return the sums of a batch, exactly, from a criterion with a closed form.
+
+    Args:
+        features: as for :func:`~lightning_relflat.functional.relative_flatness`.
+        weight: as there.
+        outputs: as there.
+        target: as there.
+        criterion: the criterion.
+        class_dim: as there.
+
+    Returns:
+        The sums. A batch weighs what the criterion's mean divides by.
+    """
+    with torch.no_grad():
+        value, total = relative_flatness_sums(features, weight, outputs, target, loss=criterion, class_dim=class_dim)
+    value, total = value.double(), total.double()
+    return torch.stack([value, total, *torch.zeros_like(value).expand(2)])
 
 
-def _judge_gradients(
-    gradients: Sequence[Tensor], outputs: Sequence[Tensor], target: Target, criterion: nn.Module, tolerance: float
-) -> Verdict:
-    """Compare the loss's gradient at the outputs with the criterion's own."""
-    copies = [tensor.detach().clone().requires_grad_() for tensor in outputs]
-    with torch.enable_grad():
-        own = torch.stack([criterion_loss(criterion, copy, target)[0] for copy in copies]).sum()
-        claimed = torch.autograd.grad(own, copies)
-    found = torch.cat([gradient.detach().flatten().float() for gradient in gradients])
-    expected = torch.cat([gradient.flatten().float() for gradient in claimed])
-    difference, size = torch.stack([(found - expected).norm(), torch.maximum(found.norm(), expected.norm())]).tolist()
-    if size == 0:
-        return Verdict(None, "its gradient is 0")
-    if difference <= tolerance * size:
-        return Verdict(True)
-    return Verdict(False, f"its gradient there differs by {difference / size:.0%}, and it has no second derivatives")
+def sums_of_callable(
+    features: Tensor, weight: Tensor, outputs: Tensor, target: Any, loss: Criterion, probes: Probes
+) -> Tensor:
+    """Return the sums of a batch, by random probes, from a callable of outputs and target.
+
+    Args:
+        features: what entered the layer, of shape (..., m).
+        weight: its weight, of shape (d, m).
+        outputs: what left it, of shape (..., d).
+        target: the callable's second argument.
+        loss: the callable, as for :func:`~lightning_relflat.claims.value_of_callable`.
+        probes: the probes.
+
+    Returns:
+        The sums. A batch weighs as much as it has rows.
+
+    Raises:
+        TypeError: if features, weight or outputs are no floating point numbers.
+        ValueError: if shapes do not fit.
+    """
+    for name, value in (("features", features), ("weight", weight), ("outputs", outputs)):
+        check_floating(name, value)
+    if outputs.shape != (*features.shape[:-1], len(weight)) or features.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            "Expected arguments `features`, `weight` and `outputs` to be of shapes (..., m), (d, m) and (..., d), "
+            f"but got {shape_of(features)}, {shape_of(weight)} and {shape_of(outputs)}."
+        )
+    # Lightning validates under inference mode, whose tensors no graph may hold: leave it, and copy.
+    with torch.inference_mode(False), torch.enable_grad():
+        features, weight, target = copied(features), copied(weight), copied(target)
+        with Behind() as behind:
+            outputs = behind.begin(copied(outputs).requires_grad_())
+            value, _ = value_of_callable(loss, outputs, target)
+        with behind.curvature():
+            found = probes.sums(value, [as_use(None, features, outputs, weight)])
+        if found is None:
+            raise ValueError("Expected argument `loss` to depend on the outputs, but got one that does not.")
+    probes.batches += 1
+    samples = found.new_full((), float(features.shape[:-1].numel()))
+    if getattr(loss, "reduction", "mean") == "sum":
+        return torch.stack([found[0], samples, *found[1:]])
+    return weighted(found, samples)
+
+
+def weighted(found: Tensor, weight: Tensor) -> Tensor:
+    """Return the sums of a batch from its κ and its weight.
+
+    Args:
+        found: κ, its variance and the squares of the variance's terms.
+        weight: the weight.
+
+    Returns:
+        The sums.
+    """
+    kappa, variance, square = found.double()
+    weight = weight.to(kappa)
+    return torch.stack([kappa * weight, weight, variance * weight**2, square * weight**4])
+
+
+def copied(value: Any) -> Any:
+    """Copy the tensors in something, so that they are ordinary ones.
+
+    Args:
+        value: a tensor, or containers of tensors and other things.
+
+    Returns:
+        The same, with copies that are in no graph.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple | list):
+        return type(value)(*map(copied, value)) if hasattr(value, "_fields") else type(value)(map(copied, value))
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return value

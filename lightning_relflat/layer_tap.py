@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
+from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
+from lightning_relflat._sharded import staying_whole
+from lightning_relflat.curvature import exact_parts, recognise_passes
 from lightning_relflat.functional._checks import ordinary
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
@@ -55,10 +58,15 @@ class LayerTap:
             layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
             attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
             in ``start`` and left in ``stop``. It is left out from the second time on if it has found nothing to do.
+        measures: whether κ is only looked at and not trained with. Then what is written out leaves the loss and its
+            gradients as they are, bit for bit.
         behind: such a mode, to be shared by several taps, which somebody else enters.
 
     Attributes:
         recording: whether the tap listens. Set it to pause.
+        opens: whether the graph begins at the layer, where gradients are switched on; for a step without any.
+        calls: what is told of the outputs that a step goes on with, to follow them to a criterion.
+        exact: whether the κ last taken is exact, because its loss was recognised.
 
     Raises:
         ValueError: if there is no such layer in the model. The message lists those that there are.
@@ -83,17 +91,22 @@ class LayerTap:
         copies: bool = False,
         late: bool = False,
         through_loss: bool = True,
+        measures: bool = False,
         behind: Behind | None = None,
     ) -> None:
         self._module = weakref.ref(module)
         self._candidates = _find_layers(module, layer)
         self.copies = copies
         self.late = late
+        self.opens = False
+        self.calls: CriterionCalls | None = None
         self.recording = False
-        self._own_behind = Behind() if behind is None and through_loss and not copies else None
+        self.exact = False
+        self._own_behind = Behind(measures=measures) if behind is None and through_loss and not copies else None
         self.behind = behind or self._own_behind
         self._mode = ExitStack()
         self._records: list[LayerRecord] = []
+        self._originals: list[Tensor] = []  # what the step went on with, while calls are followed
         self._hooks: list[LayerHook] = []
         self._looker = Looker()
         self.look_again()
@@ -123,18 +136,18 @@ class LayerTap:
         self.stop()
         self._hooks = [LayerHook.of(candidate) for candidate in self._candidates.values()]
         for hook in self._hooks:
-            hook.taps.append(self)
+            hook.join(self)
 
     def start(self) -> None:
         """Put the hooks on, forget what was recorded and begin to record."""
         self.attach()
         self.recording = True
-        if self._own_behind is not None and self._looking:
+        if self._own_behind is not None and self._looking and not self.copies:
             self._mode.enter_context(self._own_behind)
 
     def stop(self) -> None:
         """Stop recording, forget what was recorded and take the hooks away."""
-        self._records = []
+        self._records, self._originals = [], []
         self.recording = False
         for hook in self._hooks:
             hook.drop(self)
@@ -148,6 +161,7 @@ class LayerTap:
         for layer in self._candidates.values():
             LayerHook.forget(layer)
         self._looking = True  # whether it is not yet known if there is anything to write out
+        self._recognises = True  # whether it is not yet known that the loss is not recognised
         self._looker.look_again()
 
     def take(self, loss: Tensor | None = None) -> list[LayerRecord]:
@@ -180,6 +194,38 @@ class LayerTap:
             if record.handed is not None:
                 LayerHook.note(record)
         return records
+
+    def peek(self) -> list[LayerRecord]:
+        """Return what was recorded since the last time, in order, without forgetting it."""
+        return list(self._records)
+
+    def went_on_with(self, outputs: Tensor) -> bool:
+        """Return whether some outputs left this layer, while calls are followed.
+
+        Args:
+            outputs: what a step went on with.
+
+        Returns:
+            Whether they did.
+        """
+        return any(tensor is outputs for tensor in self._originals)
+
+    def take_one(self, outputs: Tensor) -> LayerRecord | None:
+        """Hand out the pass of some outputs, and forget all; a layer that was left open is settled by it.
+
+        Args:
+            outputs: what the step went on with.
+
+        Returns:
+            The record; ``None`` if they left another layer, and nothing is forgotten.
+        """
+        number = next((k for k, tensor in enumerate(self._originals) if tensor is outputs), None)
+        if number is None:
+            return None
+        record, self._records, self._originals = self._records[number], [], []
+        if len(self._candidates) > 1:
+            self._settle(record.layer)
+        return record
 
     def relative_flatness(
         self,
@@ -226,6 +272,8 @@ class LayerTap:
     ) -> Tensor | None:
         """Return κ of the layer in a loss, over all those of some passes on which the loss depends.
 
+        It is exact, without probes, where the loss is recognised as that of a criterion with a closed form.
+
         Args:
             loss: the scalar loss.
             records: the records, not copies, of the present step.
@@ -248,6 +296,20 @@ class LayerTap:
         with ExitStack() as stack:
             stack.enter_context(_within_fabric())
             stack.enter_context(ordinary())
+            stack.enter_context(staying_whole(module))
+            mine = [record for record in records if record.is_in(loss)]
+            recognised = recognise_passes(loss, mine) if self._recognises else None
+            self.exact = recognised is not None
+            if recognised is not None:
+                exact = exact_parts(
+                    recognised,
+                    mine,
+                    through_hessian=through_hessian,
+                    measure=measure,
+                    normalize_features=normalize_features,
+                )
+                return torch.stack([part.sum() for part in exact]).sum()
+            self._recognises = False
             gated = False
             if behind is not None:
                 stack.enter_context(behind.curvature())
@@ -290,6 +352,9 @@ class LayerTap:
         Args:
             record: the record.
         """
+        if self.calls is not None:
+            self._originals.append(record.outputs if record.handed is None else record.handed)
+            self.calls.track(self._originals[-1])
         self._records.append(record.copied() if self.copies else record)
 
     def _settle(self, layer: nn.Module) -> None:

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 # Small tensors: several threads each, in several processes, only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Both, and before ours, whose callbacks then belong to both.
+import lightning  # noqa: F401
 import pytest
+import pytorch_lightning  # noqa: F401
 import torch
 
 from lightning_relflat._layer_hook import LayerHook

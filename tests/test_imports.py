@@ -57,49 +57,87 @@ def test_importing_the_callbacks_leaves_the_logger_to_the_users_package(first: s
 
 
 @pytest.mark.parametrize(
-    "lines",
+    ("first", "packages"),
     [
-        "import pytorch_lightning as pl\nfrom lightning_relflat import FAM\nfam = FAM()",
-        "from lightning_relflat import FAM\nimport pytorch_lightning as pl\nfam = FAM()",
-        "from lightning_relflat import FAM\nfam = FAM()\nimport pytorch_lightning as pl",
-        "from lightning_relflat import FAM\nfrom pytorch_lightning.callbacks import Timer\nfam = FAM()\n"
-        "import pytorch_lightning as pl",
-        "import lightning, pytorch_lightning as pl\nfrom lightning_relflat import FAM\nfam = FAM()",
-        "import pickle\nfrom lightning_relflat import FAM\nkept = pickle.dumps(FAM())\n"
-        "import pytorch_lightning as pl\nfam = pickle.loads(kept)",
+        ("", ["lightning.pytorch"]),
+        ("import lightning", ["lightning.pytorch"]),
+        ("from lightning.fabric import Fabric", ["lightning.pytorch"]),
+        ("import pytorch_lightning", ["pytorch_lightning"]),
+        ("from pytorch_lightning.callbacks import Timer", ["pytorch_lightning"]),
+        ("import lightning, pytorch_lightning", ["lightning.pytorch", "pytorch_lightning"]),
+        ("import pytorch_lightning, lightning", ["lightning.pytorch", "pytorch_lightning"]),
     ],
 )
-def test_a_callback_belongs_to_both_packages_in_whatever_order_they_come(lines: str) -> None:
+def test_a_callback_belongs_to_the_packages_that_were_imported_before(first: str, packages: list[str]) -> None:
+    """And no package is imported that is not needed: each takes longer than everything of ours."""
     found = run(
         f"""
-{lines}
-import lightning.pytorch
+import copy, pickle, sys
+{first}
+from lightning_relflat import FAM
 class Own(FAM): pass
-for package in (pl, lightning.pytorch):
-    assert isinstance(fam, package.Callback) and issubclass(Own, package.Callback)
-    assert fam in package.Trainer(logger=False, callbacks=fam).callbacks  # one alone is looked at by its class
+for package in ("lightning.pytorch", "pytorch_lightning"):
+    assert (package in sys.modules) == (package in {packages}), package
+for name in {packages}:
+    package = sys.modules[name]
+    for fam in (FAM(), Own(), copy.deepcopy(FAM()), pickle.loads(pickle.dumps(FAM()))):
+        assert isinstance(fam, package.Callback)
+        assert fam in package.Trainer(logger=False, callbacks=fam).callbacks  # one alone is looked at by its class
+        assert fam in package.Trainer(logger=False, callbacks=[fam]).callbacks
 """
     )
     assert found.returncode == 0, found.stderr
 
 
-def test_the_callbacks_do_not_import_the_other_package() -> None:
-    """It takes longer than everything of ours."""
-    found = run("import lightning_relflat.callbacks, sys\nassert 'pytorch_lightning' not in sys.modules")
-    assert found.returncode == 0, found.stderr
-    assert run("import pytorch_lightning, sys\nassert 'pytorch_lightning' not in sys.modules").returncode == 1
+ORDERS = [("lightning.pytorch", "pytorch_lightning"), ("pytorch_lightning", "lightning.pytorch")]
+WRONG_ORDER = """
+import {first} as first
+from lightning_relflat import FAM
+import {other} as other, sys
+fam = FAM("head", name="x")
+"""
 
 
-def test_a_subclass_made_before_belongs_to_both_packages_too() -> None:
+@pytest.mark.parametrize(("first", "other"), ORDERS)
+def test_a_trainer_of_a_package_imported_later_takes_a_list_and_refuses_one_alone(first: str, other: str) -> None:
+    code = WRONG_ORDER.format(first=first, other=other)
+    alone = run(code + "other.Trainer(logger=False, callbacks=fam)")
+    assert "TypeError: Expected argument `callbacks` to be a list, but got FAM(layer='head', name='x')" in alone.stderr
+    assert f"which is a callback of {first}. Put it in a list, or import the Trainer's package before" in alone.stderr
     found = run(
-        """
-import copy, lightning.pytorch as L
-from lightning_relflat import FlatnessMonitor
-class Own(FlatnessMonitor, L.callbacks.Timer):
-    pass
-own = Own()
-import pytorch_lightning as pl
-assert isinstance(own, pl.Callback) and isinstance(copy.deepcopy(own), pl.Callback)
+        code
+        + f"""
+import torch
+class Net(other.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3, 2)
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.head(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+data = torch.utils.data.TensorDataset(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+trainer = other.Trainer(
+    logger=False, callbacks=[fam], max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False,
+)
+trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=2))
+assert "{first}" not in type(trainer).__module__ and trainer.callback_metrics["fam/x/penalty"] > 0
+"""
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_where_only_the_old_package_is_installed_callbacks_are_its_own() -> None:
+    only = BLOCKER.replace(str(BLOCKED), str(("lightning",)))
+    absent = "import importlib.util\nimportlib.util.find_spec = lambda name, find=importlib.util.find_spec: "
+    found = run(
+        only
+        + absent
+        + """None if name == "lightning" else find(name)
+from lightning_relflat import FAM
+import pytorch_lightning
+assert isinstance(FAM(), pytorch_lightning.Callback)
 """
     )
     assert found.returncode == 0, found.stderr

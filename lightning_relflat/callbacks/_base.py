@@ -1,55 +1,186 @@
-"""What both callbacks share: their base class, their arguments, and how they look into a batch."""
+"""What all callbacks share: their base class, their arguments and names, and how they look into a batch."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from lightning_utilities.core import rank_zero
-from torch import Tensor
-
-# The package imported last decides under which name both log; leave that to the one that the user has imported.
-_log = rank_zero.log if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules else None
-
-import lightning.pytorch  # noqa: E402
-
-if _log is not None:
-    rank_zero.log = _log
+from torch import Tensor, nn
 
 Trainer: TypeAlias = "lightning.pytorch.Trainer | pytorch_lightning.Trainer"
 LightningModule: TypeAlias = "lightning.pytorch.LightningModule | pytorch_lightning.LightningModule"
+Target: TypeAlias = int | str | tuple[int | str, ...] | Callable[[Any], Any] | None
 
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 if TYPE_CHECKING:
+    import lightning.pytorch
     import pytorch_lightning
 
-    class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
-        """A callback for either Trainer."""
+    class _Base(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+        pass
 
 else:
 
-    class Callback(lightning.pytorch.Callback):
-        """A callback for either Trainer: of `pytorch_lightning` too, as soon as that is imported."""
+    def _packages() -> list[str]:
+        """Return the packages whose callbacks ours are: those that are imported already, or else the one there is."""
+        # Most programs import one of the two, and the other would cost each of them seconds.
+        imported = [package for package in _PACKAGES if package in sys.modules]
+        return imported or [_PACKAGES[importlib.util.find_spec("lightning") is None]]
+
+    class _Base(*(importlib.import_module(f"{package}.callbacks").Callback for package in _packages())):
+        pass
 
 
-class _Join:
-    """Finds no module, but sees that modules are imported: those that follow the other package's own callback.
+class Callback(_Base):
+    """A callback for the Trainer of `lightning.pytorch`, of `pytorch_lightning`, or of both.
 
-    Each Trainer looks for a callback of its own package. Most programs import one of the two, and the other would cost
-    each of them a fifth of a second and more.
+    It belongs to those of the two packages that are imported before this one. Any Trainer takes a list of callbacks,
+    whatever they belong to.
     """
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Make all of these callbacks, and what inherits from them, callbacks of `pytorch_lightning`."""
-        other = getattr(sys.modules.get("pytorch_lightning.callbacks.callback"), "Callback", None)
-        if other is not None and other not in Callback.__bases__:
-            Callback.__bases__ = (lightning.pytorch.Callback, other)
+    name: str | None = None
+
+    def __repr__(self) -> str:
+        return show_call(self)
+
+    def __iter__(self) -> NoReturn:
+        # A Trainer takes what is no callback of its own package for a list of them.
+        packages = [base.__module__.partition(".callbacks")[0] for base in _Base.__bases__]
+        raise TypeError(
+            f"Expected argument `callbacks` to be a list, but got {self!r}, which is a callback of "
+            f"{' and '.join(packages)}. Put it in a list, or import the Trainer's package before `lightning_relflat`."
+        )
+
+    @property
+    def state_key(self) -> str:
+        """Two of these callbacks can live side by side if their names differ."""
+        return f"{type(self).__name__}[name={self.name!r}]"
 
 
-_join = _Join()
-_join.find_spec("")  # it may have been imported before
-sys.meta_path.insert(0, _join)
+def show_call(thing: object) -> str:
+    """Return the call that makes an object, with the arguments that are not their defaults.
+
+    Args:
+        thing: an object that keeps its arguments as attributes of the same names.
+
+    Returns:
+        For example ``FAM(layer='head')``; of tensors only their sizes.
+    """
+    parameters: dict[str, inspect.Parameter] = {}
+    for kind in type(thing).__mro__:
+        if "__init__" not in vars(kind):
+            continue
+        own = list(inspect.signature(vars(kind)["__init__"]).parameters.values())[1:]
+        for parameter in own:
+            parameters.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+            break  # where there is one, the base class says what it may be
+    shown = []
+    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].kind):
+        value = getattr(thing, name, parameter.default)
+        if value is not parameter.default and (isinstance(value, Tensor) or value != parameter.default):
+            shown.append(f"{name}={show(value)}")
+    return f"{type(thing).__name__}({', '.join(shown)})"
+
+
+def show(value: object) -> str:
+    """Return a value as messages print it, without a tensor's numbers.
+
+    Args:
+        value: the value.
+
+    Returns:
+        In a few words what it is.
+    """
+    if isinstance(value, Tensor):
+        return f"<{'×'.join(map(str, value.shape)) or 1} numbers>"
+    if isinstance(value, nn.Module):
+        return show_call(value)
+    if inspect.isroutine(value):
+        return f"<function {value.__qualname__}>"
+    if isinstance(value, list | tuple):
+        items = ", ".join(map(show, value))
+        return f"[{items}]" if isinstance(value, list) else f"({items}{',' * (len(value) == 1)})"
+    return repr(value)
+
+
+def check_layer(layer: object) -> str | None:
+    """Return the name of a layer.
+
+    Args:
+        layer: the argument ``layer`` of a callback.
+
+    Returns:
+        The name, or ``None``.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if layer is not None and not isinstance(layer, str):
+        raise ValueError(f"Expected argument `layer` to be the dotted name of a layer, or None, but got {show(layer)}.")
+    return layer
+
+
+def check_name(name: object) -> str | None:
+    """Return the name of a callback.
+
+    Args:
+        name: the argument ``name`` of a callback.
+
+    Returns:
+        The name, or ``None``.
+
+    Raises:
+        ValueError: if it is something else, or would leave a group of the logged names empty.
+    """
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name or name.strip("/") != name:
+        raise ValueError(
+            "Expected argument `name` to be a part of the names of logged values, without a slash at its ends, or "
+            f"None, but got {show(name)}."
+        )
+    return name
+
+
+def labelled(label: str, name: str | None) -> str:
+    """Return the name of a logged value, with the name of its callback behind the first part.
+
+    Args:
+        label: the value's name, such as ``fam/penalty``.
+        name: the callback's name, or ``None``.
+
+    Returns:
+        The name, such as ``fam/hidden/penalty`` for a callback of the name ``hidden``.
+    """
+    group, _, rest = label.partition("/")
+    return label if name is None else f"{group}/{name}/{rest}"
+
+
+def refuse_collisions(trainer: Trainer, callback: Callback) -> None:
+    """Raise if another callback would log under the same names.
+
+    Args:
+        trainer: the Trainer.
+        callback: one of its callbacks.
+
+    Raises:
+        ValueError: if another one of the same class of ours has the same name.
+    """
+    ours = __name__.partition(".")[0]
+    kind = next(cls for cls in type(callback).__mro__ if cls.__module__.partition(".")[0] == ours)
+    others: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
+    count = sum(isinstance(other, kind) and getattr(other, "name", None) == callback.name for other in others)
+    if count > 1:
+        raise ValueError(
+            f"Expected argument `name` to tell several {kind.__name__} callbacks apart, because they log under the "
+            f"same names, but got {callback.name!r} in {'two' if count == 2 else count} of them."
+        )
 
 
 def name_suffix(trainer: Trainer, kind: type[Callback], layer: str | None) -> str:
@@ -67,79 +198,88 @@ def name_suffix(trainer: Trainer, kind: type[Callback], layer: str | None) -> st
     return f"/{layer}" if sum(isinstance(callback, kind) for callback in callbacks) > 1 else ""
 
 
-def check_layer(layer: object) -> str | None:
-    """Return the name of a layer.
-
-    Args:
-        layer: the argument ``layer`` of a callback.
-
-    Returns:
-        The name, or ``None``.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    if layer is not None and not isinstance(layer, str):
-        raise ValueError(f"Expected argument `layer` to be the dotted name of a layer, or None, but got {layer!r}.")
-    return layer
-
-
-def check_key(target: object) -> int | str | None:
-    """Return a key or index of a batch.
+def check_key(target: object) -> Target:
+    """Return what finds the target in a batch.
 
     Args:
         target: the argument ``target`` of a callback.
 
     Returns:
-        The key, or ``None``.
+        The index, key or callable, a path as a tuple, or ``None``.
 
     Raises:
         ValueError: if it is something else.
     """
-    if isinstance(target, bool) or not isinstance(target, int | str | None):
-        raise ValueError(f"Expected argument `target` to be an index or key of the batch, or None, but got {target!r}.")
-    return target
+    if target is None or _is_step(target) or callable(target):
+        return target  # type: ignore[return-value]  # mypy does not see what `_is_step` says
+    if isinstance(target, Sequence) and target and all(map(_is_step, target)):
+        return tuple(target)
+    raise ValueError(
+        "Expected argument `target` to be an index or key of the batch, a path of them, a callable on the batch, or "
+        f"None, but got {show(target)}."
+    )
 
 
-def find_target(batch: Any, key: int | str | None) -> Any:
+def _is_step(key: object) -> bool:
+    return isinstance(key, int | str) and not isinstance(key, bool)
+
+
+def find_target(batch: Any, key: Target) -> Any:
     """Return the target in a batch.
 
     Args:
         batch: what the data loader yields, on the device.
-        key: an index for a sequence, a key for a mapping, an attribute's name for another object, or ``None``.
+        key: an index for a sequence, a key for a mapping, an attribute's name for another object; a tuple of these,
+            each looked up in what the one before has led to; a callable on the batch; or ``None``.
 
     Returns:
         The target, a list turned into a tuple; ``None`` for ``key=None``.
 
     Raises:
-        ValueError: if it is not there.
+        ValueError: if it is not there, or if the callable raises.
     """
     if key is None:
         return None
-    try:
-        target: Any
-        if isinstance(batch, Mapping) or (isinstance(key, int) and isinstance(batch, Sequence)):
-            target = batch[key]  # type: ignore[index]
-        elif isinstance(key, str):
-            target = getattr(batch, key)
-        else:
-            raise _no_target(batch, key)
-    except (AttributeError, IndexError, KeyError) as error:
-        raise _no_target(batch, key) from error
+    target = batch
+    if callable(key):
+        try:
+            target = key(batch)
+        except Exception as error:
+            raise ValueError(
+                f"Expected argument `target` to find the target in the batch, which is {_kind(batch)}, but "
+                f"{show(key)} raised {type(error).__name__}: {error}"
+            ) from error
+    else:
+        path, depth = key if isinstance(key, tuple) else (key,), 0
+        try:
+            for depth, step in enumerate(path):  # noqa: B007  # the message says how deep
+                target = _look_up(target, step)
+        except (AttributeError, IndexError, KeyError) as error:
+            place = f"what {show(path[:depth])} leads to in the batch, which is" if depth else "the batch, which is"
+            raise ValueError(
+                f"Expected argument `target` to be an index or key of {place} {_kind(target)}, but got {key!r}. "
+                "Where the loss needs no target for its curvature, pass target=None."
+            ) from error
     return tuple(target) if isinstance(target, list) else target
 
 
-def _no_target(batch: Any, key: int | str) -> ValueError:
+def _look_up(place: Any, key: int | str) -> Any:
+    if isinstance(place, Tensor):
+        raise KeyError(key)  # its samples and methods are no targets
+    if isinstance(place, Mapping) or (isinstance(key, int) and isinstance(place, Sequence)):
+        return place[key]  # type: ignore[index]
+    if isinstance(key, int) or callable(found := getattr(place, key)):
+        raise KeyError(key)
+    return found
+
+
+def _kind(batch: Any) -> str:
+    """Return what something in a batch is, without its numbers."""
     kind = type(batch).__name__
     if isinstance(batch, Mapping):
-        found = f"a {kind} with keys {', '.join(map(repr, batch))}"
-    elif isinstance(batch, Tensor):
-        found = f"a single tensor of shape {tuple(batch.shape)}"
-    elif isinstance(batch, Sequence):
-        found = f"a {kind} of {len(batch)}"
-    else:
-        found = f"a {kind}"
-    return ValueError(
-        f"Expected argument `target` to be an index or key of the batch, which is {found}, but got {key!r}. "
-        "Where the loss needs no target for its curvature, pass target=None."
-    )
+        return f"a {kind} with keys {', '.join(map(repr, batch))}"
+    if isinstance(batch, Tensor):
+        return f"a single tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, Sequence):
+        return f"a {kind} of {len(batch)}"
+    return f"a {kind}"

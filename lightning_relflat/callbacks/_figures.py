@@ -26,7 +26,7 @@ def check_matplotlib() -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
-            "Argument `figures` needs matplotlib. Install it with `pip install lightning-relflat[figures]`."
+            "FlatnessFigures needs matplotlib. Install it with `pip install lightning-relflat[figures]`."
         )
 
 
@@ -181,48 +181,9 @@ class Gallery:
         if folders and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"{'A logger takes no pictures' if trainer.loggers else 'There is no logger'}: the flatness monitor's "
+                f"{'A logger takes no pictures' if trainer.loggers else 'There is no logger'}: FlatnessFigures' "
                 f"pictures are written to {' and '.join(str(Path(folder) / 'figures') for folder in folders)}."
             )
-
-
-class GapCurve:
-    """κ against the generalisation gap, a point for every epoch with a validation.
-
-    Args:
-        gap: the names of two logged metrics; the gap is the second minus the first.
-        gallery: who shows the picture.
-    """
-
-    def __init__(self, gap: tuple[str, str], gallery: Gallery) -> None:
-        self.gap = gap
-        self.points: list[tuple[float, float]] = []
-        self._gallery = gallery
-
-    def add(self, trainer: Trainer, suffix: str) -> None:
-        """Add a point and draw.
-
-        Args:
-            trainer: the Trainer, when all values of the epoch are logged.
-            suffix: what comes behind the name of κ.
-
-        Raises:
-            ValueError: if the metrics are not among the logged ones.
-        """
-        logged = trainer.callback_metrics
-        kappa = f"val/relative_flatness{suffix}"
-        wanted = [*self.gap, kappa if kappa in logged else f"{kappa}/dataloader_idx_0"]
-        if not set(wanted) <= set(logged):
-            raise ValueError(
-                f"Expected argument `gap` to name two logged metrics, of {', '.join(sorted(map(repr, logged)))}, but "
-                f"got {self.gap!r}."
-            )
-        train, val, value = (float(logged[name]) for name in wanted)
-        self.points.append((val - train, value))
-        if trainer.is_global_zero:
-            gaps, values = zip(*self.points, strict=True)
-            figure = curve_of_gaps(gaps, values, f"{self.gap[1]} − {self.gap[0]}", kappa)
-            self._gallery.show(trainer, f"val/flatness_and_gap{suffix}", figure)
 
 
 def _taker(logger: Any, name: str, figure: Figure, step: int) -> Callable[[], object] | None:

@@ -8,16 +8,23 @@ strategy or read by a line search. A penalty that joins it there is respected by
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_relflat._calls import CriterionCalls
 from lightning_relflat.callbacks._base import LightningModule
 from lightning_relflat.callbacks._method_patch import MethodPatch
+from lightning_relflat.functional._graph import depends
+from lightning_relflat.layer_tap import LayerRecord
+
+Stage: TypeAlias = Literal["train", "val", "test"]
+_STAGES: dict[str, Stage] = {"training_step": "train", "validation_step": "val", "test_step": "test"}
 
 
 @dataclass
@@ -25,21 +32,60 @@ class Step:
     """One run of a step of the module.
 
     Attributes:
-        method: ``"training_step"``, ``"validation_step"`` or ``"test_step"``.
+        stage: of which loop.
         batch: the batch that the step was given, or has taken from its iterator, as it was before the step could
             change it: containers are copied, tensors are not.
         output: what it has returned, once it has.
+        logged: the tensors that it has logged, with their names; in validation and test.
+        calls: the criteria that it has called; in validation and test, if a listener asks for it.
+        graph: set by a listener that needs the step in a graph, which Lightning runs without gradients in validation
+            and test: ``"layer"`` to have it begin where a tap of the listener opens it, ``"step"`` for all of it.
     """
 
-    method: str
+    stage: Stage
     batch: Any = None
     output: Any = None
+    logged: list[tuple[str, Tensor]] = field(default_factory=list)
+    calls: CriterionCalls | None = None
+    graph: Literal["layer", "step"] | None = None
 
     @property
     def loss(self) -> Tensor | None:
         """The loss among what it has returned, if there is one."""
         found = self.output.get("loss") if isinstance(self.output, Mapping) else self.output
         return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+    def losses(self) -> Iterator[list[Tensor]]:
+        """Yield what may be the loss of a step in validation or test, the likelier before the rest.
+
+        Yields:
+            What it has returned; what it has logged as a loss; what the criteria that it has called have returned.
+        """
+        yield [] if self.loss is None else [self.loss]
+        logged = [value for name, value in self.logged if "loss" in name.lower() and value.numel() == 1]
+        yield list({id(value): value for value in logged}.values())
+        yield [call.result for call in self.calls.calls if call.result.ndim == 0] if self.calls else []
+
+
+def the_loss(step: Step, records: Sequence[LayerRecord]) -> tuple[Tensor | None, bool]:
+    """Return the loss that a step of validation or test shows, and that depends on some passes.
+
+    Args:
+        step: the step, which has run in a graph.
+        records: the passes.
+
+    Returns:
+        The loss, of several the one that all others are part of; ``None`` if there is none. And whether there were
+        several, of which none is the whole.
+    """
+    for losses in step.losses():
+        found = [loss for loss in losses if any(record.is_in(loss) for record in records)]
+        whole = [loss for loss in found if all(other is loss or depends(loss, other) for other in found)]
+        if len(whole) == 1:
+            return whole[0], False
+        if found:
+            return None, True
+    return None, False
 
 
 class Listener(Protocol):
@@ -54,6 +100,9 @@ class Listener(Protocol):
     def pause(self, paused: bool) -> None:
         """Take notice that a backward pass begins within the step, in which layers may run again, or ends."""
 
+    def evaluated(self, step: Step) -> None:
+        """Take notice that a validation or test step has returned; in its graph, if there is one."""
+
     def end(self) -> None:
         """Take notice that the step ends, even by an exception."""
 
@@ -63,12 +112,10 @@ class StepWatcher:
 
     def __init__(self, module: LightningModule) -> None:
         self.listeners: list[Listener] = []
-        self._running = False
+        self._running: Step | None = None
         self._automatic = module.automatic_optimization
-        self._patches = [
-            MethodPatch(module, name, _Watched(self, name))
-            for name in ("training_step", "validation_step", "test_step")
-        ]
+        self._patches = [MethodPatch(module, name, _Watched(self, stage)) for name, stage in _STAGES.items()]
+        self._patches.append(MethodPatch(module, "log", self._log))
         if not self._automatic:
             self._patches.append(MethodPatch(module, "manual_backward", self._manual_backward))
 
@@ -104,11 +151,11 @@ class StepWatcher:
             for old in watcher._patches:
                 old.remove()
 
-    def run(self, method: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, stage: Stage, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a step, and tell the listeners.
 
         Args:
-            method: its name.
+            stage: of which loop.
             call: the step.
             args: its arguments.
             kwargs: its arguments.
@@ -116,27 +163,43 @@ class StepWatcher:
         Returns:
             What the step returns; in automatic optimization with the listeners' terms in the loss.
         """
-        if self._running:  # a step that calls another, as many a validation step does
+        if self._running is not None:  # a step that calls another, as many a validation step does
             return call(*args, **kwargs)
-        step = Step(method)
-        args = noting_batch(step, args)
-        if not args and "batch" in kwargs:
-            step.batch = snapshot(kwargs["batch"])
+        step = Step(stage)
         with ExitStack() as stack:
-            self._running = True
-            stack.callback(setattr, self, "_running", False)
+            self._running = step
+            stack.callback(setattr, self, "_running", None)
             for listener in self.listeners:
                 stack.callback(listener.end)
                 listener.begin(step)
-            output = step.output = call(*args, **kwargs)
-            if method != "training_step" or not self._automatic:
-                return output
-            # The forms of output that Lightning takes; anything else it refuses itself.
-            if isinstance(output, Tensor):
-                return self._add(output)
-            if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-                return {**output, "loss": self._add(output["loss"])}
+            if step.graph is not None:
+                args, kwargs = stack.enter_context(_in_graph(step, args, kwargs))
+            args = _noting_batch(step, args)
+            if not args and "batch" in kwargs:
+                step.batch = snapshot(kwargs["batch"])
+            if stage == "train":
+                output = step.output = call(*args, **kwargs)
+                return self._with_terms(output)
+            with step.calls or nullcontext():
+                output = step.output = call(*args, **kwargs)
+            for listener in self.listeners:
+                listener.evaluated(step)
+            return output if step.graph is None else _out_of_graph(output)
+
+    def _with_terms(self, output: Any) -> Any:
+        if not self._automatic:
             return output
+        # The forms of output that Lightning takes; anything else it refuses itself.
+        if isinstance(output, Tensor):
+            return self._add(output)
+        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+            return {**output, "loss": self._add(output["loss"])}
+        return output
+
+    def _log(self, call: Callable[..., Any], name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._running is not None and self._running.stage != "train" and isinstance(value, Tensor):
+            self._running.logged.append((name, value))
+        return call(name, value, *args, **kwargs)
 
     def _manual_backward(self, call: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         total = self._add(loss)
@@ -160,12 +223,12 @@ class StepWatcher:
 class _Watched:
     """What stands around a step."""
 
-    def __init__(self, watcher: StepWatcher, method: str) -> None:
+    def __init__(self, watcher: StepWatcher, stage: Stage) -> None:
         self.watcher = watcher
-        self._method = method
+        self._stage = stage
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.watcher.run(self._method, call, args, kwargs)
+        return self.watcher.run(self._stage, call, args, kwargs)
 
 
 def _watcher_of(module: LightningModule) -> StepWatcher | None:
@@ -193,16 +256,21 @@ def snapshot(batch: Any) -> Any:
     return batch
 
 
-def noting_batch(step: Step, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Note the batch among a step's arguments, or have it noted when the step takes it from an iterator.
+@contextmanager
+def _in_graph(
+    step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Leave Lightning's inference mode, whose tensors no graph may hold, and copy the arguments out of it."""
+    with torch.inference_mode(False), torch.set_grad_enabled(step.graph == "step"):
+        yield apply_to_collection((args, kwargs), Tensor, torch.clone)
 
-    Args:
-        step: where to note it.
-        args: the step's arguments.
 
-    Returns:
-        The arguments to call the step with.
-    """
+def _out_of_graph(output: Any) -> Any:
+    return apply_to_collection(output, Tensor, torch.detach)
+
+
+def _noting_batch(step: Step, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Note the batch among a step's arguments, or have it noted when the step takes it from an iterator."""
     if args and isinstance(args[0], Iterator):
         return _Noting(args[0], step), *args[1:]
     if args:
@@ -218,6 +286,8 @@ class _Noting(Iterator[Any]):
 
     def __next__(self) -> Any:
         item = next(self._inner)
+        if self._step.graph is not None:  # out of inference mode, as the other arguments
+            item = apply_to_collection(item, Tensor, torch.clone)
         self._step.batch = snapshot(item[0] if isinstance(item, tuple) and len(item) == 3 else item)
         return item
 

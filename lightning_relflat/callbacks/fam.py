@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ from lightning_relflat.callbacks._base import (
     Trainer,
     check_key,
     check_layer,
+    check_name,
     find_target,
-    name_suffix,
+    labelled,
+    refuse_collisions,
 )
 from lightning_relflat.callbacks._claim import refuse_false_claim
-from lightning_relflat.callbacks._loss_ratio import LossRatio
+from lightning_relflat.callbacks._refusals import another_loss, is_capped, is_frozen, nothing_to_penalise
 from lightning_relflat.callbacks._step import Step, StepWatcher
-from lightning_relflat.callbacks._weight_cap import Norm, WeightCap, check_max_norm, check_norm
+from lightning_relflat.callbacks.coefficients import Coefficients
+from lightning_relflat.claims import Claim
 from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
 from lightning_relflat.functional._probes import Measure
+from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.functional.relative_flatness import (
@@ -32,7 +37,7 @@ from lightning_relflat.functional.relative_flatness import (
     owned_criterion,
     relative_flatness,
 )
-from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
+from lightning_relflat.layer_tap import LayerRecord, LayerTap
 from lightning_relflat.linear_layers import describe
 
 # Strategies that leave the weights whole; of those that inherit from them some do not.
@@ -49,8 +54,11 @@ class FAM(Callback):
     clipping, mixed precision with its scaler, line searches and distributed strategies treat it as they treat the
     loss. It costs no second forward pass.
 
-    Logged in each step: ``fam/penalty``, the term that was added, and ``fam/coefficient``, the λ of the step.
-    If the Trainer has several of these callbacks, the layer's name is appended: ``fam/penalty/head``.
+    Logged in each step with a penalty: ``fam/penalty``, what was added to the losses of the step, and
+    ``fam/coefficient``, the λ of the step. Several of these callbacks in one Trainer need different names.
+
+    What a later step would refuse is refused in the first step of ``fit``, also where the penalty begins later:
+    ``docs/trainer_settings.md`` says what cannot be known then.
 
     Source: Adilova et al., *FAM: Relative Flatness Aware Minimization* (arXiv 2307.02337), the regularised
     objective and its gradient, Lemma 1.
@@ -65,8 +73,8 @@ class FAM(Callback):
             curvature there is that of the loss of the step; not with 2²¹ outputs or more. With a cross-entropy of
             2²¹ outputs or more in a batch, loss and penalty go backward through the layer together, which saves their
             memory; a hook on the outputs then sees the gradient of the loss alone.
-        target: where a named loss finds its target: an index or key of the batch, or ``None`` if its curvature needs
-            none.
+        target: where a named loss finds its target: an index or key of the batch; a list of them, followed one after
+            the other; a callable on the batch; or ``None`` if its curvature needs none.
         probes: how many random probes to average without a named loss; ``None`` takes all products that there are: the
             smaller of the layer's sides many where no rows meet behind it, that times the number of features where they
             do; up to 10,000.
@@ -83,42 +91,32 @@ class FAM(Callback):
         relative: whether ``coefficient`` is relative to the loss: λ = coefficient · (max L - L) / max κ, where L and κ
             are averages over the penalised steps before (exponentially, 0.9 of the old ones kept) and over processes,
             and max is their largest value so far. So λκ is at most about ``coefficient`` times what the loss has
-            fallen, whatever the scale of κ; λ is 0 at first, grows as the network learns, and falls if the loss rises
-            again, so that it needs no ``warmup_steps``. Begin with 0.1: on eight small tasks it lowered the test loss
-            of plain training by 3 to 12 % on six, where a λ tuned by validation lowered it by 3 to 11 %; it changed
-            nothing on a wide network with LayerNorm (tuned: 9 % lower), and on a data set where no λ helps (breast
-            cancer) the test loss rose by 31 % at the same accuracy (``benchmarks/relative_coefficient.json``). What
-            the loss falls before ``start_epoch`` does not count, and what a regression gains by learning the mean of
-            its targets does: centre them. λ is 0 as long as κ is less than a millionth of the fall. Schedules act on
-            ``coefficient``; ``fam/coefficient`` is the λ that they come to. Costs an all-reduce of three numbers after
-            a penalised step.
+            fallen since ``start_epoch``: λ is 0 at first, and as long as κ is less than a millionth of the fall, and
+            needs no ``warmup_steps``. Begin with 0.1, and centre the targets of a regression, whose mean is learned
+            before anything else. Schedules act on ``coefficient``; ``fam/coefficient`` is the λ that they come to.
+            Costs an all-reduce of three numbers after a penalised step.
         measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace ‖W‖_F² Tr(H) in its place.
         temperature: τ, to penalise the κ that the loss has at z/τ, which is that of z but for 1/τ² and softer
             probabilities. For a named cross-entropy or binary cross-entropy alone.
         normalize_features: whether ‖φ_p‖ counts as 1 in κ for every row that the weight is multiplied with (sample,
             token, patch), with the curvature at the outputs as they are: features can then neither be shrunk for a
             smaller κ nor, with a negative λ, grow without end.
-        max_norm: a cap on the norm of the layer's weight, which is multiplied by min(1, max_norm / ‖W‖) when training
-            starts and after every step of the optimizer that holds it; up to rounding. Needs a named layer whose weight
-            is one tensor: no parametrization, no adapters. If the weight is tied to another layer's, that one is
-            capped with it. The cap holds as long as ``fit`` runs, also before ``start_epoch`` and from ``stop_epoch``.
-        norm: what ``max_norm`` caps: ``"frobenius"``, the root of the sum of squares, of a convolution's kernel too;
-            or ``"spectral"``, the largest singular value, of an ``nn.Linear`` (gathered whole if it is sharded).
+        name: a group of its own for what is logged: ``fam/hidden/penalty`` for ``"hidden"``.
 
-    A negative λ has no bound from below, and training can diverge. ``max_norm`` with ``normalize_features`` bounds the
-    κ of a cross-entropy; without ``max_norm`` there is a warning.
+    A negative λ has no bound from below, and training can diverge. ``normalize_features`` with a
+    :class:`~lightning_relflat.MaxNorm` of the layer bounds the κ of a cross-entropy; without one there is a warning.
 
     Raises:
-        ValueError: if an argument is not what it should be; in ``fit`` before the first step if there is no such
-            layer, the batch has no such target, or the layer's weight cannot be capped.
+        ValueError: if an argument is not what it should be; in ``fit`` before the optimizer's first step if there is no
+            such layer, the batch has no such target, or another FAM has the same name.
         RuntimeError: in ``fit``, if a penalty could not be added: the layer did not run, carries no graph, or is
             frozen with nothing else to penalise; if a loss that is named is not the one trained with, or the curvature
             of the one that is cannot be had rightly; or if the loss or the penalty is not finite.
 
     Example:
         >>> from lightning_relflat import FAM
-        >>> FAM(layer="head", coefficient=0.1)
-        FAM(layer='head', coefficient=0.1)
+        >>> FAM(layer="head", coefficient=0.2)
+        FAM(layer='head', coefficient=0.2)
         >>> FAM(coefficient=1.0, warmup_steps=100).coefficient_at(epoch=0, step=49)
         0.5
     """
@@ -129,7 +127,7 @@ class FAM(Callback):
         coefficient: float = 0.1,
         *,
         loss: str | nn.Module | None = None,
-        target: int | str | None = 1,
+        target: int | str | Sequence[int | str] | Callable[[Any], Any] | None = 1,
         probes: int | None = 1,
         shared_probes: int | None = None,
         through_hessian: bool = True,
@@ -142,13 +140,13 @@ class FAM(Callback):
         measure: Measure = "relative_flatness",
         temperature: float = 1.0,
         normalize_features: bool = False,
-        max_norm: float | None = None,
-        norm: Norm = "frobenius",
+        name: str | None = None,
     ) -> None:
         super().__init__()
         check_probes(probes)
         self.layer = check_layer(layer)
         self.coefficient = check_number("coefficient", coefficient)
+        self.loss = loss
         self.criterion = None if loss is None else owned_criterion(loss)
         self.target = check_key(target)
         self.probes = probes
@@ -165,36 +163,20 @@ class FAM(Callback):
         self.temperature = check_temperature(temperature, self.criterion)
         self.shared_probes = check_shared_probes("shared_probes", shared_probes, self.criterion, self.measure)
         self.normalize_features = check_flag("normalize_features", normalize_features)
-        self.max_norm = check_max_norm(max_norm)
-        self.norm = check_norm(norm)
-        if self.max_norm is not None and layer is None:
-            raise ValueError(
-                "Expected argument `layer` to name the layer whose weight `max_norm` caps, because it is capped before "
-                "any layer has run, but got None."
-            )
-        self._steps = 0  # training steps begun since start_epoch
+        self.name = check_name(name)
+        self._coefficients = Coefficients(self.every_n_steps, self.start_epoch, relative=self.relative)
         self._module: LightningModule | None = None
         self._tap: LayerTap | None = None
-        self._cap: WeightCap | None = None
-        self._ratio = LossRatio()
-        self._loaded = False  # whether a checkpoint has brought the state of the run that begins
-        self._suffix = ""
+        self._rehearsal: LayerTap | None = None  # of the first step, if no penalty is due in it
+        self._listening: LayerTap | None = None  # which of the two listens to the training step that runs
         self._announced: str | None = None
-        self._warned = self._verified = False
-        self._coefficient = 0.0  # of the step; 0 also where none is due
-        self._step = 0
-        self._begun = False
+        self._claim = None if self.criterion is None else Claim(self.criterion)
+        self._warned = False
         self._evaluation: Step | None = None  # the training step that runs
         self._records: list[LayerRecord] = []
+        self._logged: dict[str, Tensor] = {}  # of the step
+        self._losses = 0  # of the run, that were seen while listening
         self._begin_epoch()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(layer={self.layer!r}, coefficient={self.coefficient!r})"
-
-    @property
-    def state_key(self) -> str:
-        """Two of these callbacks can live side by side if their layers differ."""
-        return f"{type(self).__name__}[layer={self.layer!r}]"
 
     def coefficient_at(self, *, epoch: int, step: int) -> float:
         """Return λ for a training step. Override for a policy of your own.
@@ -212,13 +194,12 @@ class FAM(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and wrap the module's methods."""
+        refuse_collisions(trainer, self)
+        self._coefficients.begin_run(anew=trainer.global_step == 0)
         self._forget_step()
-        if trainer.global_step == 0 and not self._loaded:  # a run of its own, as the next fold of a cross-validation
-            self._steps = 0
-            self._ratio = LossRatio()
-        self._warned = self._verified = False
+        self._warned = False
+        self._losses = 0
         self._begin_epoch()
-        self._suffix = name_suffix(trainer, FAM, self.layer)
         # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
         late = pl_module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
         self._tap = LayerTap(
@@ -227,53 +208,48 @@ class FAM(Callback):
             late=late and isinstance(self.criterion, nn.CrossEntropyLoss),
             through_loss=self.criterion is None,
         )
+        if self.coefficient != 0 and (self.stop_epoch is None or trainer.current_epoch < self.stop_epoch):
+            # A tap of its own, which writes nothing out: this step computes what it computes without FAM.
+            self._rehearsal = LayerTap(pl_module, self.layer, through_loss=False)
         self._module = pl_module
         if self.criterion is not None:
             self.criterion.to(pl_module.device)
-        self._settle()
-        if self.coefficient < 0 and self.max_norm is None:
-            rank_zero_warn(
-                f"{self!r}: a negative coefficient trains away from flatness, which nothing bounds, so that training "
-                "can diverge. `max_norm` caps the layer's weight; `normalize_features` leaves the features' length out."
-            )
+        self._settle(self._tap)
         StepWatcher.join(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cap the weight, whose values a checkpoint may just have brought."""
-        self._loaded = False
-        if self.max_norm is not None:
-            assert self._tap is not None
-            assert self._tap.layer is not None
-            if self._cap is not None:
-                self._cap.close()
-            name = self._tap.name or ""
-            self._cap = WeightCap(name, self._tap.layer, self.max_norm, self.norm, trainer.optimizers)
+        """Take notice that a checkpoint, if there is one, has been loaded."""
+        self._coefficients.train()
 
-    def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look again at what lies behind the layer, and whether the loss is the one named; both may have changed."""
+        if self._claim is not None:
+            self._claim.look_again()
+        if self._tap is not None:
+            self._tap.look_again()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decide on the step's coefficient."""
-        epoch = trainer.current_epoch
-        coefficient = check_number("coefficient_at", self.coefficient_at(epoch=epoch, step=self._steps))
-        due = coefficient != 0 and self._steps % self.every_n_steps == 0
-        self._coefficient = coefficient if due else 0.0
-        self._step = self._steps
-        self._begun = True
-        self._ratio.begin()
-        self._steps += epoch >= self.start_epoch
+        self._coefficients.begin(self.coefficient_at, trainer.current_epoch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Refuse gradients of losses that went by another way than `manual_backward`, before they move anything."""
+        tap = self._listening
+        if pl_module.automatic_optimization or self._losses or tap is None or not tap.pending:
+            return
+        own = None if tap.layer is None else set(tap.layer.parameters())
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(parameter.grad is not None for parameter in held if own is None or parameter in own):
+            raise RuntimeError(
+                f"{self!r}: the optimizer has gradients of a loss, but none went through `self.manual_backward`, so "
+                "that no penalty can be added. Call that in place of `loss.backward()`."
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take in the sizes of loss and κ, and forget the batch."""
-        # Here, where every process comes once for each batch, whatever its training step has done; the next step uses
-        # it, so that the reduction holds up no backward pass, and a line search keeps one λ.
-        if self.relative and self._coefficient != 0:
-            self._ratio.end(pl_module.device, trainer.world_size)
+        self._coefficients.end(pl_module.device, trainer.world_size)
         self._forget_step()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,11 +260,13 @@ class FAM(Callback):
                 "infinite."
             )
         # In automatic optimization a step that returned a loss was penalised, or refused; one without is no fault.
-        if self._ran and not self._applied and not pl_module.automatic_optimization:
-            raise RuntimeError(
-                f"{self!r} added no penalty in epoch {trainer.current_epoch}, because no loss that depends on the "
-                "layer went through `self.manual_backward`."
-            )
+        if not pl_module.automatic_optimization:
+            why = "because no loss that depends on the layer went through `self.manual_backward`"
+            if self._ran and not self._applied:
+                raise RuntimeError(f"{self!r} added no penalty in epoch {trainer.current_epoch}, {why}.")
+            if self._rehearsed:
+                rank_zero_warn(f"{self!r} could not have added a penalty in epoch {trainer.current_epoch}, {why}.")
+                self._rehearsal = None
         self._begin_epoch()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -297,74 +275,79 @@ class FAM(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind; `teardown` is not called after an exception."""
-        if self._begun:  # the step was begun in vain, and a resumed run begins it again
-            self._steps = self._step
+        self._coefficients.take_back()
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of training steps, which warm-up, `every_n_steps` and probes go by, and the sizes."""
-        return {"steps": self._steps} | ({"sizes": self._ratio.state()} if self.relative else {})
+        return self._coefficients.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up from a checkpoint what `state_dict` put there."""
-        self._loaded = True
-        self._steps = state_dict["steps"]
-        self._ratio.load(state_dict.get("sizes", []))
+        self._coefficients.load(state_dict)
 
     def _detach(self) -> None:
-        if self._tap is not None:
-            self._tap.close()
-            self._tap = None
+        for tap in (self._tap, self._rehearsal):
+            if tap is not None:
+                tap.close()
+        self._tap = self._rehearsal = None
         if self._module is not None:
             StepWatcher.leave(self._module, self)
             self._module = None
-        if self._cap is not None:
-            self._cap.close()
-            self._cap = None
+        self._coefficients.forget()
         self._forget_step()
 
     def _forget_step(self) -> None:
-        self._coefficient = 0.0
-        self._begun = False
-        self._evaluation = None
+        self._evaluation = self._listening = None
         self._records = []
+        self._logged = {}
 
     def _begin_epoch(self) -> None:
-        self._ran = self._applied = 0
+        self._ran = self._applied = self._rehearsed = 0  # training steps that were listened to, and penalties
         self._not_finite: Tensor | None = None
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look again at what lies behind the layer, and whether the loss is the one named; both may have changed."""
-        self._verified = False
-        if self._tap is not None:
-            self._tap.look_again()
-
     def begin(self, step: Step) -> None:
-        """Listen to the layer, if the step is to be penalised.
+        """Listen to the layer, if the step is to be penalised, or is the first one.
 
         Args:
             step: a step of the module.
         """
-        self._records = []
+        self._forget_step()
         if self._tap is None:
             return
-        if step.method == "training_step" and self._coefficient != 0:
-            self._evaluation = step
+        self._tap.attach()
+        if step.stage != "train":
+            return
+        self._evaluation = step
+        if self._coefficients.now != 0:
+            self._listening, self._rehearsal = self._tap, None
             self._ran += 1
-            self._tap.start()
-        else:
-            self._tap.attach()
+        elif self._rehearsal is not None:
+            self._listening = self._rehearsal
+            self._rehearsed += 1
+        if self._listening is not None:
+            self._listening.start()
 
     def pause(self, paused: bool) -> None:
         """Do not listen during a backward pass: checkpointed layers run again there."""
-        if self._coefficient != 0 and self._tap is not None:
-            self._tap.recording = not paused
+        if self._listening is not None:
+            self._listening.recording = not paused
 
+    def evaluated(self, step: Step) -> None:
+        """Take no notice of validation and test."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
-        """Stop listening."""
-        self._records = []
-        if self._tap is not None:
-            self._tap.stop()
+        """Log what was added in the step, and stop listening."""
+        logged, self._logged = self._logged, {}
+        for tap in (self._tap, self._listening):
+            if tap is not None:
+                tap.stop()
+        self._forget_step()
+        for name, value in logged.items():
+            assert self._module is not None
+            # The size is told, because Lightning would look for one in a batch that it may not have.
+            self._module.log(labelled(name, self.name), value, on_step=True, on_epoch=False, batch_size=1)
 
     def of(self, loss: Tensor) -> Tensor | None:
         """Return the penalty: λ·κ, or what stands for κ, of the passes that were recorded and that the loss depends on.
@@ -379,49 +362,66 @@ class FAM(Callback):
         Raises:
             RuntimeError: if it is due and cannot be computed, or if it or the loss is not finite.
         """
-        tap, module = self._tap, self._module
-        if self._coefficient == 0 or tap is None or module is None:
+        tap, module, rehearsing = self._listening, self._module, self._coefficients.now == 0
+        if tap is None or module is None or (rehearsing and self._rehearsal is None):
             return None
+        self._losses += 1
         self._records += tap.take(loss)
-        self._settle()
+        self._settle(tap)
         automatic = module.automatic_optimization
-        if automatic:
-            self._check_records()
+        why = nothing_to_penalise(tap, self._records, through_hessian=self.through_hessian) if automatic else None
+        if rehearsing:
+            self._rehearse(tap, loss, why)
+            return None
+        if why is not None:
+            raise RuntimeError(f"{self!r}: {why}")
+        if automatic and self._records and not any(record.weight.requires_grad for record in self._records):
+            self._warn("has a frozen weight. The penalty reaches only what comes before it.")
         self._check_finite("loss", loss)
         kappa = self._kappa(loss) if self._records and loss.requires_grad else None
         if kappa is None:
             if automatic:
-                raise RuntimeError(
-                    f"{self!r}: the loss of `training_step` does not depend on the outputs of "
-                    f"{'any linear layer' if tap.name is None else f'layer {tap.name!r}'}, so that there is nothing to "
-                    "penalise."
-                )
+                raise RuntimeError(f"{self!r}: {another_loss(tap)}")
             if self._records and not any(record.outputs.requires_grad for record in self._records):
                 self._warn(
                     "and all before it are frozen for now. The penalty of a loss that comes after them is left out; "
                     "name the loss to have it."
                 )
             return None
-        # Made on the device: a number that is logged would have to be copied there, and the host would wait for it.
-        coefficient = torch.full_like(kappa.detach(), self._coefficient)
-        if self.relative:
-            coefficient = coefficient * self._ratio.ratio(kappa)
-            self._ratio.measure(loss, kappa)
+        coefficient = self._coefficients.of(loss, kappa)
         penalty = coefficient * self.every_n_steps * kappa
         self._check_finite("penalty", penalty)
         self._applied += 1
-        values = {"penalty": penalty.detach(), "coefficient": coefficient}
-        for name, value in values.items():
-            # The size is told, because Lightning would look for one in a batch that it may not have.
-            module.log(f"fam/{name}{self._suffix}", value, on_step=True, on_epoch=False, batch_size=1)
+        added = penalty.detach()
+        if "fam/penalty" in self._logged:  # of another loss of the step
+            added = added + self._logged["fam/penalty"]
+        self._logged = {"fam/penalty": added, "fam/coefficient": coefficient}
         return penalty
+
+    def _rehearse(self, tap: LayerTap, loss: Tensor, why: str | None) -> None:
+        """Refuse now what the first penalised step would refuse, of a loss that gets no penalty yet."""
+        assert self._module is not None
+        met = [record for record in self._records if record.is_in(loss)]
+        if why is None and not met and self._module.automatic_optimization:
+            why = another_loss(tap)
+        if why is not None and not is_frozen(tap):
+            raise RuntimeError(f"{self!r}: {why}")
+        if why is not None:
+            rank_zero_warn(f"{self!r}: {why} This is refused if it is still so when the penalty begins.")
+        elif not met:
+            return  # in manual optimization another loss may
+        self._rehearsal, self._rehearsed = None, 0
+        if self.criterion is not None and met:
+            target = find_target(self._evaluation and self._evaluation.batch, self.target)
+            if not any(is_large(record.outputs) for record in met):
+                self._check_claim(loss, met, target)
 
     def _kappa(self, loss: Tensor) -> Tensor | None:
         assert self._module is not None
         generator = None
         if self.criterion is None or self.shared_probes is not None:
             device = self._records[0].features.device
-            seed = probe_seed(self.seed, self._step, self._module.trainer.global_rank)
+            seed = probe_seed(self.seed, self._coefficients.step, self._module.trainer.global_rank)
             generator = torch.Generator(device).manual_seed(seed)
         if self.criterion is None:
             assert self._tap is not None
@@ -461,10 +461,9 @@ class FAM(Callback):
         ]
         return torch.stack(kappas).sum() if kappas else None
 
-    def _settle(self) -> None:
+    def _settle(self, tap: LayerTap) -> None:
         """Say once which layer it is, and refuse one that cannot be penalised."""
-        assert self._tap is not None
-        layer, name = self._tap.layer, self._tap.name
+        layer, name = tap.layer, tap.name
         if layer is None or name is None:
             return
         if self.criterion is not None and not has_matrix(layer):
@@ -472,51 +471,30 @@ class FAM(Callback):
                 f"Expected argument `layer` to name an nn.Linear where the loss is named, but got "
                 f"{describe(name, layer)}. Leave out `loss`: then the curvature comes from the loss itself."
             )
-        if self._announced != name:
-            self._announced = name
-            rank_zero_info(f"{type(self).__name__}: relative flatness is penalised at layer {describe(name, layer)}.")
-
-    def _check_records(self) -> None:
-        assert self._tap is not None
-        if not self._records and not self._tap.pending:
-            raise RuntimeError(
-                f"{self!r}: no penalty could be added, because {did_not_run(self._tap)} with gradients in "
-                "`training_step`. Is it used there, and outside of `torch.no_grad()`? If it lies in re-entrant "
-                "activation checkpointing, use `use_reentrant=False`. If the module was compiled and had run before "
-                "`fit`, call `torch._dynamo.reset()` first."
+        if self._announced == name:
+            return
+        self._announced = name
+        rank_zero_info(f"{type(self).__name__}: relative flatness is penalised at layer {describe(name, layer)}.")
+        if self.coefficient < 0 and self._module is not None and not is_capped(self._module.trainer, name):
+            rank_zero_warn(
+                f"{self!r}: a negative coefficient trains away from flatness, which nothing bounds, so that training "
+                f"can diverge. The callback `MaxNorm({name!r}, …)` caps the layer's weight; `normalize_features` "
+                "leaves the features' length out."
             )
-        if not self._records:
-            return  # the loss depends on none of the layers that ran, which is said later
-        frozen = not any(record.weight.requires_grad for record in self._records)
-        if frozen and not (self.through_hessian and any(record.outputs.requires_grad for record in self._records)):
-            raise RuntimeError(
-                f"{self!r}: there is nothing to penalise, because the weight of layer {self._tap.name!r} is frozen"
-                + (" and so is all before it." if self.through_hessian else " and through_hessian=False.")
-            )
-        if frozen:
-            self._warn("has a frozen weight. The penalty reaches only what comes before it.")
 
     def _check_claim(self, loss: Tensor, records: list[LayerRecord], target: Any) -> None:
         """Check once an epoch that the loss trained with has the curvature of the one that is named."""
-        assert self.criterion is not None
+        assert self._claim is not None
         # Where outputs are very many, a second derivative of them would not fit beside them.
-        if self._verified or not records or any(record.late for record in records):
-            return
-        self._verified = refuse_false_claim(
-            self,
-            None if self._tap is None else self._tap.name,
-            loss,
-            records,
-            target,
-            self.criterion,
-            remedy="Leave out `loss`: then the curvature comes from the loss itself.",
-        )
+        if records and not any(record.late for record in records):
+            name = None if self._tap is None else self._tap.name
+            refuse_false_claim(self, name, self._claim, loss, records, target)
 
     def _warn(self, what: str) -> None:
-        assert self._tap is not None
+        assert self._listening is not None
         if not self._warned:
             self._warned = True
-            rank_zero_warn(f"{self!r}: layer {self._tap.name!r} {what}")
+            rank_zero_warn(f"{self!r}: layer {self._listening.name!r} {what}")
 
     def _check_finite(self, name: str, value: Tensor) -> None:
         finite = value.detach().isfinite().all()
@@ -524,4 +502,4 @@ class FAM(Callback):
             # Reading it now would make the host wait for the device; it is read at the end of the epoch.
             self._not_finite = ~finite if self._not_finite is None else self._not_finite | ~finite
         elif not bool(finite):
-            raise RuntimeError(f"{self!r}: the {name} of training step {self._step} is {value.detach()}.")
+            raise RuntimeError(f"{self!r}: the {name} of training step {self._coefficients.step} is {value.detach()}.")

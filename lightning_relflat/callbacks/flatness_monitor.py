@@ -2,248 +2,140 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torchmetrics import Metric
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
-from lightning_relflat.callbacks._base import (
-    Callback,
-    LightningModule,
-    Trainer,
-    check_key,
-    check_layer,
-    find_target,
-    name_suffix,
-)
-from lightning_relflat.callbacks._claim import refuse_false_claim
-from lightning_relflat.callbacks._every_layer import EveryLayer
-from lightning_relflat.callbacks._figures import Gallery, GapCurve, bars, check_matplotlib, heat_map, sample_grid
-from lightning_relflat.callbacks._report import (
-    LARGEST_PAIRS,
-    Part,
-    check_loss_of_parts,
-    check_parts,
-    new_report,
-    warn_of_degenerate,
-)
-from lightning_relflat.callbacks._sharpest import Sharpest, loaders_of
-from lightning_relflat.callbacks._step import Step, StepWatcher
+from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer, labelled, show
+from lightning_relflat.callbacks._layer_meter import LayerMeter, Measurable
+from lightning_relflat.callbacks._monitor import Monitor
+from lightning_relflat.callbacks._report import Part, Reports, check_parts
+from lightning_relflat.callbacks._step import Stage, Step
+from lightning_relflat.curvature import Loss, Probes
 from lightning_relflat.functional._checks import check_count, check_flag
-from lightning_relflat.functional._weights import has_matrix
-from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
-from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
-from lightning_relflat.linear_layers import describe
-from lightning_relflat.metrics.entry import Entry
-from lightning_relflat.metrics.flatness_report import FlatnessReport
-from lightning_relflat.metrics.layers_flatness import LayersFlatness
-from lightning_relflat.metrics.relative_flatness import Loss, RelativeFlatness
+from lightning_relflat.metrics.flatness_sums import FlatnessSums
 
 
-class FlatnessMonitor(Callback):
+class FlatnessMonitor(Monitor):
     r"""Logs the relative flatness κ of a layer over training, validation and test data.
 
     Logged once per epoch: ``train/relative_flatness``, ``val/relative_flatness`` and ``test/relative_flatness``, over
-    the whole set and all processes, exact for a criterion with a closed form. Passes that the training loss does not
-    depend on do not count, and of several evaluations of a batch the first does. The training value is taken along the
-    epoch, while the weights change, as a logged training loss is. With several data loaders Lightning appends
-    ``/dataloader_idx_0`` and so on; if the Trainer has several monitors, the layer's name is appended:
-    ``val/relative_flatness/head``.
+    the whole set and all processes; where κ is estimated, the standard error beside it, as
+    ``val/relative_flatness_error``. Nothing is declared: κ is that of the loss which the step computes. Where that is
+    linear in a criterion with a closed form of a linear layer's outputs, with whatever weights, masks and factors, κ is
+    exact; elsewhere random probes go through what follows the layer.
+
+    Passes that the loss does not depend on do not count, and of several evaluations of a batch the first does. The
+    training value is taken along the epoch, while the weights change, as a logged training loss is. With several data
+    loaders the names end in ``/dataloader_idx_0`` and so on. What was not seen is not logged.
 
     Nothing of the run changes: no weight, no random number. A checkpoint taken within a training epoch holds the sums
-    so far, of all processes, so that a resumed run logs what the run would have logged. A process whose loader yields
-    no validation or test batch takes part with nothing; but one whose loader has a length of 0 Lightning leaves out,
-    and the others wait for it until the process group's timeout.
+    so far, of all processes, so that a resumed run logs what the run would have logged.
 
     Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), definition of κ_Tr.
 
     Args:
-        layer: the dotted name of a linear layer, or ``None`` for the last one that the loss depends on, in
-            ``validate`` and ``test`` alone the last one that runs.
-        loss: as for :class:`~lightning_relflat.RelativeFlatness`: the criterion's name or object, or a callable
-            ``loss(outputs, target)`` on the layer's outputs. In ``fit`` it is checked once an epoch that a criterion's
-            curvature there is that of the loss of the step; in ``validate`` and ``test`` alone a warning says that it
-            has not been, unless the step returns a loss of the criterion's value.
-        target: where in the batch the target is: an index or a key, or ``None`` if the loss needs none.
-        every_n_steps: log ``train/relative_flatness_step``, the κ of the batch, every n training steps too. As every
-            value logged in a step, it reaches the loggers with the Trainer's ``log_every_n_steps``.
-        layers: patterns of the dotted names of linear and convolution layers, e.g. ``"*"``: their κ is logged too, over
-            validation and test data, as ``val/layer_flatness/<name>`` and ``val/network_flatness``, their sum, each
-            estimated by random probes, with ``val/layer_flatness_error/<name>`` and ``val/network_flatness_error``, the
-            standard errors. The loss is the one named here, of the outputs of ``layer``. It costs a training step's
-            memory, and for each probe about the time of two backward passes.
+        layer: the dotted name of a linear or convolution layer, hidden or last, or ``None`` for the last linear one
+            that the loss depends on.
+        loss: ``None`` for the loss that the step computes. In validation and test that is what the step returns as its
+            loss; else what it logs under a name with "loss" in it; else what it calls one of PyTorch's criteria for.
+            Or a criterion, by name or as an object, or a callable ``loss(outputs, target)``, of the outputs of a linear
+            layer and the batch's target alone. That is compared with the loss of the training step when an epoch
+            begins, when other operations lead from the outputs to the loss, and every 1,000 steps. In ``validate`` and
+            ``test`` alone a warning says that it was not, unless the step shows a loss of that value.
+        target: where a named loss finds its target in the batch: an index, a key, a path of them, a callable on the
+            batch, or ``None`` if it needs none.
         report: whether to log too, over validation and test data, what κ is made of, its neighbours and the signs that
             it means nothing, as ``val/flatness/weight_norm`` and so on; see
-            :func:`~lightning_relflat.functional.flatness_report.flatness_report`. It needs a named layer and a loss
-            with a closed form. A warning says, once, where most samples are saturated or most features dead. A list
-            asks for more: ``"classes"`` for the κ of each class's samples, ``val/class_flatness/0`` and so on;
-            ``"eigenvalues"`` for the largest ones, among ``val/flatness``; ``"neural_collapse"`` for
-            ``val/neural_collapse/nc1`` and so on; ``"neuron_pairs"`` for a picture of ⟨w_s, w_s'⟩ Tr(H_{s,s'}), for up
-            to 64 outputs.
-        sharpest: how many of the samples with the largest parts in κ to find in validation and test data. Their parts
-            and numbers in the data set are in the attribute ``sharpest_samples``, a tensor of shape (2, k) by the
-            stage's name. It needs a loss with a closed form and a loader that does not shuffle; to look at training
-            data, validate on it.
-        figures: whether to draw what there is to draw, after every validation and test, for the loggers: bars of the
-            classes and layers, the neuron pairs, the sharpest samples, and κ against ``gap``. TensorBoard, MLflow and
-            Weights & Biases take pictures; for others they are written to files beside their logs.
-        gap: the names of two logged metrics, such as ``("train_loss", "val_loss")``, whose difference, the second minus
-            the first, is the generalisation gap of an epoch.
-        prog_bar: whether the values of the epochs are shown in the progress bar.
-        probes: as for :class:`~lightning_relflat.RelativeFlatness`.
-        seed: as for :class:`~lightning_relflat.RelativeFlatness`.
+            :func:`~lightning_relflat.functional.flatness_report.flatness_report`. It needs a linear layer and a
+            criterion with a closed form, named or called by the step. A warning says, once, where most samples are
+            saturated or most features dead. A list asks for more: ``"classes"`` for the κ of each class's samples,
+            ``val/class_flatness/0`` and so on; ``"eigenvalues"`` for the largest ones, among ``val/flatness``;
+            ``"neural_collapse"`` for ``val/neural_collapse/nc1`` and so on; ``"neuron_pairs"`` for a matrix that
+            :class:`~lightning_relflat.callbacks.FlatnessFigures` draws, for up to 64 outputs.
+        stages: in which loops to measure. A hidden layer in ``"train"`` costs each step the probes.
+        every_n_steps: log ``train/relative_flatness_step``, the κ of the batch, every n training steps too. As every
+            value logged in a step, it reaches the loggers with the Trainer's ``log_every_n_steps``.
+        every_n_epochs: in ``fit``, measure in every n-th epoch only.
+        probes: how many random probes to take of a batch where κ has no closed form, two at least; the first batches
+            take more where they are small. ``None`` takes all products, as FAM does.
+        seed: where the probes start; every batch and process draws others.
+        prog_bar: whether κ is shown in the progress bar.
+        name: a group for the names of what is logged, as in ``val/<name>/relative_flatness``; needed where the Trainer
+            has several of these monitors.
+
+    Attributes:
+        reports: the last report of each stage, ``"val"`` or ``"test"``, by its names, with a data loader's number
+            behind where there are several.
 
     Raises:
-        ValueError: if an argument is not what it should be; before the first batch if there is no such layer, or a
-            loader whose samples are not known, and with the first batch if it has no such target.
-        ModuleNotFoundError: if ``figures`` are to be drawn without matplotlib.
-        RuntimeError: before the optimizer's step if the training loss does not depend on the layer, or is not the one
-            named; if the layer ran in no batch of an epoch; or if one of several processes has no batch of one of
-            several data loaders.
+        ValueError: if an argument is not what it should be; before the first batch if there is no such layer or the
+            Trainer has another monitor of the same name; and with the first batch if it has no such target.
+        RuntimeError: before the optimizer's step if the training loss does not depend on the layer, is not the one
+            named, or has a curvature that cannot be had rightly.
 
     Example:
         >>> from lightning_relflat import FlatnessMonitor
         >>> FlatnessMonitor(layer="head", loss="mse")
-        FlatnessMonitor(layer='head')
+        FlatnessMonitor(layer='head', loss='mse')
     """
 
     def __init__(
         self,
         layer: str | None = None,
-        loss: Loss = "cross_entropy",
+        loss: Loss | None = None,
         *,
-        target: int | str | None = 1,
-        every_n_steps: int | None = None,
-        layers: str | Sequence[str] | None = None,
+        target: Target = 1,
         report: bool | Sequence[Part] = False,
-        sharpest: int | None = None,
-        figures: bool = False,
-        gap: tuple[str, str] | None = None,
-        prog_bar: bool = False,
+        stages: Sequence[Stage] = ("train", "val", "test"),
+        every_n_steps: int | None = None,
+        every_n_epochs: int = 1,
         probes: int | None = 2,
         seed: int = 0,
+        prog_bar: bool = False,
+        name: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(stages, every_n_epochs, name)
         self.layer = check_layer(layer)
-        self.target = check_key(target)
+        self.loss = loss
+        self.target: Target = check_key(target)
+        self.report = report
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps, at_least=1)
         self.every_n_steps = every_n_steps
-        self.layers = _check_patterns(layers)
+        self._probes = Probes(probes, seed)
+        self.probes, self.seed = probes, seed
         self.prog_bar = check_flag("prog_bar", prog_bar)
-        self.metric = RelativeFlatness(loss, class_dim=-1, probes=probes, seed=seed)
-        self._metrics: dict[tuple[str, int], RelativeFlatness] = {}
-        self.report = check_parts(report)
-        self.sharpest = None if sharpest is None else check_count("sharpest", sharpest, at_least=1)
-        if self.report is not None and (layer is None or not has_closed_form(self.metric.loss)):
-            raise ValueError(
-                "Expected argument `report` to be given with the name of a layer and a loss with a closed form, "
-                f"but got layer={layer!r} and loss={loss!r}."
-            )
-        if self.sharpest is not None and not has_closed_form(self.metric.loss):
-            raise ValueError(
-                f"Expected argument `sharpest` to be given with a loss with a closed form, but got loss={loss!r}."
-            )
-        if self.layers and self.target is None and has_closed_form(self.metric.loss):
-            raise ValueError(
-                "Expected argument `target` to say where the target is, because `layers` are measured by the loss "
-                f"itself, but got None with loss={loss!r}."
-            )
-        check_loss_of_parts(self.report or (), self.metric.loss)
-        self.gap = _check_gap(gap)
-        self.figures = check_flag("figures", figures)
-        self._check_figures()
-        self.sharpest_samples: dict[str, Tensor] = {}
-        self._sharpest = None if self.sharpest is None else Sharpest(self.sharpest, self.metric.loss)
-        self._gallery = Gallery()
-        self._curve = None if self.gap is None else GapCurve(self.gap, self._gallery)
-        self._validated = False
-        self._warned = False
-        # Metrics that are logged number by number.
-        self._reports: dict[tuple[str, int], tuple[FlatnessReport, dict[str, Entry]]] = {}
-        self._every: EveryLayer | None = None
-        self._layer_metrics: dict[tuple[str, int], tuple[LayersFlatness, dict[str, Entry]]] = {}
+        self._meter = LayerMeter(self, layer, loss, self.target, linear=loss is not None or report is not False)
+        self._reports = Reports(check_parts(report), self._meter)
+        self.reports = self._reports.values
+        self._metrics: dict[tuple[Stage, int], FlatnessSums] = {}
+        self._sums: list[Tensor] = []  # of the batch
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
-        self._resumed: dict[str, Any] = {}
-        self._tap: LayerTap | None = None
-        self._module: LightningModule | None = None
-        self._step: Step | None = None  # of the batch
-        self._passes: list[LayerRecord] = []  # of the batch: those that count
-        self._open: list[LayerRecord] = []  # of the step that runs: passes that no loss has depended on yet
-        # Stages whose present epoch has had a step, and a batch with the layer in it.
-        self._stepped: set[str] = set()
-        self._seen: set[str] = set()
-        self._verified = self._compared = False
-        self._announced: str | None = None
-        self._suffix = ""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(layer={self.layer!r})"
+        self._told: set[str] = set()
 
     @property
-    def state_key(self) -> str:
-        """Two of these callbacks can live side by side if their layers differ."""
-        return f"{type(self).__name__}[layer={self.layer!r}]"
+    def measured_layer(self) -> str | None:
+        """The name of the layer that is measured, or was last; ``None`` as long as it is not known."""
+        return self._meter.name
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layer, and take up what a checkpoint holds of the epoch."""
-        self._attach(trainer, pl_module)
-        self._warned = False
-        state, self._resumed = self._resumed, {}
-        metric = self._metric("train", 0, pl_module)
-        if self._curve is not None:
-            self._curve.points = [(gap, value) for gap, value in state.get("gaps", [])]
-        self._validated = False
-        if "sums" in state:
-            self._within_epoch = True
-            self._seen.add("train")
-            metric.batches, metric.before = state["batches"], state["before"]
-            if trainer.global_rank == 0:  # they are the sums of all processes
-                metric.sums = state["sums"].to(metric.sums)
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find the layer."""
+        self._metrics, self._sums, self._within_epoch, self._told = {}, [], False, set()
+        self._meter.attach(module)
+        self._reports.check_layer()
+
+    def detach(self) -> None:
+        """Leave nothing behind but the sums, which a checkpoint may want after an exception."""
+        self._meter.detach()
+        self._sums = []
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the last epoch's gap; its training values were not there before."""
-        self._note_gap(trainer)
-        self._verified = self._compared = False
-        if self._tap is not None:
-            self._tap.look_again()
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the epoch's sums."""
-        if not trainer.sanity_checking:
-            self._begin("val", trainer, pl_module, loaders=len(trainer.num_val_batches))
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the epoch's sums."""
-        self._begin("test", trainer, pl_module, loaders=len(trainer.num_test_batches))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the last epoch's gap."""
-        self._note_gap(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layer, outside of ``fit``, and the samples' numbers."""
-        self._attach(trainer, pl_module)
-        if not trainer.sanity_checking:
-            self._start_samples("val", trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layer and the samples' numbers."""
-        self._attach(trainer, pl_module)
-        self._start_samples("test", trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Forget the last batch; of several evaluations of this one the first counts."""
-        self._forget_batch()
-        # Not by `batch_idx`, which is 0 twice where the step takes its batches from an iterator; and not when the epoch
-        # begins, which a run that is resumed within one does too.
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready <= 1:
-            self._begin("train", trainer, pl_module, loaders=1)
+        """Look anew at what lies behind the layer, and whether the loss is the one that was named."""
+        self._meter.look_again()
 
     def begin(self, step: Step) -> None:
         """Listen to the layer, if the step counts.
@@ -251,23 +143,23 @@ class FlatnessMonitor(Callback):
         Args:
             step: a step of the module.
         """
-        if self._tap is None or self._module is None:
+        if self._module is None:
             return
-        training = step.method == "training_step"
-        if self._module.trainer.sanity_checking or (training and self._step is not None):
-            self._tap.attach()
-            return
-        self._step = step
-        self._stepped.add({"training_step": "train", "validation_step": "val"}.get(step.method, "test"))
-        self._passes = []
-        self._tap.copies = not training
-        self._tap.start()
+        claim = self._meter.claim
+        if step.stage == "train":
+            # A loss that is named is compared with that of training, even if only validation is measured.
+            listens = self._step is None and (self.is_due("train") or (claim is not None and not claim.verified))
+        else:
+            listens = self.is_due(step.stage) or (step.stage in self.stages and self._module.trainer.sanity_checking)
+        self._meter.begin(step, self._loader, listens=listens)
+        if listens:
+            self._step = step
 
     def of(self, loss: Tensor) -> Tensor | None:
-        """Keep the passes that a loss depends on, with the weights as they were at the batch's first.
+        """Measure κ in a loss of a training step.
 
         Args:
-            loss: a loss of the training step.
+            loss: the loss.
 
         Returns:
             Nothing: the loss stays as it is.
@@ -275,464 +167,145 @@ class FlatnessMonitor(Callback):
         Raises:
             RuntimeError: if the loss does not depend on the layer, or is not the one that was named.
         """
-        if self._tap is None or self._module is None or self._step is None or not self._tap.recording:
-            return None
-        self._open += self._tap.take(loss)
-        mine = [record for record in self._open if record.is_in(loss)]
-        if not mine and self._module.automatic_optimization:
-            if not self._open and not self._tap.pending:
-                raise RuntimeError(self._nothing("`training_step`"))
-            layer = "any linear layer" if self._tap.name is None else f"layer {self._tap.name!r}"
-            raise RuntimeError(
-                f"{self!r}: the loss of `training_step` does not depend on the outputs of {layer}, so that there is "
-                "nothing to measure."
-            )
-        self._settle()
-        self._open = [record for record in self._open if record not in mine]
-        ages = {record.age for record in self._passes[:1]} or {record.age for record in mine[:1]}
-        mine = [record for record in mine if record.age in ages]
-        self._check_claim(loss, mine)
-        self._passes += [record.copied() for record in mine]
+        if self._step is not None and self._meter.listens:
+            found = self._meter.of(self._step, loss)
+            if found is not None and self.is_due("train"):
+                self._measure(found)
         return None
 
     def pause(self, paused: bool) -> None:
         """Do not listen during a backward pass: checkpointed layers run again there."""
-        if self._tap is not None and self._listening:
-            self._tap.recording = not paused
+        self._meter.pause(paused=paused)
+
+    def evaluated(self, step: Step) -> None:
+        """Measure κ in what a step of validation or test shows.
+
+        Args:
+            step: the step, which has run.
+        """
+        if self._step is not step:
+            return
+        with torch.inference_mode(False):
+            found = self._meter.evaluated(step, self._loader)
+            if found is None:
+                return
+            self._measure(found)
+            if self.is_due(step.stage):
+                self._reports.add(step.stage, self._loader, found)
+            else:  # in the sanity check it is seen that it can be measured
+                self._sums = []
 
     def end(self) -> None:
-        """Keep what a step without a loss has brought, and stop listening."""
-        if self._tap is None:
-            return
-        if self._tap.copies and self._tap.recording:
-            self._passes = self._tap.take()
-            self._compare_value()
-        self._open = []
-        self._tap.stop()
+        """Stop listening."""
+        self._meter.end()
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def _measure(self, found: Measurable) -> None:
+        sums = found.sums(self._probes, self._meter)
+        if sums is not None:
+            self._sums.append(sums)
+        if self._probes.flat:
+            self._say("flat", "κ is 0, because the loss is piecewise linear in the layer's outputs.")
+
+    def begin_epoch(self, stage: Stage, loaders: int) -> None:
+        """Begin the sums of an epoch, also where a checkpoint holds one that had just run out of batches."""
+        assert self._module is not None
+        for loader in range(loaders):
+            self._metric(stage, loader).reset()
+        self._reports.begin(stage)
+        self._probes.begin()
+        # An epoch draws other probes than the last, but the same when it is repeated.
+        self._probes.batches = self._module.trainer.global_step
+
+    def end_batch(self, stage: Stage, loader: int) -> None:
         """Add the batch."""
-        due = self.every_n_steps is not None and (batch_idx + 1) % self.every_n_steps == 0
-        self._update("train", pl_module, dataloader_idx=0, log_step=due)
-        self._within_epoch = True
+        if self._sums:
+            sums = torch.stack(self._sums)
+            if len(sums) > 1:  # losses of one batch: they add up, and it has one weight
+                scale = sums[0, 1] / sums[:, 1]
+                sums = sums * torch.stack([scale, scale / len(sums), scale**2, scale**4], dim=1)
+            self._metric(stage, loader).update(sums.sum(dim=0))
+            if stage == "train" and self.every_n_steps is not None:
+                self._log_step(sums.sum(dim=0))
+        self._sums = []
+        self._within_epoch |= stage == "train"
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the value of the epoch."""
-        if self._within_epoch:
-            if not pl_module.automatic_optimization:
-                self._check_seen("train")
-            self._log("train", 0, pl_module)
-        self._within_epoch = False
+    def _log_step(self, sums: Tensor) -> None:
+        assert self._module is not None
+        assert self.every_n_steps is not None
+        if (self._module.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.every_n_steps == 0:
+            of_batch = self._new_metric(sync_on_compute=False)
+            of_batch.update(sums)
+            name = labelled("train/relative_flatness_step", self.name)
+            options: Any = {"on_step": True, "on_epoch": False, "sync_dist": True, "batch_size": 1}
+            self._module.log(name, of_batch.compute(), **options)
 
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Have the layers measured in the step."""
-        self._forget_batch()
-        if not trainer.sanity_checking:
-            self._start_layers("val", dataloader_idx)
+    def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
+        """Return κ, its standard error where it is estimated, and the report."""
+        if stage == "train":
+            self._within_epoch = False
+        metric = self._metric(stage, loader)
+        totals = metric.totals()
+        _, weight, variance, _ = totals.tolist()
+        if self._meter.missed:
+            self._say(
+                "missed", f"batches were left out ({self._meter.missed} so far): their loss was another than before."
+            )
+        if weight == 0:
+            self._say(f"absent from {stage}", self._meter.absent(stage))
+            return {}
+        value, error = metric.values(totals)
+        found = {"relative_flatness": value} | ({"relative_flatness_error": error} if variance > 0 else {})
+        return {**found, **self._reports.end(stage, loader, behind)}
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the batch."""
-        if not trainer.sanity_checking:
-            self._update("val", pl_module, dataloader_idx)
-            self._log("val", dataloader_idx, pl_module)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take part without a batch."""
-        if not trainer.sanity_checking:
-            self._check_seen("val")
-            self._take_part("val", trainer, pl_module, loaders=len(trainer.num_val_batches))
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn where the values mean little, and draw them."""
-        if not trainer.sanity_checking:
-            self._finish("val", trainer)
-            self._warn_unverified(trainer)
-            self._validated = True
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn where the values mean little, and draw them."""
-        self._finish("test", trainer)
-        self._warn_unverified(trainer)
-
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Have the layers measured in the step."""
-        self._forget_batch()
-        self._start_layers("test", dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the batch."""
-        self._update("test", pl_module, dataloader_idx)
-        self._log("test", dataloader_idx, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take part without a batch."""
-        self._check_seen("test")
-        self._take_part("test", trainer, pl_module, loaders=len(trainer.num_test_batches))
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing behind."""
-        self._detach()
+    def end_stage(self, stage: Stage) -> None:
+        """Warn where the values mean little, or rest on a loss that nothing has shown."""
+        self._reports.warn(self, stage)
+        claim = self._meter.claim
+        assert self._module is not None
+        if claim is not None and not claim.verified and self._module.trainer.state.fn != "fit":
+            self._say(
+                "unverified",
+                f"that {show(claim.criterion)} of the layer's outputs is the loss that the module trains with has not "
+                "been verified, because no step has shown that loss. Return it from the step, or measure within `fit`.",
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind but what a checkpoint may want; `teardown` is not called after an exception."""
-        metrics = self._metrics
-        self._detach()
-        self._metrics = metrics
+        super().on_exception(trainer, pl_module, exception)
         # Where other processes may have failed or wait elsewhere, nothing can be summed up any more.
         self._within_epoch &= trainer.world_size == 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far within a training epoch, over all processes; to be called on all of them."""
-        state: dict[str, Any] = {} if self._curve is None else {"gaps": list(self._curve.points)}
         metric = self._metrics.get(("train", 0))
         if metric is None or not self._within_epoch:
-            return state
-        with metric.sync_context():
-            return state | {"sums": metric.sums.cpu().clone(), "batches": metric.batches, "before": metric.before}
+            return {}
+        return {
+            "sums": metric.totals().cpu(),
+            "batches": self._probes.batches,
+            "before": self._probes.before,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what a checkpoint holds until `fit` begins."""
-        self._resumed = state_dict
+    def resume(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Take up the sums of an epoch."""
+        if trainer.global_rank == 0:  # they are the sums of all processes
+            self._metric("train", 0).update(state["sums"])
+        self._probes.batches, self._probes.before = state["batches"], state["before"]
+        self._within_epoch = True
 
-    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._tap is not None:
-            return
-        self._suffix = name_suffix(trainer, FlatnessMonitor, self.layer)
-        self._metrics = {}
-        self._within_epoch = False
-        self._tap = LayerTap(pl_module, self.layer, through_loss=False)
-        self._settle()
-        self._module = pl_module
-        StepWatcher.join(pl_module, self)
-        if self.layers:
-            others: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
-            if sum(isinstance(other, FlatnessMonitor) and bool(other.layers) for other in others) > 1:
-                raise ValueError(
-                    "Expected argument `layers` to be given to one FlatnessMonitor, but got it in several."
-                )
-            self._every = EveryLayer(pl_module, self.layers, self.layer, self.metric, self.target)
+    def _metric(self, stage: Stage, loader: int) -> FlatnessSums:
+        if (stage, loader) not in self._metrics:
+            self._metrics[stage, loader] = self._new_metric()
+        return self._metrics[stage, loader]
 
-    def _settle(self) -> None:
-        """Say once which layer it is, and refuse one that cannot be measured."""
-        assert self._tap is not None
-        layer, name = self._tap.layer, self._tap.name
-        if layer is None or name is None:
-            return
-        if not has_matrix(layer):
-            raise ValueError(f"Expected argument `layer` to name an nn.Linear, but got {describe(name, layer)}.")
-        if "neuron_pairs" in (self.report or ()) and self._linear().out_features > LARGEST_PAIRS:
-            raise ValueError(
-                f"Expected 'neuron_pairs' in argument `report` to be asked for with at most {LARGEST_PAIRS} outputs, "
-                f"but got {describe(name, layer)}."
-            )
-        if self._announced != name:
-            self._announced = name
-            rank_zero_info(f"{type(self).__name__}: relative flatness is measured at layer {describe(name, layer)}.")
+    def _new_metric(self, **kwargs: Any) -> FlatnessSums:
+        assert self._module is not None
+        claim = self._meter.claim
+        mean = claim is None or getattr(claim.criterion, "reduction", "mean") != "sum"
+        return FlatnessSums(mean=mean, **kwargs).to(self._module.device)
 
-    def _begin(self, stage: str, trainer: Trainer, pl_module: LightningModule, *, loaders: int) -> None:
-        """Begin the sums of an epoch, also where a checkpoint holds one that had just run out of batches."""
-        self._seen.discard(stage)
-        self._stepped.discard(stage)
-        for dataloader_idx in range(loaders):
-            metric = self._metric(stage, dataloader_idx, pl_module)
-            metric.reset()
-            # An epoch draws other probes than the last, but the same when it is repeated.
-            metric.batches = trainer.global_step
-            if self.report is not None and stage != "train":
-                self._report(stage, dataloader_idx, pl_module)[0].reset()
-            if self._every is not None and stage != "train":
-                of_layers, _ = self._of_layers(stage, dataloader_idx)
-                of_layers.reset()
-                of_layers.batches = trainer.global_step
-
-    def _start_layers(self, stage: str, dataloader_idx: int) -> None:
-        if self._every is not None:
-            self._every.start(self._of_layers(stage, dataloader_idx)[0])
-
-    @property
-    def _listening(self) -> bool:
-        return self._step is not None and self._step.method == "training_step"
-
-    def _forget_batch(self) -> None:
-        self._step = None
-        self._passes = []
-        self._open = []
-
-    def _check_claim(self, loss: Tensor, records: list[LayerRecord]) -> None:
-        """Check once an epoch that the loss trained with has the curvature of the one that is named."""
-        assert self._tap is not None
-        assert self._step is not None
-        if self._verified or not records or not has_closed_form(self.metric.loss):
-            return
-        target = find_target(self._step.batch, self.target)
-        self._verified = refuse_false_claim(
-            self,
-            self._tap.name,
-            loss,
-            records,
-            target,
-            self.metric.loss,
-            remedy="Give `loss` as it is computed from these outputs: another criterion, or a callable "
-            "`loss(outputs, target)`.",
-        )
-
-    def _compare_value(self) -> None:
-        """Take the loss named for verified where a validation or test step returns it."""
-        loss = None if self._step is None else self._step.loss
-        if self._verified or self._compared or loss is None or len(self._passes) != 1:
-            return
-        if not has_closed_form(self.metric.loss):
-            return
-        assert self._step is not None
-        self._compared = True
-        target = find_target(self._step.batch, self.target)
-        if target is not None:
-            named, _ = criterion_loss(self.metric.loss, self._passes[0].outputs, target)
-            self._verified = torch.allclose(named, loss.detach().to(named), rtol=0.01)
-
-    def _warn_unverified(self, trainer: Trainer) -> None:
-        """Say once that a value rests on a loss that nothing has shown to be the one trained with."""
-        if trainer.state.fn != "fit" and not self._verified and self._seen and has_closed_form(self.metric.loss):
-            rank_zero_warn(
-                f"{self!r}: that {self.metric.loss} of the layer's outputs is the loss that the module trains with "
-                "has not been verified, because no step has shown that loss. Return it from the step, or measure "
-                "within `fit`."
-            )
-
-    def _check_seen(self, stage: str) -> None:
-        """Raise if there were steps in an epoch, but none with the layer in it."""
-        assert self._tap is not None
-        if stage in self._stepped and stage not in self._seen:
-            raise RuntimeError(self._nothing(f"any {stage} batch"))
-
-    def _nothing(self, where: str) -> str:
-        assert self._tap is not None
-        return (
-            f"{self!r}: {did_not_run(self._tap)} in {where}, so that there is nothing to measure. Is it used in the "
-            "module's step? If the module was compiled and had run before, call `torch._dynamo.reset()` first."
-        )
-
-    def _update(self, stage: str, pl_module: LightningModule, dataloader_idx: int, *, log_step: bool = False) -> None:
-        records, step = self._passes, self._step
-        self._forget_batch()
-        if not records or step is None:
-            return  # a batch that was skipped, or a step without a loss
-        self._seen.add(stage)
-        self._settle()
-        target = find_target(step.batch, self.target)
-        metric = self._metric(stage, dataloader_idx, pl_module)
-        for record in records:
-            metric.update(record.features, record.weight, record.outputs, target)
-            if self.report is not None and stage != "train":
-                self._report(stage, dataloader_idx, pl_module)[0].update(
-                    record.features, record.weight, record.outputs, target
-                )
-        if self._sharpest is not None and stage != "train":
-            self._sharpest.add(dataloader_idx, records, target)
-        if log_step:
-            of_batch = copy.deepcopy(self.metric).to(pl_module.device)
-            of_batch.sync_on_compute = False
-            for record in records:
-                of_batch.update(record.features, record.weight, record.outputs, target)
-            step_name = f"train/relative_flatness_step{self._suffix}"
-            pl_module.log(step_name, of_batch.compute(), on_step=True, on_epoch=False, sync_dist=True, batch_size=1)
-
-    def _metric(self, stage: str, dataloader_idx: int, pl_module: LightningModule) -> RelativeFlatness:
-        metric = self._metrics.get((stage, dataloader_idx))
-        if metric is None:
-            metric = self._metrics[stage, dataloader_idx] = copy.deepcopy(self.metric).to(pl_module.device)
-        return metric
-
-    def _log(self, stage: str, dataloader_idx: int, pl_module: LightningModule) -> None:
-        if stage not in self._seen and pl_module.trainer.world_size == 1:
-            return  # several processes log together, whatever each has seen
-        metric = self._metric(stage, dataloader_idx, pl_module)
-        name = f"{stage}/relative_flatness{self._suffix}"
-        # Lightning computes the metric when the epoch ends, on all processes, and resets it.
-        # The size is told, because Lightning would look for one in a batch that it may not have.
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
-        pl_module.log(name, metric, prog_bar=self.prog_bar, metric_attribute=name, **options)
-        for _, entries in self._groups(stage, dataloader_idx, pl_module):
-            for label, entry in entries.items():
-                entry.update()
-                name = f"{stage}/{label}"
-                pl_module.log(name, entry, metric_attribute=name, **options)
-
-    def _groups(
-        self, stage: str, dataloader_idx: int, pl_module: LightningModule
-    ) -> Iterator[tuple[Metric, dict[str, Entry]]]:
-        """Yield the metrics that are logged by their entries."""
-        if self.report is not None and stage != "train":
-            yield self._report(stage, dataloader_idx, pl_module)
-        if self._every is not None and stage != "train":
-            yield self._of_layers(stage, dataloader_idx)
-
-    def _report(
-        self, stage: str, dataloader_idx: int, pl_module: LightningModule
-    ) -> tuple[FlatnessReport, dict[str, Entry]]:
-        if (stage, dataloader_idx) not in self._reports:
-            assert self._tap is not None
-            whole, entries = new_report(self.metric.loss, self._linear(), self.report or (), self._suffix)
-            self._reports[stage, dataloader_idx] = whole.to(pl_module.device), entries
-        return self._reports[stage, dataloader_idx]
-
-    def _linear(self) -> nn.Linear:
-        assert self._tap is not None
-        layer = getattr(self._tap.layer, "base_layer", self._tap.layer)
-        assert isinstance(layer, nn.Linear)
-        return layer
-
-    def _start_samples(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask the loaders for their order before the first batch."""
-        if self._sharpest is not None:
-            self._sharpest.start(loaders_of(trainer, stage), pl_module.device)
-
-    def _finish(self, stage: str, trainer: Trainer) -> None:
-        """Warn, find the sharpest samples of all processes, and draw."""
-        for (of_stage, _), (whole, _) in self._reports.items():
-            if of_stage == stage and not self._warned and whole.update_called:
-                self._warned = warn_of_degenerate(whole, repr(self), stage)
-        found = [] if self._sharpest is None else self._sharpest.found()
-        loaders = loaders_of(trainer, stage)
-        for number, loader in enumerate(loaders):
-            behind = self._suffix + (f"/dataloader_idx_{number}" if len(loaders) > 1 else "")
-            if found:
-                self.sharpest_samples[f"{stage}{behind}"] = found[number]
-            if self.figures and trainer.is_global_zero:
-                self._draw(stage, number, behind, trainer, loader)
-
-    def _draw(self, stage: str, number: int, behind: str, trainer: Trainer, loader: Any) -> None:
-        if self.report:
-            values = {name: value.cpu() for name, value in self._reports[stage, number][0].compute().items()}
-            if "classes" in self.report:
-                parts = values["per_class"].tolist()
-                figure = bars(parts, list(map(str, range(len(parts)))), f"κ of each class, {stage}")
-                self._gallery.show(trainer, f"{stage}/class_flatness{behind}", figure)
-            if "neuron_pairs" in self.report:
-                figure = heat_map(values["neuron_pairs"], f"part in κ, {stage}")
-                self._gallery.show(trainer, f"{stage}/neuron_pairs{behind}", figure)
-        if self._every is not None:
-            flatness, errors = (row[:-1].tolist() for row in self._layer_metrics[stage, number][0].compute())
-            figure = bars(flatness, self._every.names, f"κ of each layer ± standard error, {stage}", errors)
-            self._gallery.show(trainer, f"{stage}/layer_flatness{behind}", figure)
-        if self.sharpest is not None:
-            sizes, indices = self.sharpest_samples[f"{stage}{behind}"].tolist()
-            indices = list(map(int, indices))
-            figure = sample_grid([loader.dataset[index] for index in indices], sizes, indices)
-            self._gallery.show(trainer, f"{stage}/sharpest_samples{behind}", figure)
-
-    def _note_gap(self, trainer: Trainer) -> None:
-        if self._curve is not None and self._validated:
-            self._curve.add(trainer, self._suffix)
-        self._validated = False
-
-    def _check_figures(self) -> None:
-        drawn = bool(set(self.report or ()) & {"classes", "neuron_pairs"})
-        if self.figures and not (drawn or self.layers or self.sharpest or self.gap):
-            raise ValueError(
-                "Expected argument `figures` to be given with something to draw: 'classes' or 'neuron_pairs' in "
-                "`report`, `layers`, `sharpest` or `gap`, but got none of them."
-            )
-        if not self.figures and self.gap is not None:
-            raise ValueError(f"Expected argument `gap` to be given with figures=True, but got gap={self.gap!r} alone.")
-        if not self.figures and "neuron_pairs" in (self.report or ()):
-            raise ValueError(
-                "Expected 'neuron_pairs' in argument `report` to be given with figures=True, because they are drawn "
-                f"and not logged, but got figures={self.figures!r}."
-            )
-        if self.figures:
-            check_matplotlib()
-
-    def _of_layers(self, stage: str, dataloader_idx: int) -> tuple[LayersFlatness, dict[str, Entry]]:
-        assert self._every is not None
-        if (stage, dataloader_idx) not in self._layer_metrics:
-            self._layer_metrics[stage, dataloader_idx] = self._every.new_metric()
-        return self._layer_metrics[stage, dataloader_idx]
-
-    def _take_part(self, stage: str, trainer: Trainer, pl_module: LightningModule, *, loaders: int) -> None:
-        """Without a batch in this process Lightning does not ask for the metric here, and the others would wait."""
-        if trainer.world_size == 1:
-            return
-        metrics = [self._metric(stage, dataloader_idx, pl_module) for dataloader_idx in range(loaders)]
-        if all(metric.update_called for metric in metrics):
-            return
-        if loaders > 1:
-            raise RuntimeError(
-                f"{self!r}: process {trainer.global_rank} has no batch of one of the {loaders} {stage} data loaders. "
-                "Give every process one of each, or use a single data loader."
-            )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The ``compute`` method of metric")
-            metrics[0].compute()  # now, as the others do; Lightning finds the value later
-            for whole, _ in self._groups(stage, 0, pl_module):
-                whole.compute()
-        self._log(stage, 0, pl_module)
-
-    def _detach(self) -> None:
-        if self._tap is not None:
-            self._tap.close()
-            self._tap = None
-        if self._module is not None:
-            StepWatcher.leave(self._module, self)
-            self._module = None
-        if self._every is not None:
-            self._every.close()
-            self._every = None
-        self._layer_metrics = {}
-        self._reports = {}
-        self._metrics = {}
-        self._forget_batch()
-
-
-def _check_patterns(layers: str | Sequence[str] | None) -> list[str]:
-    patterns = [layers] if isinstance(layers, str) else list(layers or [])
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(
-            f"Expected argument `layers` to be one or more patterns of names, or None, but got {layers!r}."
-        )
-    return patterns
-
-
-def _check_gap(gap: object) -> tuple[str, str] | None:
-    if gap is None:
-        return None
-    if isinstance(gap, Sequence) and len(gap) == 2 and all(isinstance(name, str) for name in gap):
-        return gap[0], gap[1]
-    raise ValueError(f"Expected argument `gap` to be the names of two logged metrics, or None, but got {gap!r}.")
+    def _say(self, what: str, message: str) -> None:
+        """Warn once."""
+        if what not in self._told:
+            self._told.add(what)
+            rank_zero_warn(f"{self!r}: {message}")

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_relflat.cli import coefficient, compare, layers, measure
-from lightning_relflat.cli._shared import InputError, Parser
+from lightning_relflat.cli._shared import InputError, Parser, say
 
 COMMANDS = {
     "measure": (measure, "what relative flatness a checkpoint has, and what it is made of"),
@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
             _run_command(module.run, config[config.subcommand], given[config.subcommand], stdout)
     except InputError as error:
         if getattr(rank_zero_only, "rank", 0) == 0:  # several processes find the same
-            _say("error", str(error))
+            say("error", str(error))
         return 2
     return 0
 
@@ -93,7 +93,7 @@ def _plainly() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
-        warnings.showwarning = lambda message, *_, **__: _say("warning", str(message))
+        warnings.showwarning = lambda message, *_, **__: say("warning", str(message))
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         try:
@@ -101,10 +101,6 @@ def _plainly() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _say(kind: str, message: str) -> None:
-    print(f"relflat: {kind}: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
 
 
 def _in_short(message: str) -> str:

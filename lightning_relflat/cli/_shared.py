@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import pydoc
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,16 @@ PICTURES = (".png", ".pdf", ".svg")
 
 class InputError(Exception):
     """Bad input; the message says what to do."""
+
+
+def say(kind: Literal["error", "warning"], message: str) -> None:
+    """Write one line to stderr.
+
+    Args:
+        kind: what it is.
+        message: its text, on one line whatever it holds.
+    """
+    print(f"relflat: {kind}: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -66,13 +77,13 @@ def add_layer(parser: ArgumentParser) -> None:
         parser: the command's parser.
     """
     parser.add_argument(
-        "--layer", type=str | None, help="The dotted name of a linear layer; else the last one that runs."
+        "--layer", type=str | None, help="The dotted name of a layer; else the last linear one of the loss."
     )
     parser.add_argument(
         "--loss",
-        type=str,
-        default="cross_entropy",
-        help="The loss of the layer's outputs: a name, or the dotted path of a criterion or a callable.",
+        type=str | None,
+        help="The loss of the layer's outputs: a name, or the dotted path of a criterion or a callable; else the loss "
+        "that `validation_step` returns, logs or computes.",
     )
     parser.add_argument(
         "--target", type=int | str | None, default=1, help="The index or key of the target in the batch."
@@ -335,11 +346,11 @@ def plain_log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def find_loss(name: str) -> Any:
+def find_loss(name: str | None) -> Any:
     """Return what ``--loss`` names.
 
     Args:
-        name: a criterion's name, or a dotted path.
+        name: a criterion's name, or a dotted path; ``None`` for the step's own loss.
 
     Returns:
         The name, or the criterion or callable; a class is called without arguments.
@@ -347,7 +358,7 @@ def find_loss(name: str) -> Any:
     Raises:
         InputError: if there is nothing under the path.
     """
-    if "." not in name:
+    if name is None or "." not in name:
         return name
     found = pydoc.locate(name)
     if not callable(found):

@@ -156,11 +156,14 @@ def read_run(path: str, config: Namespace, given: Namespace) -> Values:
 
 def _read_csv(path: Path) -> Values:
     values: Values = {}
-    with path.open(newline="", encoding="utf-8") as log:
-        for row in csv.DictReader(log):
-            for name, text in row.items():
-                with contextlib.suppress(TypeError, ValueError):  # not logged in that step
-                    values[name] = float(text)
+    try:
+        with path.open(newline="", encoding="utf-8") as log:
+            for row in csv.DictReader(log):
+                for name, text in row.items():
+                    with contextlib.suppress(TypeError, ValueError):  # not logged in that step
+                        values[name] = float(text)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no table of CSVLogger's ({error}); give a folder that a logger wrote") from error
     return values
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from matplotlib.figure import Figure
 
-from lightning_relflat.callbacks import FlatnessMonitor
+from lightning_relflat.callbacks import LayersMonitor
 from lightning_relflat.cli._shared import (
     InputError,
     Parser,
@@ -16,7 +16,6 @@ from lightning_relflat.cli._shared import (
     add_outputs,
     check_outputs,
     class_path,
-    find_loss,
     new_figure,
     new_table,
     with_error,
@@ -29,7 +28,8 @@ examples:
   relflat layers first.ckpt last.ckpt --model my.Net --data my.Data --layers 'body.*' head --probes 8
 
 Every linear and convolution layer is measured by random probes; ± is the standard error, which falls with the number
-of probes and of samples. --layer names the layer whose outputs the loss is computed from.
+of probes and of samples. The loss is the one that `validation_step` returns, logs or computes. A layer of whose
+outputs it is a criterion with a closed form has an exact κ.
 """
 
 Values = dict[str, tuple[float, float]]
@@ -39,7 +39,7 @@ def make_parser() -> ArgumentParser:
     """Return the command's parser."""
     parser = Parser(description="Estimate the relative flatness κ of every layer of checkpoints.", epilog=EPILOG)
     parser.add_argument("ckpts", type=str, nargs="+", metavar="CKPT", help="The checkpoints, of one class of models.")
-    add_checkpoint_options(parser)
+    add_checkpoint_options(parser, of_one_layer=False)
     parser.add_argument("--split", type=Part, default="val", help="The data.")
     parser.add_argument("--layers", type=str, nargs="+", metavar="PATTERN", help="Patterns of layers' names; else all.")
     parser.add_argument("--probes", type=int, default=2, help="How many random probes to average.")
@@ -63,15 +63,10 @@ def run(config: Namespace, given: Namespace) -> Result:
     found: dict[str, Values] = {}
     for path in config.ckpts:
         model, data = load(path, config, given)
-        monitor = FlatnessMonitor(
-            config.layer,
-            find_loss(config.loss),
-            target=config.target,
-            layers=config.layers or "*",
-            probes=config.probes,
-            seed=config.seed,
-        )
+        monitor = LayersMonitor(config.layers or "*", stages=("val",), probes=config.probes, seed=config.seed)
         logged = validate(model, data, config.split, config, [monitor])
+        if f"{config.split}/network_flatness" not in logged:
+            raise InputError("`validation_step` shows no loss that depends on a layer; return the loss there or log it")
         prefix = f"{config.split}/layer_flatness/"
         values = {
             name.removeprefix(prefix): (value, logged[name.replace("layer_flatness", "layer_flatness_error", 1)])
@@ -89,7 +84,6 @@ def run(config: Namespace, given: Namespace) -> Result:
         table.add_row(name, *cells, end_section=index == len(names) - 1)
     data_out = {
         "model": class_path(config.model, "model"),
-        "loss": config.loss,
         "split": config.split,
         "probes": config.probes,
         "checkpoints": [

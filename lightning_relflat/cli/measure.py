@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import pickle
-import pydoc
 import re
 import sys
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_relflat.callbacks import FlatnessMonitor
+from lightning_relflat.cli._checkpoint import load_model
 from lightning_relflat.cli._shared import (
     InputError,
     Parser,
@@ -92,14 +88,16 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def add_checkpoint_options(parser: ArgumentParser) -> None:
+def add_checkpoint_options(parser: ArgumentParser, *, of_one_layer: bool = True) -> None:
     """Add what is needed to measure a checkpoint.
 
     Args:
         parser: the command's parser.
+        of_one_layer: whether it is told which layer, and which loss of its outputs.
     """
     add_classes(parser)
-    add_layer(parser)
+    if of_one_layer:
+        add_layer(parser)
     add_hardware(parser)
     parser.add_argument(
         "--trust",
@@ -124,7 +122,7 @@ def run(config: Namespace, given: Namespace) -> Result:
     measures = list(get_args(Measure)) if config.measures is None else config.measures
     parts: list[Part] = ["train", "val"] if config.split == "both" else [config.split]
     layer, values = report_checkpoint(config.ckpt, config, given, parts=parts, measures=measures)
-    title = f"{config.ckpt}, layer {layer}, loss {config.loss}"
+    title = f"{config.ckpt}, layer {layer}, loss {config.loss or 'of the step'}"
     heads = {"train": "training", "val": "validation"}
     table = new_table(title, "", *(heads[part] for part in parts), *(["difference"] if len(parts) == 2 else []))
     table.add_column("what it is")
@@ -184,19 +182,27 @@ def report_checkpoint(
         InputError: if something cannot be found or does not fit.
     """
     model, data = load(path, config, given)
-    layer = config.layer or last_layer(model, data, config)
     loss = find_loss(config.loss)
     report = measures != ["relative_flatness"]
     values: dict[str, float] = {}
+    layer = None
     for part in parts:
-        monitor = FlatnessMonitor(layer, loss, target=config.target, report=report, seed=config.seed)
+        monitor = FlatnessMonitor(config.layer, loss, target=config.target, report=report, seed=config.seed)
         found = validate(model, data, part, config, [monitor])
+        layer = monitor.measured_layer
+        missing = {_logged(measure) for measure in measures} - {name.partition("/")[2] for name in found}
+        if layer is None or missing:
+            raise InputError(
+                "`validation_step` shows no loss that depends on the layer, or none with a closed form; return the "
+                "loss there or log it, or name it with --loss"
+            )
         wanted = {_logged(measure) for measure in measures}
         values |= {
             name: value
             for name, value in found.items()
             if (own := name.partition("/")[2]) in wanted or not is_flatness(own)
         }
+    assert layer is not None
     return layer, values
 
 
@@ -214,83 +220,11 @@ def load(path: str, config: Namespace, given: Namespace) -> tuple[LightningModul
     Raises:
         InputError: if something cannot be found or does not fit.
     """
-    name = class_path(config.model, "model")
+    class_path(config.model, "model")
     class_path(config.data, "data")
     check_devices(config)
     seed_everything(config.seed, workers=True, verbose=False)
-    checkpoint = read(path, trust=config.trust)
-    kind: Any = pydoc.locate(name)
-    own = given.model.get("init_args")
-    kwargs = _instantiated(kind, own.as_dict()) if own else {}
-    kwargs |= dict(given.model.get("dict_kwargs") or {})
-    loading: dict[str, Any] = {"map_location": "cpu"}
-    # Lightning before 2.6 does not know it, and reads again what was just found to be harmless.
-    if "weights_only" in inspect.signature(LightningModule.load_from_checkpoint).parameters:
-        loading["weights_only"] = not config.trust
-    try:
-        model: LightningModule = kind.load_from_checkpoint(path, **loading, **kwargs)
-    except TypeError as error:
-        saved = ", ".join(checkpoint.get("hyper_parameters", {})) or "no arguments"
-        raise InputError(
-            f"{name} cannot be built: {error}; {path} holds {saved}; give the rest as --model.NAME VALUE"
-        ) from error
-    except RuntimeError as error:
-        if "state_dict" not in str(error):
-            raise
-        # "Error(s) in loading state_dict for Net:", then a line for each kind of misfit
-        reason = " ".join(str(error).partition(":")[2].split())
-        reason = reason if len(reason) < 300 else f"{reason[:300]}…"
-        raise InputError(
-            f"{path} does not fit {name}: {reason} Give the class and the arguments (--model.NAME VALUE) that the "
-            "checkpoint was saved with"
-        ) from error
-    return model, SharedData(build(config.data, "data"))
-
-
-def read(path: str, *, trust: bool) -> dict[str, Any]:
-    """Return what a checkpoint of Lightning's holds, tensors without their values.
-
-    Args:
-        path: the file.
-        trust: whether the file may run code.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        InputError: if there is no such checkpoint, or it is not safe to load.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path}; give the path of a file that the Trainer saved")
-    try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|class|global) `?([\w.]+)", str(error))
-        if found is None:
-            raise InputError(f"{path} is no checkpoint; give a file that the Trainer saved") from error
-        raise InputError(
-            f"{path} holds more than tensors and plain values ({found[1]}), and loading it can run any code; if you "
-            "trust where it comes from, add --trust"
-        ) from error
-    except Exception as error:  # whatever a broken file may come to
-        raise InputError(
-            f"{path} cannot be loaded ({' '.join(str(error).split())[:200]}); is it a whole checkpoint of Lightning's?"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(f"{path} is no checkpoint of Lightning's: it has no `state_dict`; give one the Trainer saved")
-    if "pytorch-lightning_version" not in checkpoint:
-        raise InputError(
-            f"{path} is no checkpoint of Lightning's: it names no version of it; give one that the Trainer saved"
-        )
-    return checkpoint
-
-
-def _instantiated(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return given arguments as the class takes them; those of classes may be objects of other classes."""
-    parser = ArgumentParser(exit_on_error=False)
-    names = set(inspect.signature(kind).parameters)
-    parser.add_class_arguments(kind, "model", fail_untyped=False, skip=names - set(values), instantiate=False)
-    return dict(parser.instantiate(parser.parse_object({"model": values}))["model"].items())
+    return load_model(path, config, given), SharedData(build(config.data, "data"))
 
 
 def check_devices(config: Namespace) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,11 @@ def plain(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(Tensor)
 
 
-def ordinary() -> AbstractContextManager[None]:
-    """Return a context in which such tensors count as ordinary ones, and what is computed of them is one."""
-    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
-    return context
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Let such tensors count as ordinary ones, and what is computed of them be one; as a decorator too."""
+    with torch._C.DisableTorchFunctionSubclass():
+        yield
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:

@@ -82,7 +82,7 @@ def gradients_in_graph(loss: Tensor, outputs: Sequence[Tensor], *, allow_unused:
         RuntimeError: if what lies between cannot be differentiated twice, or would be silently wrong or incomplete.
     """
     connected = [tensor for tensor in outputs if tensor.requires_grad]
-    between = _between(loss, connected)
+    between = nodes_between(loss, connected)
     _refuse_compiled(between)
     _refuse_norms(between)
     with naming_the_cause(), _refusing_hidden_curvature(between):
@@ -96,8 +96,16 @@ def gradients_in_graph(loss: Tensor, outputs: Sequence[Tensor], *, allow_unused:
     return gradients
 
 
-def _between(loss: Tensor, outputs: Sequence[Tensor]) -> set[Node]:
-    """Return the nodes of a graph that lie between some tensors and a loss."""
+def nodes_between(loss: Tensor, outputs: Sequence[Tensor]) -> set[Node]:
+    """Return the nodes of a graph that lie between some tensors and a loss.
+
+    Args:
+        loss: the loss.
+        outputs: what left a layer.
+
+    Returns:
+        The nodes, without those of the outputs.
+    """
     leaves = [tensor for tensor in outputs if tensor.grad_fn is None]
     reached = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
     # What lies before a single output is nobody's concern; of several, one may lie before another.

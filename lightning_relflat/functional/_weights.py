@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_relflat.functional._checks import full_precision
 from lightning_relflat.functional._linear_map import CONVOLUTIONS
@@ -166,7 +167,8 @@ def adapted_weight(layer: nn.Module) -> Tensor:
     """Return the weight of an adapted layer as a whole, W + BA with LoRA, without dropout on the way.
 
     It is the Jacobian of what the layer computes, so that every kind of adapter counts that is linear outside of
-    training. It costs a pass of min(d, m) rows through the layer.
+    training. It costs a pass of min(d, m) rows through the layer; of m rows where a part of it is compiled, because
+    the gradient of what is compiled cannot be differentiated.
 
     Args:
         layer: a layer that :func:`is_adapted`.
@@ -179,10 +181,17 @@ def adapted_weight(layer: nn.Module) -> Tensor:
     d, m = base.out_features, base.in_features
     parameter = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
     training = [module for module in layer.modules() if module.training]
-    with torch.inference_mode(False), torch.enable_grad(), full_precision(parameter):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        full_precision(parameter),
+        # Whoever else has hooks on what is saved must not see it: activation checkpointing would miss it when it
+        # computes the layer anew.
+        saved_tensors_hooks(_owned, _same),
+    ):
         try:
             layer.eval()
-            if d <= m:
+            if d <= m and not _has_compiled_parts(layer):
                 origin = parameter.new_zeros(d, m, requires_grad=True)
                 outputs = layer.forward(origin)
                 unit = torch.eye(d, device=outputs.device, dtype=outputs.dtype)
@@ -194,3 +203,21 @@ def adapted_weight(layer: nn.Module) -> Tensor:
             for module in training:
                 module.training = True
     return weight if torch.is_grad_enabled() else weight.detach()
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """Return a tensor to be saved; of a parameter a copy, because it may change or be freed before it is needed."""
+    of_parameter = tensor.requires_grad and (tensor.is_leaf or tensor._base is not None)
+    return tensor.clone() if of_parameter else tensor
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _has_compiled_parts(layer: nn.Module) -> bool:
+    """Return whether calling a part of a layer runs compiled code."""
+    return any(
+        part is not layer and (part._compiled_call_impl is not None or "_orig_mod" in part._modules)
+        for part in layer.modules()
+    )

@@ -326,29 +326,63 @@ def _parts(
                 directions=directions,
                 beside=beside,
             )
-    else:
-        flat_features, flat_weight, hessian = _flatten(
-            features, weight, outputs, target, criterion, class_dim, temperature=temperature
-        )
-        sample_weight, total_weight, counted = hessian.weight, hessian.total_weight, hessian.counted
         with full_precision(flat_features):
-            size = size_of(flat_weight, flat_features)
-            if size is not None:
-                flat_weight = flat_weight / size
-            if measure == "trace":
-                curvature = hessian.diagonals().sum(dim=1) * flat_weight.square().sum()
-            else:
-                curvature = hessian.trace_through(flat_weight)
-    with full_precision(flat_features):
-        parts = sample_weight * curvature / temperature**2
-        if normalize_features:
-            parts = parts if size is None else parts * size * size
+            parts = _times_lengths(
+                sample_weight * curvature / temperature**2, flat_features, size, counted, normalize=normalize_features
+            )
+        return parts, total_weight
+    flat_features, flat_weight, hessian = _flatten(
+        features, weight, outputs, target, criterion, class_dim, temperature=temperature
+    )
+    parts = flatness_through(
+        hessian, flat_features, flat_weight, measure=measure, normalize_features=normalize_features
+    )
+    return parts / temperature**2, hessian.total_weight
+
+
+def flatness_through(
+    hessian: OutputHessian,
+    features: Tensor,
+    weight: Tensor,
+    *,
+    measure: Measure = "relative_flatness",
+    normalize_features: bool = False,
+) -> Tensor:
+    """Return the parts of the samples in κ of the summed loss, from the Hessian with respect to its outputs.
+
+    Args:
+        hessian: that of n samples.
+        features: what entered the layer, of shape (n, m).
+        weight: its weight, of shape (d, m), in the features' dtype.
+        measure: as for :func:`relative_flatness`.
+        normalize_features: as for :func:`relative_flatness`.
+
+    Returns:
+        The parts, of shape (n,).
+    """
+    with full_precision(features):
+        size = size_of(weight, features)
+        if size is not None:
+            weight = weight / size
+        if measure == "trace":
+            curvature = hessian.diagonals().sum(dim=1) * weight.square().sum()
         else:
-            if size is not None:  # that of a W of the size 1, times that size, which the features take over
-                flat_features = flat_features * size
-            parts = times_squared_lengths(flat_features, parts)
-        # Padding that the criterion ignores may hold anything, such as NaN, which 0 times is not 0.
-        return (parts if counted is None else parts.where(counted, 0.0)), total_weight
+            curvature = hessian.trace_through(weight)
+        return _times_lengths(hessian.weight * curvature, features, size, hessian.counted, normalize=normalize_features)
+
+
+def _times_lengths(
+    parts: Tensor, features: Tensor, size: Tensor | None, counted: Tensor | None, *, normalize: bool
+) -> Tensor:
+    """Multiply curvatures along a W of the size 1 by the features' squared lengths, and by the size that W has."""
+    if normalize:
+        parts = parts if size is None else parts * size * size
+    else:
+        if size is not None:  # which the features take over
+            features = features * size
+        parts = times_squared_lengths(features, parts)
+    # Padding that the criterion ignores may hold anything, such as NaN, which 0 times is not 0.
+    return parts if counted is None else parts.where(counted, 0.0)
 
 
 def _flatten(

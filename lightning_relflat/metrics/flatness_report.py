@@ -94,7 +94,7 @@ class FlatnessReport(SpectralMeasure):
         m = check_count("in_features", in_features, at_least=1)
         d = check_count("out_features", out_features, at_least=1)
         self.num_classes = None if num_classes is None else check_count("num_classes", num_classes, at_least=1)
-        self._shape = d, m
+        self.weight_shape = d, m
         self.neural_collapse = check_flag("neural_collapse", neural_collapse)
         self.class_means = _class_means(class_means, self.num_classes, m) if self.neural_collapse else None
         if check_flag("eigenvalues", eigenvalues):
@@ -132,7 +132,7 @@ class FlatnessReport(SpectralMeasure):
             ValueError: if shapes do not fit each other or the metric, the target is missing or does not fit, or
                 ``num_classes`` was given and it holds no class indices.
         """
-        check_weight_shape(weight, self._shape)
+        check_weight_shape(weight, self.weight_shape)
         with torch.no_grad():
             sums = report_sums(
                 features,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ class LayersFlatness(SummedMetric):
         uses: Sequence[Sequence[LayerUse]],
         total_weight: Tensor | float,
         mode: object = None,
+        exact: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Add a batch.
 
@@ -103,6 +104,7 @@ class LayersFlatness(SummedMetric):
             total_weight: what the loss divides by.
             mode: anything hashable that stands for how the network computes, as whether it trains; how rows meet is
                 looked for anew with another.
+            exact: the κ in the batch of the layers, by their numbers, for which it is known; these have no uses.
 
         Raises:
             ValueError: if there are not uses of as many layers, or as
@@ -147,6 +149,10 @@ class LayersFlatness(SummedMetric):
             if len({estimate.shape for estimate in whole}) > 1:
                 whole = [estimate.sum(dim=1, keepdim=True) for estimate in whole]
             added[:, -1] = moments(torch.stack(whole).sum(dim=0))
+        for layer, kappa in (exact or {}).items():
+            for place in (layer, -1):
+                added[0, place] += kappa.double()
+            seen[layer] = 1
         self.seen = self.seen + seen
         weight = torch.as_tensor(total_weight, dtype=torch.float64, device=self.sums.device)
         scale = weight if self.mean else torch.ones_like(weight)

@@ -96,7 +96,10 @@ class SharpestSamples(SummedMetric):
             parts = relative_flatness(
                 features, weight, outputs, target, loss=self.loss, reduction="none", class_dim=self.class_dim
             )
-        parts = parts.double().reshape(len(features), -1).sum(dim=1)
+        self._add(parts.double().reshape(len(features), -1).sum(dim=1), indices)
+
+    def _add(self, parts: Tensor, indices: Tensor | None) -> None:
+        """Add the parts of samples."""
         kind = _COUNTED if indices is None else _GIVEN
         if indices is None:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -169,6 +172,31 @@ class SharpestSamples(SummedMetric):
         shifted = indices + incoming_state["counted"].to(indices).where(kinds == _COUNTED, 0.0)
         self.sharpest = torch.stack([parts, shifted, kinds])
         super()._reduce_states(incoming_state)
+
+
+class SharpestParts(SharpestSamples):
+    """The samples with the largest parts in κ, where the parts are computed elsewhere.
+
+    Args:
+        k: how many samples.
+        kwargs: the arguments of :class:`torchmetrics.Metric`.
+    """
+
+    def __init__(self, k: int, **kwargs: Any) -> None:
+        super().__init__(k, **kwargs)
+
+    def update(self, parts: Tensor, indices: Tensor) -> None:  # type: ignore[override]  # metrics differ in what they take
+        """Add samples.
+
+        Args:
+            parts: their parts, of shape (n,).
+            indices: their numbers in the data set, integers of shape (n,).
+
+        Raises:
+            TypeError: if ``indices`` are no integers.
+            ValueError: if they are not of shape (n,), or too large.
+        """
+        self._add(parts.double(), indices)
 
 
 def _check_indices(indices: Tensor, parts: Tensor) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_relflat import FAM, FlatnessMonitor
+from lightning_relflat import FAM, FlatnessMonitor, MaxNorm
 from lightning_relflat.functional import _softmax_trace
 from tests.models import Batch, Net, Resumable, make_batches, make_trainer
 from tests.processes import COEFFICIENT, LR
@@ -75,7 +75,7 @@ class Sharded(Net):
         fully_shard(self, mesh=mesh)
 
     def on_train_start(self) -> None:
-        # A root may stay whole after its last forward pass, but it begins sharded.
+        # A root may stay whole after its last forward pass, but it begins sharded, or is sharded again by MaxNorm.
         sharded = self.fsdp is not None and self.trainer.world_size > 1
         assert hasattr(self.head.weight, "full_tensor") == sharded
 
@@ -149,6 +149,8 @@ def main(
     monitor: dict[str, Any] | None = None,
     timeout: int = 300,
     fam: dict[str, Any] | None = None,
+    cap: dict[str, Any] | None = None,
+    sanity: int = 0,
     large: bool = False,
     **options: Any,
 ) -> None:
@@ -174,6 +176,8 @@ def main(
         FlatnessMonitor("head", **monitor or {}),
         penalties,
     ]
+    if cap is not None:
+        callbacks.insert(0, MaxNorm("head", **cap))
     if keep_all:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1))
     trainer = make_trainer(
@@ -188,6 +192,7 @@ def main(
         use_distributed_sampler=False,
         accumulate_grad_batches=accumulate,
         sync_batchnorm=sync_norm,
+        num_sanity_val_steps=sanity,
     )
     trainer.fit(net, ckpt_path=ckpt_path)
     weights = {}

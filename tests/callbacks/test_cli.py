@@ -187,7 +187,11 @@ NO_LOSS = r"`loss` to be one of 'cross_entropy', .* but got \{'label_smoothing':
         ("FAM", "probes: none", "`probes` to be an integer of at least 1, or None, but got 'none'"),
         ("FAM", "probes: 2.0", r"`probes` to be an integer of at least 1, or None, but got 2\.0"),
         ("FAM", "warmup_steps: 1e3", r"`warmup_steps` to be an integer of at least 0, but got 1000\.0"),
-        ("FAM", "target: [label]", r"`target` to be an index or key of the batch, or None, but got \['label'\]"),
+        (
+            "FAM",
+            "target: [label, 1.5]",
+            r"`target` to be an index or key .*, a path of them, .* but got \['label', 1\.5\]",
+        ),
         (
             "FAM",
             "loss: {label_smoothing: 0.1}",

@@ -362,11 +362,13 @@ def test_two_on_two_layers_in_any_order() -> None:
         torch.manual_seed(3)
         net = Net().double()
         trainer = make_trainer(
-            precision="64-true", callbacks=[FAM(name, 0.1, probes=None) for name in order], max_epochs=2
+            precision="64-true", callbacks=[FAM(name, 0.1, probes=None, name=name) for name in order], max_epochs=2
         )
         trainer.fit(net, make_loader(SIZES))
         assert_untouched(net)
-        assert {"fam/penalty/head", "fam/penalty/body", "fam/coefficient/head"} <= set(trainer.callback_metrics)
+        assert {"fam/head/penalty", "fam/body/penalty", "fam/head/coefficient", "fam/body/coefficient"} <= set(
+            trainer.callback_metrics
+        )
         results.append(net)
     assert_same_weights(results[0], results[1])
 
@@ -742,7 +744,7 @@ def test_a_frozen_head_is_said_and_what_comes_before_is_penalised() -> None:
         ({"warmup_steps": -1}, "`warmup_steps` to be an integer of at least 0, but got -1"),
         ({"start_epoch": 1.5}, "`start_epoch` to be an integer of at least 0, but got 1.5"),
         ({"start_epoch": 3, "stop_epoch": 3}, "`stop_epoch` to be an integer of at least 4, but got 3"),
-        ({"target": 1.0}, "`target` to be an index or key of the batch, or None, but got 1.0"),
+        ({"target": 1.0}, "`target` to be an index or key of the batch, a path .*, or None, but got 1.0"),
         ({"loss": "hinge"}, "`loss` to be one of 'cross_entropy', .* but got 'hinge'"),
         (
             {"loss": nn.MSELoss(reduction="none")},

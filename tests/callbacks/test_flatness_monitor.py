@@ -260,7 +260,7 @@ def test_refused_with_nothing_left_behind(
     [
         ({"loss": "hinge"}, "`loss` to be one of 'cross_entropy'"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, "`loss` to reduce to a mean or a sum"),
-        ({"target": 1.0}, "`target` to be an index or key of the batch, or None, but got 1.0"),
+        ({"target": 1.0}, "`target` to be an index or key of the batch, a path .*, or None, but got 1.0"),
         ({"every_n_steps": 0}, "`every_n_steps` to be an integer of at least 1, but got 0"),
         ({"probes": 1}, "`probes` to be an integer of at least 2, or None, but got 1"),
         ({"seed": 1.0}, "`seed` to be an integer of at least 0, but got 1.0"),

@@ -131,13 +131,19 @@ def test_probes_keep_the_processes_together(tmp_path: Path, options: dict[str, A
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"manual": True}, pytest.param({"fsdp": "root"}, marks=FSDP), pytest.param({"fsdp": "unit"}, marks=FSDP)],
+    [
+        {},
+        {"manual": True},
+        pytest.param({"fsdp": "root"}, marks=FSDP),
+        pytest.param({"fsdp": "unit"}, marks=FSDP),
+        pytest.param({"fsdp": "root", "sanity": 2}, marks=FSDP),
+    ],
     ids=str,
 )
 def test_a_cap_holds_for_the_whole_weight(tmp_path: Path, options: dict[str, Any], norm: str) -> None:
     cap = 0.3
-    fam = {"coefficient": -0.5, "max_norm": cap, "norm": norm}
-    settings: dict[str, Any] = {"loss": "cross_entropy", "fam": fam} | options
+    settings: dict[str, Any] = {"loss": "cross_entropy", "fam": {"coefficient": -0.5}} | options
+    settings["cap"] = {"max_norm": cap, "norm": norm}
     ranks = fit(tmp_path, 2, **settings)
     [one] = fit(tmp_path, 1, **settings)
     assert_same_on_all_ranks(ranks)

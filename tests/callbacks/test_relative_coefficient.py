@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_relflat import FAM
-from lightning_relflat.callbacks._loss_ratio import LossRatio
+from lightning_relflat import FAM, MaxNorm
+from lightning_relflat.callbacks.coefficients import LossRatio
 from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, fixed_probe, train, twins
 from tests.models import Batch, ManualNet, Net, Resumable, make_batches, make_loader, make_trainer
 
@@ -61,7 +61,7 @@ class Coefficients(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         metrics = trainer.callback_metrics
-        if self.fam._coefficient != 0:  # else an earlier step's value stands there
+        if self.fam._coefficients.now != 0:  # else an earlier step's value stands there
             self.seen.append(float(metrics["fam/coefficient"]))
             self.penalties.append(float(metrics["fam/penalty"]))
 
@@ -295,7 +295,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     kept = torch.load(path, weights_only=True)
     assert kept["global_step"] == 6
-    state = kept["callbacks"]["FAM[layer='head']"]
+    state = kept["callbacks"]["FAM[name=None]"]
     assert state["steps"] == 6
     assert len(state["sizes"]) == 5
     resumed = Momentum().double()
@@ -337,10 +337,11 @@ def test_a_step_reads_no_value_but_to_check_that_it_is_finite() -> None:
             self.count.__exit__(None, None, None)
 
     read = []
-    for options in ({}, {"relative": True}, {"relative": True, "max_norm": 0.1, "norm": "spectral"}):
+    caps = [[], [], [MaxNorm("head", 0.1, norm="spectral")]]
+    for relative, cap in zip((False, True, True), caps, strict=True):
         watch = Watch()
-        fam: Any = FAM("head", 0.1, loss="cross_entropy", **options)
-        make_trainer(callbacks=[fam, watch]).fit(Net(), make_loader(SIZES, dtype=torch.float32))
+        fam = FAM("head", 0.1, loss="cross_entropy", relative=relative)
+        make_trainer(callbacks=[fam, *cap, watch]).fit(Net(), make_loader(SIZES, dtype=torch.float32))
         read.append(watch.count.read)
     assert read[0] == read[1] == read[2] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -91,3 +92,19 @@ class Careless(Net):
     def __init__(self, width: int = 6, criterion: Any = None) -> None:
         super().__init__(width)
         self.save_hyperparameters()
+
+
+class Wrapped(Net):
+    """It takes a module, a callable and what holds some."""
+
+    def __init__(
+        self,
+        width: int,
+        body: nn.Module | None = None,
+        act: Callable[[Tensor], Tensor] = torch.tanh,
+        acts: list[Callable[[Tensor], Tensor]] | None = None,
+        options: Any = None,
+    ) -> None:
+        super().__init__(width)
+        if isinstance(body, nn.Linear):
+            self.body = body

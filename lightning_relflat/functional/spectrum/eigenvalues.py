@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -183,7 +184,9 @@ def largest_eigenvalue_bounds(
     the bounds are 10⁻¹⁰ of it apart, and the upper one is that of :func:`largest_eigenvalue`, which holds but for a
     chance of 10⁻⁶ in the random start. Only where that takes more than 64 products, and all of them more than 2³⁶
     numbers n·d·m (some seconds), the *estimated* error of the lower bound decides, 10⁻⁶ of it. The upper one may be a
-    percent above it then. What follows is for more samples, or for ``columns``.
+    percent above it then. Where 64 products are as many numbers, those after the 24th are in float32 if that is near
+    enough, and both bounds are widened by 5·10⁻⁷ for it, or taken again in float64 if they meet within 64 after all.
+    What follows is for more samples, or for ``columns``.
 
     The pass adds up the sketch Y = HΩ with a fixed Ω of k columns, and Tr(H). Then the Nyström approximation
     Ĥ = Y (ΩᵀY)⁺ Yᵀ has H − Ĥ positive semi-definite as H is, so that, without any chance involved,
@@ -299,6 +302,7 @@ def bounds_from_samples(hessian: LayerHessian, *, add_up: bool, seed: int = 0) -
     if _is_dense(count, size):
         bounds = dense_bounds(matrices(near), add_up=add_up)
     else:
+        patience = max(_PATIENCE, _WORK // max(1, len(near.features) * d * m))
         bounds = lanczos(
             lambda vectors: near.product(vectors.view(shape)).reshape(vectors.shape),
             _start(count, size, seed).to(near.features.device),
@@ -306,9 +310,21 @@ def bounds_from_samples(hessian: LayerHessian, *, add_up: bool, seed: int = 0) -
             tolerance=_TOLERANCE,
             max_iterations=_ITERATIONS,
             estimated=_ESTIMATED,
-            patience=max(_PATIENCE, _WORK // max(1, len(near.features) * d * m)),
+            patience=patience,
+            # Where a product takes long, and few of them decide.
+            rough=_rough(near, shape) if patience == _PATIENCE else None,
         )
     return Bounds(*map(extent.times, bounds))
+
+
+def _rough(hessian: LayerHessian, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Return what multiplies in float32, of which copies are made when it first does."""
+
+    @functools.cache
+    def single() -> LayerHessian:
+        return hessian.rough()
+
+    return lambda vectors: single().product(vectors.float().view(shape)).reshape(vectors.shape).double()
 
 
 def _shapes_differ(one: tuple[int, int], other: tuple[int, int]) -> ValueError:

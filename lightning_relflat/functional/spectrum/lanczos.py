@@ -15,6 +15,9 @@ CHANCE = 1e-6
 ROUNDING = 1e-13
 # For how many steps there is room at first.
 _ROOM = 64
+# After how many steps products in lower precision begin, and what error of one, relative to it, they may have.
+_ROUGH_AFTER = 24
+_ROUGHNESS = 2.0**-21
 # Steps of bisection: they take the upper bound from e⁸⁰ times its distance to one part in 2⁶⁰ of that.
 _BISECTIONS = 60
 _SPAN = 80.0
@@ -45,6 +48,7 @@ def lanczos(
     max_iterations: int,
     estimated: float = 0.0,
     patience: int | None = None,
+    rough: Callable[[Tensor], Tensor] | None = None,
     together: bool = False,
 ) -> Bounds:
     r"""Return bounds of the largest eigenvalue of symmetric matrices, all iterated at once.
@@ -61,6 +65,11 @@ def lanczos(
     dimensions, c² < η has a chance of at most √(2Nη/π). With η such that this is 10⁻⁶ for all matrices together, the
     solution x > θ of p_k(x)² = 1/η is an upper bound, but for that chance. p_k(x) = Π_j (x − θ_j) / β_j.
 
+    Where an estimated error will do, products of lower precision can. Those that are off by no more than e of
+    themselves are products with matrices that are off by e of their norm, and so are the eigenvalues of T; the bounds
+    are widened by as much. They are compared once, in the step in which they begin. If the bounds come within
+    ``tolerance`` before the patience ends, the steps since are taken again with the products as they are.
+
     Source: Lanczos 1950; Paige, *Error analysis of the Lanczos algorithm for tridiagonalizing a symmetric matrix*,
     1976; Greenbaum, *Behavior of slightly perturbed Lanczos and conjugate-gradient recurrences*, 1989; Kuczyński and
     Woźniakowski, *Estimating the largest eigenvalue by the power and Lanczos algorithms with a random start*, 1992, for
@@ -76,6 +85,7 @@ def lanczos(
         estimated: what error of the lower bound, relative to it, is enough where it is estimated by r² / (θ_1 − θ_2),
             r being the residual.
         patience: the number of products from which on that is enough; never if left out.
+        rough: as ``product``, faster and less precise, to use where it is precise enough for ``estimated``.
         together: whether all processes of the default process group iterate together.
 
     Returns:
@@ -88,9 +98,17 @@ def lanczos(
     # In one place: small tensors that stay, between the large ones of each step, would leave holes in the memory.
     diagonal, side = start.new_empty(2, count, _ROOM)
     lower, upper = torch.full_like(length, -torch.inf), torch.full_like(length, torch.inf)
-    check = 1
-    for step in range(1, max_iterations + 1):
-        image = product(vector).addcmul_(previous, length[:, None], value=-1)
+    check, step = 1, 0
+    before: tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor] | None = None  # the first step of lower precision
+    while step < max_iterations:
+        step += 1
+        image = product(vector) if before is None or rough is None else rough(vector)
+        if rough is not None and before is None and step > _ROUGH_AFTER:
+            if _is_near(rough(vector), image):
+                before = step - 1, previous, vector, length, lower, upper
+            else:
+                rough = None
+        image.addcmul_(previous, length[:, None], value=-1)
         # Where nothing is left of a vector, the value of the start's takes the place of the zero that it would add.
         along = torch.linalg.vecdot(image, vector)
         along = along if step == 1 else along.where(length > 0, diagonal[:, 0])
@@ -108,10 +126,15 @@ def lanczos(
         # Nothing is left of a vector where the eigenvectors that the start has a part in are all found.
         above = values[:, -1] + _distance(values, side[:, :step], growth).where(length != 0, 0.0)
         upper = torch.maximum(lower, torch.minimum(upper, above + ROUNDING * values.abs().amax(dim=1)))
-        bounds = _of_all(lower, upper, add_up=add_up)
-        finished = bounds.within(tolerance)
+        off = 0.0 if before is None else _ROUGHNESS
+        bounds = _of_all(lower - off * lower.abs(), upper + off * upper.abs(), add_up=add_up)
+        finished = _of_all(lower, upper, add_up=add_up).within(tolerance)
+        if before is not None and (patience is None or step <= patience) and bool(finished):
+            step, previous, vector, length, lower, upper = before
+            before, rough, check = None, None, step + 1
+            continue
         if patience is not None and step >= patience:
-            finished |= _of_all(lower, lower + _error(values, left), add_up=add_up).within(estimated)
+            finished |= _of_all(lower, lower + _error(values, left), add_up=add_up).within(estimated - off)
         if together:  # rounding may differ between processes, but none may go on alone
             flag = finished.long()
             distributed.all_reduce(flag, distributed.ReduceOp.MIN)
@@ -119,6 +142,12 @@ def lanczos(
         if bool(finished):
             break
     return bounds
+
+
+def _is_near(rough: Tensor, exact: Tensor) -> bool:
+    """Return whether products of lower precision are near enough, those of every matrix."""
+    off = (rough - exact).norm(dim=1)
+    return bool((off <= _ROUGHNESS * exact.norm(dim=1)).all())
 
 
 def dense_bounds(whole: Tensor, *, add_up: bool) -> Bounds:

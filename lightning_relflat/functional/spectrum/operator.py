@@ -80,8 +80,8 @@ class LayerHessian:
         root = root[part]
         if self.outputs.annihilates_constants:  # the most probable output as the origin: no digit is lost near one
             moved = moved - moved.gather(1, self._origins[part, None, None].expand(-1, 1, moved.shape[2]))
-            return moved.sub_(root[:, None, :] @ moved).mul_(diagonal)
-        return diagonal * moved - root[:, :, None] * (root[:, None, :] @ moved)
+            return moved.sub_(_along(root, moved)).mul_(diagonal)
+        return diagonal * moved - root[:, :, None] * _along(root, moved)
 
     @cached_property
     def _weighted(self) -> Tensor:
@@ -117,6 +117,17 @@ class LayerHessian:
         outputs = replace(self.outputs, weight=self.outputs.weight / curvature)
         return replace(self, features=self.features / extent.size, outputs=outputs)
 
+    def rough(self) -> LayerHessian:
+        """Return the Hessian in float32, for products that are twice as fast on a processor, and off by some 3e-7."""
+        single, own = self.outputs.diagonal.float(), self.own
+        root = None if self.outputs.root is None else self.outputs.root.float()
+        if self.outputs.root is self.outputs.diagonal:
+            root = single  # one array, as for a softmax
+        if self.blocks:  # where else nothing reads it
+            own = single if own is self.outputs.diagonal else own.float()
+        outputs = replace(self.outputs, diagonal=single, root=root, weight=self.outputs.weight.float())
+        return replace(self, features=self.features.float(), outputs=outputs, scales=self.scales.float(), own=own)
+
 
 class Extent(NamedTuple):
     """How large a Hessian is: its trace is ``curvature · size²`` where no sample's part is negative.
@@ -140,6 +151,14 @@ class Extent(NamedTuple):
             The value of the Hessian as it is.
         """
         return value * self.curvature / divisor * self.size * self.size
+
+
+def _along(root: Tensor, moved: Tensor) -> Tensor:
+    """Return r_iᵀ times the columns of samples, of shape (n, 1, k)."""
+    if moved.shape[2] == 1:  # a product of matrices of one column takes twice as long
+        products: Tensor = torch.linalg.vecdot(root, moved[:, :, 0])
+        return products[:, None, None]
+    return root[:, None, :] @ moved
 
 
 def joint_extent(sizes: Tensor, curvatures: Tensor) -> Extent:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM
-from lightning_relflat.curvature import check_claim
+from lightning_relflat.claims import check_claim
 from tests.callbacks.test_fam import assert_same_weights, definition, train_by_hand
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 

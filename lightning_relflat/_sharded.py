@@ -1,0 +1,41 @@
+"""Fully sharded weights while curvature is taken. Needs torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def staying_whole(module: nn.Module | None) -> Iterator[None]:
+    """Let what PyTorch's ``fully_shard`` gathers stay whole after a backward pass, until the context ends.
+
+    It frees the weights as soon as a gradient has gone through them. A curvature is the gradient of a gradient, and
+    goes through the same weights again; so does the backward pass of a penalty that is made of it. The last backward
+    pass, outside of the context, frees them.
+
+    Args:
+        module: the model; ``None`` for none.
+    """
+    groups = [] if module is None else [group for part in module.modules() for group in _groups(part)]
+    before = [group.reshard_after_backward for group in groups]
+    for group in groups:
+        group.reshard_after_backward = False
+    try:
+        yield
+    finally:
+        for group, value in zip(groups, before, strict=True):
+            group.reshard_after_backward = value
+
+
+def _groups(part: nn.Module) -> list[Any]:
+    """Return the groups of parameters that a module gathers at once, which have a setter but no getter in public."""
+    if not hasattr(part, "set_reshard_after_backward"):
+        return []
+    sharded: Any = part
+    state = sharded._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None)  # one, in older versions of PyTorch
+    return [group for group in ([state._fsdp_param_group] if found is None else found) if group is not None]

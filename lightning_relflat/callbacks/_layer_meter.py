@@ -1,0 +1,346 @@
+"""The passes through one layer that a loss depends on, for the monitors of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_relflat._calls import CriterionCalls
+from lightning_relflat._sharded import staying_whole
+from lightning_relflat.callbacks._base import LightningModule, Target, find_target
+from lightning_relflat.callbacks._claim import refuse_false_claim, refuse_layer
+from lightning_relflat.callbacks._step import Stage, Step, the_loss
+from lightning_relflat.claims import Claim, Criterion
+from lightning_relflat.curvature import Loss, Probes, read_loss, sums_of_callable, sums_of_criterion, sums_of_loss
+from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
+from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
+from lightning_relflat.linear_layers import describe
+
+
+@dataclass(frozen=True, eq=False)
+class Measurable:
+    """What there is to measure of a step.
+
+    Attributes:
+        loss: the loss, in the graph of the records; ``None`` where a claim stands for it.
+        records: the passes that it depends on.
+        called: a criterion or callable of the records' outputs that is the loss, and its target; ``None`` if none is
+            known.
+    """
+
+    loss: Tensor | None
+    records: Sequence[LayerRecord]
+    called: tuple[Criterion, Any] | None
+
+    def sums(self, probes: Probes, meter: LayerMeter) -> Tensor | None:
+        """Return the sums of κ, as :mod:`lightning_relflat.curvature` has them.
+
+        Args:
+            probes: for what has no closed form.
+            meter: whose it is.
+
+        Returns:
+            The sums; ``None`` if the loss does not depend on the layer.
+        """
+        if self.loss is not None:
+            with staying_whole(meter.module):
+                return sums_of_loss(self.loss, self.records, probes, behind=meter.tap.behind, mode=meter.mode)
+        assert self.called is not None
+        found, (criterion, target) = [], self.called
+        for record in self.records:
+            batch = record.features.detach(), record.weight.detach(), record.outputs.detach(), target
+            if has_closed_form(criterion):
+                assert isinstance(criterion, nn.Module)
+                found.append(sums_of_criterion(*batch, criterion))
+            else:
+                found.append(sums_of_callable(*batch, criterion, probes))
+        return torch.stack(found).sum(dim=0)
+
+
+class LayerMeter:
+    """Listens to one layer in the steps of a module, and hands out what there is to measure.
+
+    Args:
+        who: the monitor, for messages.
+        layer: the layer's dotted name, or ``None`` for the last linear one that the loss depends on.
+        loss: what is said to be the loss, or ``None`` for the step's own.
+        target: where what is said finds its target.
+        linear: whether the layer has to be a linear one.
+    """
+
+    def __init__(self, who: object, layer: str | None, loss: Loss | None, target: Target, *, linear: bool) -> None:
+        self.claim = None if loss is None else Claim(read_loss(loss))
+        self._who = who
+        self._layer = layer
+        self._target = target
+        self._linear = linear
+        self._tap: LayerTap | None = None
+        self.module: LightningModule | None = None
+        self.listens = False
+        self.layer: nn.Module | None = None  # once it is known
+        self.name: str | None = None
+        self.missed = 0  # batches whose loss was another than those before
+        self.ambiguous = self._compared = False
+        self._ran: set[Stage] = set()
+        # Whether the loss of a stage and loader is the result of a criterion of the outputs, once that is known.
+        self._plain: dict[tuple[Stage, int], bool] = {}
+        self._open: list[LayerRecord] = []  # of the step that runs: passes that no loss has depended on yet
+        self._age: int | None = None  # of the weights with which the step's passes were computed
+
+    @property
+    def tap(self) -> LayerTap:
+        """The tap, while there is one."""
+        assert self._tap is not None
+        return self._tap
+
+    @property
+    def mode(self) -> object:
+        """Stands for how the module computes."""
+        return None if self.module is None else self.module.training
+
+    def attach(self, module: LightningModule) -> None:
+        """Find the layer.
+
+        Args:
+            module: the module.
+
+        Raises:
+            ValueError: if there is no such layer, or it cannot be measured.
+        """
+        self._forget_run()
+        self.module = module
+        if self.claim is not None:
+            self.claim.look_again()
+            if isinstance(self.claim.criterion, nn.Module):
+                self.claim.criterion.to(module.device)
+        self._tap = LayerTap(module, self._layer, through_loss=self.claim is None, measures=True)
+        self._settle()
+
+    def detach(self) -> None:
+        """Listen no more. May be called again."""
+        if self._tap is not None:
+            self._tap.close()
+            self._tap = None
+        self.module = None
+        self._open = []
+
+    def look_again(self) -> None:
+        """Look anew at what lies behind the layer, and whether the loss is the one that was said."""
+        if self._tap is not None:
+            self._tap.look_again()
+        if self.claim is not None:
+            self.claim.look_again()
+
+    def begin(self, step: Step, loader: int, *, listens: bool) -> None:
+        """Listen in a step, or only have the hooks on, so that what is compiled now has them when it matters.
+
+        Args:
+            step: the step.
+            loader: which loader its batch is from.
+            listens: whether to listen.
+        """
+        if self._tap is None:
+            return
+        self._open, self._age, self.listens = [], None, listens
+        self._tap.copies = self._tap.opens = False
+        self._tap.calls = None
+        if not listens:
+            self._tap.attach()
+            return
+        if step.stage != "train":
+            step.calls = self._tap.calls = step.calls or CriterionCalls()
+            # A loss that is a criterion of the outputs is seen without a graph; any other needs one.
+            plain = self._plain.get((step.stage, loader), self._is_sane())
+            if self.claim is None and not plain:
+                step.graph = step.graph or "layer"
+                self._tap.opens = True
+            self._tap.copies = not self._tap.opens
+        self._tap.start()
+
+    def pause(self, *, paused: bool) -> None:
+        """Do not listen during a backward pass: checkpointed layers run again there."""
+        if self._tap is not None and self.listens:
+            self._tap.recording = not paused
+
+    def end(self) -> None:
+        """Stop listening."""
+        self._open = []
+        if self._tap is not None:
+            self._tap.stop()
+
+    def of(self, step: Step, loss: Tensor) -> Measurable | None:
+        """Return what there is to measure in a loss of a training step.
+
+        Args:
+            step: the step.
+            loss: the loss.
+
+        Returns:
+            The passes that it depends on, computed with the weights of the step's first; ``None`` if there is none,
+            which in automatic optimization is an error.
+
+        Raises:
+            RuntimeError: if the loss does not depend on the layer, or is not the one that was said.
+        """
+        assert self.module is not None
+        self._open += self.tap.take(loss)
+        mine = [record for record in self._open if record.is_in(loss)]
+        if not mine and self.module.automatic_optimization:
+            if not self._open and not self.tap.pending:
+                raise RuntimeError(f"{self._who!r}: {self.nothing('`training_step`')}")
+            layer = "any linear layer" if self.tap.name is None else f"layer {self.tap.name!r}"
+            raise RuntimeError(
+                f"{self._who!r}: the loss of `training_step` does not depend on the outputs of {layer}, so that there "
+                "is nothing to measure."
+            )
+        self._settle()
+        self._open = [record for record in self._open if record not in mine]
+        if self._age is None and mine:
+            self._age = mine[0].age
+        mine = [record for record in mine if record.age == self._age]
+        if not mine:
+            return None
+        if self.claim is None:
+            return Measurable(loss, mine, None)
+        target = find_target(step.batch, self._target)
+        refuse_false_claim(self._who, self.tap.name, self.claim, loss, mine, target)
+        return Measurable(None, mine, (self.claim.criterion, target))
+
+    def evaluated(self, step: Step, loader: int) -> Measurable | None:
+        """Return what there is to measure in a step of validation or test.
+
+        Args:
+            step: the step, which has run.
+            loader: which loader its batch is from.
+
+        Returns:
+            It; ``None`` if the layer did not run, or the step shows no loss that depends on it.
+        """
+        if self.claim is not None:
+            records = self.tap.take()
+            if not records:
+                return None
+            self._ran.add(step.stage)
+            self._settle()
+            target = find_target(step.batch, self._target)
+            if len(records) == 1:
+                self._compare_value(step, records[0], target)
+            return Measurable(None, records, (self.claim.criterion, target))
+        if self.tap.pending:
+            self._ran.add(step.stage)
+        found, sees = self._in_graph(step) if self.tap.opens else self._called(step)
+        if found is not None:
+            self._settle()
+        if sees is not None:
+            if not sees and not self.tap.opens and not self._is_sane():
+                self.missed += 1
+            self._plain[step.stage, loader] = sees
+        return found
+
+    def _called(self, step: Step) -> tuple[Measurable | None, bool | None]:
+        """Return what the one criterion says that a step has called for its loss, and whether it is the loss."""
+        assert step.calls is not None
+        for losses in step.losses():
+            if not losses:
+                continue
+            calls = [call for call in step.calls.calls if any(call.result is loss for loss in losses)]
+            source = calls[0].source if len(calls) == len(losses) == 1 else None
+            record = None if source is None else self.tap.take_one(source.origin)
+            if record is None:
+                return None, False  # another loss, for which it takes a graph
+            with torch.inference_mode(False):
+                outputs = record.outputs.clone().requires_grad_()
+                record = replace(
+                    record, features=record.features.clone(), weight=record.weight.clone(), outputs=outputs
+                )
+            return Measurable(calls[0].again(outputs), [record], calls[0].as_criterion()), True
+        return None, None  # no loss at all
+
+    def _in_graph(self, step: Step) -> tuple[Measurable | None, bool | None]:
+        """Return what a step says that has run in a graph, and whether it could be seen without one."""
+        assert step.calls is not None
+        loss, several = the_loss(step, self.tap.peek())
+        self.ambiguous |= several
+        if loss is None:
+            return None, None
+        records = [record for record in self.tap.take(loss) if record.is_in(loss)]
+        calls = [
+            call
+            for call in step.calls.calls
+            if call.result is loss and call.source is not None and self.tap.went_on_with(call.source.origin)
+        ]
+        one = len(calls) == len(records) == 1
+        first = next(losses for losses in step.losses() if losses)
+        seen = one and len(first) == 1 and first[0] is loss
+        return Measurable(loss, records, calls[0].as_criterion() if one else None), seen
+
+    def _is_sane(self) -> bool:
+        assert self.module is not None
+        return self.module.trainer.sanity_checking
+
+    def _compare_value(self, step: Step, record: LayerRecord, target: Any) -> None:
+        """Take what was said for verified where a step of validation or test shows a loss of its value."""
+        assert self.claim is not None
+        criterion = self.claim.criterion
+        if self.claim.verified or self._compared or target is None or not has_closed_form(criterion):
+            return
+        shown = next((losses[0] for losses in step.losses() if len(losses) == 1), None)
+        if shown is not None:
+            assert isinstance(criterion, nn.Module)
+            self._compared = True
+            value, _ = criterion_loss(criterion, record.outputs, target)
+            self.claim.verified = torch.allclose(value, shown.detach().to(value), rtol=0.01)
+
+    def _settle(self) -> None:
+        """Say once which layer it is, and refuse one that cannot be measured."""
+        layer, name = self.tap.layer, self.tap.name
+        if layer is None or name is None or self.layer is layer:
+            return
+        if self._linear:
+            refuse_layer(name, layer)
+        self.layer, self.name = layer, name
+        rank_zero_info(f"{self._who!r}: measured at layer {describe(name, layer)}.")
+
+    def nothing(self, where: str) -> str:
+        """Say why there is nothing to measure.
+
+        Args:
+            where: in what there is not.
+
+        Returns:
+            The message.
+        """
+        return (
+            f"{did_not_run(self.tap)} in {where}, so that there is nothing to measure. Is it used in the module's "
+            "step? If the module was compiled and had run before, call `torch._dynamo.reset()` first."
+        )
+
+    def absent(self, stage: Stage) -> str:
+        """Say why there was nothing to measure in a whole epoch.
+
+        Args:
+            stage: the stage.
+
+        Returns:
+            The message.
+        """
+        if stage not in self._ran:
+            return self.nothing(f"any {stage} batch")
+        name = "any linear layer" if self.tap.name is None else f"layer {self.tap.name!r}"
+        which = "several losses that depend" if self.ambiguous else "no loss that depends"
+        return (
+            f"{which} on {name} {'were' if self.ambiguous else 'was'} shown by the steps of {stage}, so that nothing "
+            "was measured there. Return the loss from the step or log it, or name it: `loss=`."
+        )
+
+    def _forget_run(self) -> None:
+        self.layer = self.name = None
+        self.missed = 0
+        self.ambiguous = self._compared = False
+        self._ran, self._plain = set(), {}
+        self._open, self._age = [], None

@@ -1,0 +1,221 @@
+"""λ of each training step: what is due by the number of steps, and a unit of it that needs no tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_relflat.functional._checks import check_number
+
+DECAY = 0.9
+LARGEST = 1e6
+
+
+class Coefficients:
+    """The λ of one training step after another, on as many as there are processes.
+
+    Args:
+        every_n_steps: only every n-th training step since ``start_epoch`` has a penalty.
+        start_epoch: the epoch from which steps count.
+        relative: whether λ is in units of :class:`LossRatio`.
+
+    Attributes:
+        now: what the policy says of the present step; 0 where no penalty is due, and between the steps.
+        step: the number of the present step, from ``start_epoch``.
+    """
+
+    def __init__(self, every_n_steps: int, start_epoch: int, *, relative: bool) -> None:
+        self._every_n_steps = every_n_steps
+        self._start_epoch = start_epoch
+        self._relative = relative
+        self._steps = 0  # training steps begun since start_epoch
+        self._begun = False
+        self._ratio = LossRatio()
+        self._loaded = False  # whether a checkpoint has brought the state of the run that begins
+        self.now = 0.0
+        self.step = 0
+
+    def begin_run(self, *, anew: bool) -> None:
+        """Begin with 0 steps, unless a checkpoint has brought a number.
+
+        Args:
+            anew: whether the run is one of its own, as the next fold of a cross-validation.
+        """
+        self.forget()
+        if anew and not self._loaded:
+            self._steps = 0
+            self._ratio = LossRatio()
+
+    def train(self) -> None:
+        """Take notice that training begins: what a checkpoint has brought belongs to this run."""
+        self._loaded = False
+
+    def begin(self, policy: Callable[..., float], epoch: int) -> None:
+        """Decide on a step.
+
+        Args:
+            policy: what λ is, by ``epoch`` and by ``step``, the number of training steps before since ``start_epoch``.
+            epoch: the step's epoch.
+
+        Raises:
+            ValueError: if the policy gives no finite number.
+        """
+        value = check_number("coefficient_at", policy(epoch=epoch, step=self._steps))
+        self.now = value if self._steps % self._every_n_steps == 0 else 0.0
+        self.step = self._steps
+        self._begun = True
+        self._ratio.begin()
+        self._steps += epoch >= self._start_epoch
+
+    def of(self, loss: Tensor, kappa: Tensor) -> Tensor:
+        """Return λ beside a loss and its κ, and take them into the unit of later steps.
+
+        Args:
+            loss: the loss.
+            kappa: its κ.
+
+        Returns:
+            λ, made on κ's device: a number that is logged would have to be copied there, and the host would wait.
+        """
+        coefficient = torch.full_like(kappa.detach(), self.now)
+        if self._relative:
+            coefficient = coefficient * self._ratio.ratio(kappa)
+            self._ratio.measure(loss, kappa)
+        return coefficient
+
+    def end(self, device: torch.device, world: int) -> None:
+        """End a step, in all processes together.
+
+        Args:
+            device: where a process that measured nothing has its zeros.
+            world: how many processes there are.
+        """
+        # Here, where every process comes once for each batch, whatever its training step has done; the next step uses
+        # it, so that the reduction holds up no backward pass, and a line search keeps one λ.
+        if self._relative and self.now != 0:
+            self._ratio.end(device, world)
+        self.forget()
+
+    def take_back(self) -> None:
+        """Take notice that the present step, if there is one, was begun in vain: a resumed run begins it again."""
+        if self._begun:
+            self._steps = self.step
+
+    def forget(self) -> None:
+        """Be between two steps."""
+        self.now = 0.0
+        self._begun = False
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the number of steps, which probes and warm-up go by, and the sizes."""
+        return {"steps": self._steps} | ({"sizes": self._ratio.state()} if self._relative else {})
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what a checkpoint kept.
+
+        Args:
+            state: what :meth:`state` returned.
+        """
+        self._loaded = True
+        self._steps = state["steps"]
+        self._ratio.load(state.get("sizes", []))
+
+
+class LossRatio:
+    """How far the smoothed loss lies below its largest value so far, over the largest smoothed κ so far.
+
+    On the device, and equal in all processes. Loss and κ are exponential moving averages over the steps that measured
+    them, of their means over processes. The unit λ₁ = (max L - L) / max κ
+
+    - is 0 as long as nothing is learned: κ is small at the beginning, and loss / κ would be so large that a network
+      stays undecided, or its features die;
+    - does not rise as κ falls: that would have the gradient of log κ, and reward small κ without end;
+    - falls again where the loss rises, which holds back a penalty that is too strong;
+    - does not change if a constant is added to the loss, as κ does not.
+    """
+
+    def __init__(self) -> None:
+        self._step: Tensor | None = None
+        self._sums: Tensor | None = None  # averages of the sum of losses, of κ, and of how many there were
+        self._largest: Tensor | None = None  # smoothed loss, smoothed |κ|
+
+    def begin(self) -> None:
+        """Forget what was measured in an unfinished step."""
+        self._step = None
+
+    def measure(self, loss: Tensor, kappa: Tensor) -> None:
+        """Add a loss of the step, and its κ.
+
+        Args:
+            loss: the loss.
+            kappa: its κ, of whatever sign: probes, and losses that are not convex, have negative ones.
+        """
+        dtype = _dtype(kappa.device)
+        loss, kappa = loss.detach().to(dtype).reshape(()), kappa.detach().to(dtype)
+        sums = torch.stack([loss, kappa, torch.ones_like(kappa)])
+        self._step = sums if self._step is None else self._step + sums
+
+    def end(self, device: torch.device, world: int) -> None:
+        """Take in what was measured in the step, in all processes together; each must call it in each step.
+
+        Args:
+            device: where a process that measured nothing has its zeros.
+            world: how many processes there are.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            step = torch.zeros(3, dtype=_dtype(device), device=device)
+        if world > 1:
+            torch.distributed.all_reduce(step)
+        past = torch.zeros_like(step) if self._sums is None else self._sums.to(step)
+        # A step without a loss says nothing.
+        self._sums = torch.where(step[2] > 0, DECAY * past + (1 - DECAY) * step, past)
+        loss, kappa = self._means()
+        most_loss, most_kappa = (loss, kappa) if self._largest is None else self._largest.to(step)
+        self._largest = torch.stack([torch.maximum(loss, most_loss), torch.maximum(kappa, most_kappa)])
+
+    def ratio(self, like: Tensor) -> Tensor:
+        """Return the ratio, at most 10⁶; 0 before a κ was measured that is no smaller.
+
+        Args:
+            like: a tensor of the device and dtype to return.
+
+        Returns:
+            The ratio, a scalar.
+        """
+        if self._sums is None or self._largest is None:
+            return like.new_zeros(())
+        loss, kappa = self._largest
+        fall = loss - self._means()[0]
+        return torch.where(kappa > fall / LARGEST, fall / kappa, 0.0).to(like)
+
+    def state(self) -> list[float]:
+        """Return what a checkpoint keeps."""
+        if self._sums is None or self._largest is None:
+            return []
+        return [*self._sums.tolist(), *self._largest.tolist()]
+
+    def load(self, state: list[float]) -> None:
+        """Take up what a checkpoint kept.
+
+        Args:
+            state: what :meth:`state` returned.
+        """
+        values = torch.tensor(state, dtype=torch.float64) if state else None
+        self._sums, self._largest = (None, None) if values is None else (values[:3], values[3:])
+
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """Return the smoothed loss and the size of the smoothed κ; before there was any, what is smaller than any."""
+        assert self._sums is not None
+        # All three began at 0, so that the division by how many there were takes out the bias as well.
+        loss, kappa, count = self._sums
+        some = count > 0
+        return torch.where(some, loss / count, -math.inf), torch.where(some, kappa.abs() / count, 0.0)
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,249 @@
+"""SharpestMonitor: the samples around which the loss is least flat, by their numbers in the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+
+from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer
+from lightning_relflat.callbacks._layer_meter import LayerMeter, Measurable
+from lightning_relflat.callbacks._monitor import Monitor, computed
+from lightning_relflat.callbacks._step import Stage, Step
+from lightning_relflat.curvature import Loss, exact_parts, recognise_passes
+from lightning_relflat.functional._checks import check_count
+from lightning_relflat.functional.criteria import has_closed_form
+from lightning_relflat.functional.relative_flatness import relative_flatness
+from lightning_relflat.metrics.sharpest_samples import SharpestParts
+
+
+@dataclass(frozen=True)
+class SharpSample:
+    """A sample of a data set.
+
+    Attributes:
+        index: its number in the data set.
+        part: its part in κ: κ is the mean of the samples' parts, where the loss is a mean over samples.
+    """
+
+    index: int
+    part: float
+
+
+class SharpestMonitor(Monitor):
+    """Finds the samples of validation and test data with the largest parts in κ of a linear layer.
+
+    They are the ones around which the loss is least flat; of training data that was fitted, often the mislabelled ones.
+    To look at training data, validate on it. Nothing is logged: the samples are in :attr:`samples`.
+
+    Source: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 (arXiv 2001.00939), the definition of κ
+    written as a sum over samples.
+
+    Args:
+        k: how many samples.
+        layer: as for :class:`~lightning_relflat.FlatnessMonitor`.
+        loss: as there; one with a closed form.
+        target: as there.
+        stages: in which loops to look: ``"val"`` and ``"test"``.
+        every_n_epochs: in ``fit``, look in every n-th epoch only.
+        name: tells several of these monitors apart.
+
+    Attributes:
+        samples: the last ones found, the sharpest first, by stage, ``"val"`` or ``"test"``, with
+            ``/dataloader_idx_0`` and so on behind where there are several data loaders.
+
+    Raises:
+        ValueError: if an argument is not what it should be; before the first batch if there is no such layer, or a
+            loader whose samples are not known, because it shuffles or has no indices.
+        RuntimeError: if the loss has no closed form at the layer, or the layer runs several times in a step.
+
+    Example:
+        >>> from lightning_relflat import SharpestMonitor
+        >>> SharpestMonitor(k=16)
+        SharpestMonitor(k=16)
+    """
+
+    def __init__(
+        self,
+        k: int,
+        layer: str | None = None,
+        loss: Loss | None = None,
+        *,
+        target: Target = 1,
+        stages: Sequence[Stage] = ("val", "test"),
+        every_n_epochs: int = 1,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(stages, every_n_epochs, name)
+        if "train" in self.stages:
+            raise ValueError(
+                "Expected argument `stages` to hold 'val' and 'test' alone, because training data are shuffled and the "
+                f"weights change, but got {stages!r}."
+            )
+        self.k = check_count("k", k, at_least=1)
+        self.layer = check_layer(layer)
+        self.loss = loss
+        self.target: Target = check_key(target)
+        self._meter = LayerMeter(self, layer, loss, self.target, linear=True)
+        if self._meter.claim is not None and not has_closed_form(self._meter.claim.criterion):
+            raise ValueError(f"Expected argument `loss` to be a criterion with a closed form, but got {loss!r}.")
+        self.samples: dict[str, list[SharpSample]] = {}
+        self._metrics: dict[tuple[Stage, int], SharpestParts] = {}
+        self._orders: list[Iterator[Iterable[int]]] = []
+
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find the layer."""
+        self._metrics = {}
+        self._meter.attach(module)
+
+    def detach(self) -> None:
+        """Leave nothing behind."""
+        self._meter.detach()
+        self._orders = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look anew whether the loss is the one that was named."""
+        self._meter.look_again()
+
+    def begin(self, step: Step) -> None:
+        """Listen to the layer, if the step counts.
+
+        Args:
+            step: a step of the module.
+        """
+        if self._module is None:
+            return
+        claim = self._meter.claim
+        if step.stage == "train":
+            listens = self._step is None and claim is not None and not claim.verified
+        else:
+            listens = self.is_due(step.stage) or (step.stage in self.stages and self._module.trainer.sanity_checking)
+        self._meter.begin(step, self._loader, listens=listens)
+        if listens:
+            self._step = step
+
+    def of(self, loss: Tensor) -> Tensor | None:
+        """Compare a loss that was named with that of the training step.
+
+        Args:
+            loss: the loss.
+
+        Returns:
+            Nothing: the loss stays as it is.
+
+        Raises:
+            RuntimeError: if it is another.
+        """
+        if self._step is not None and self._meter.listens:
+            self._meter.of(self._step, loss)
+        return None
+
+    def evaluated(self, step: Step) -> None:
+        """Take in the samples of a step of validation or test.
+
+        Args:
+            step: the step, which has run.
+        """
+        if self._step is not step:
+            return
+        with torch.inference_mode(False):
+            found = self._meter.evaluated(step, self._loader)
+            if not self.is_due(step.stage):
+                return
+            indices = list(next(self._orders[self._loader]))
+            if found is not None:
+                parts = self._parts(found)
+                self._metric(step.stage, self._loader).update(parts, torch.tensor(indices, device=parts.device))
+
+    def pause(self, paused: bool) -> None:
+        """Do not listen during a backward pass."""
+        self._meter.pause(paused=paused)
+
+    def end(self) -> None:
+        """Stop listening."""
+        self._meter.end()
+
+    def begin_epoch(self, stage: Stage, loaders: int) -> None:
+        """Ask the loaders for their order before the first batch."""
+        assert self._module is not None
+        self._orders = [iter(_known_order(loader)) for loader in loaders_of(self._module.trainer, stage)]
+        for loader in range(loaders):
+            self._metric(stage, loader).reset()
+
+    def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
+        """Find the samples of all processes."""
+        parts, indices = computed(self._metric(stage, loader)).tolist()
+        self.samples[f"{stage}{behind}"] = [
+            SharpSample(int(index), part) for index, part in zip(indices, parts, strict=True)
+        ]
+        return {}
+
+    def _parts(self, found: Measurable) -> Tensor:
+        """Return the parts of the samples of a batch."""
+        if len(found.records) > 1:
+            raise RuntimeError(
+                f"{self!r}: no sample has a part of its own where the layer runs {len(found.records)} times in a step."
+            )
+        [record] = found.records
+        with torch.no_grad():
+            if found.loss is None:
+                assert found.called is not None
+                criterion, target = found.called
+                assert isinstance(criterion, nn.Module)
+                batch = record.features.detach(), record.weight.detach(), record.outputs.detach(), target
+                parts = relative_flatness(*batch, loss=criterion, reduction="none", class_dim=-1)
+            else:
+                recognised = recognise_passes(found.loss, found.records)
+                if recognised is None:
+                    raise RuntimeError(
+                        f"{self!r}: the loss is not recognised as a criterion with a closed form of the outputs of "
+                        f"layer {self._meter.tap.name!r}, so that its samples have no parts. Take the last linear "
+                        "layer, or name the criterion: `loss=`."
+                    )
+                [parts] = exact_parts(recognised, found.records)
+                parts = parts * recognised.total
+        return parts.double().reshape(len(record.features), -1).sum(dim=1)
+
+    def _metric(self, stage: Stage, loader: int) -> SharpestParts:
+        assert self._module is not None
+        if (stage, loader) not in self._metrics:
+            self._metrics[stage, loader] = SharpestParts(self.k).to(self._module.device)
+        return self._metrics[stage, loader]
+
+
+def loaders_of(trainer: Trainer, stage: str) -> list[Any]:
+    """Return the loaders of a stage that runs, with the samplers that Lightning gave them.
+
+    Args:
+        trainer: the Trainer.
+        stage: ``"val"`` or ``"test"``.
+
+    Returns:
+        The loaders, in their order.
+    """
+    if stage == "test":
+        loop = trainer.test_loop
+    else:
+        # `trainer.val_dataloaders` returns those of an earlier `fit` in a later `validate`.
+        fitting = trainer.state.fn == "fit"
+        loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    combined = loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def _known_order(loader: Any) -> Iterable[Iterable[int]]:
+    if isinstance(loader, DataLoader):
+        batches: Any = loader.batch_sampler
+        if isinstance(batches, list | tuple):
+            return batches
+        # A distributed sampler shuffles by a seed and the epoch, the same each time.
+        if isinstance(batches, BatchSampler) and isinstance(batches.sampler, SequentialSampler | DistributedSampler):
+            return batches
+    raise ValueError(
+        "SharpestMonitor needs a DataLoader whose batches hold known samples of a data set, without shuffling "
+        f"(a sequential, a distributed or a list as the sampler), but the Trainer has {loader!r}."
+    )

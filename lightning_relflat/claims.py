@@ -1,0 +1,258 @@
+"""A loss that somebody names is a claim: it is compared with the loss that is trained with. Needs torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_relflat.functional._called_batch import Target
+from lightning_relflat.functional._checks import full_precision, ordinary
+from lightning_relflat.functional._graph import nodes_between
+from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
+from lightning_relflat.functional.output_hessian import output_hessian
+
+Criterion: TypeAlias = "nn.Module | Callable[[Tensor, Any], Tensor]"
+
+# How many steps may pass without a comparison, which reads the device.
+_EVERY = 1000
+# Relative differences: right claims come to 1e-8 in double precision, wrong ones to 0.028 and more.
+_TOLERANCE = 0.01
+_TOLERANCE_OF_HALF_PRECISION = 0.05  # right ones 2e-3 under bf16 autocast
+# Below this share of the largest curvature that a row's weight allows, nothing can be told from rounding.
+_FLAT = 1e-4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of checking a claim.
+
+    Attributes:
+        holds: whether the claim holds; ``None`` where it cannot be told: the curvature is too small to see, or the
+            loss gives neither second derivatives nor a gradient before its backward pass.
+        reason: what differs, for a message.
+    """
+
+    holds: bool | None
+    reason: str = ""
+
+
+class Claim:
+    """A criterion or callable of a layer's outputs and a target, said to be the loss that is trained with.
+
+    It is compared with the loss when an epoch begins, when other operations lie between the outputs and the loss than
+    before, and every 1,000 steps: a comparison reads the device, and costs a second derivative of what lies between.
+
+    Args:
+        criterion: a criterion of ``torch.nn`` with a closed form, or a callable ``loss(outputs, target)``.
+
+    Attributes:
+        verified: whether a comparison has found that it holds, since :meth:`look_again`.
+    """
+
+    def __init__(self, criterion: Criterion) -> None:
+        self.criterion = criterion
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Compare with the next loss, whatever it is."""
+        self.verified = False
+        self._between: list[str] | None = None
+        self._steps = 0
+
+    def check(self, loss: Tensor, outputs: Sequence[Tensor], target: Target) -> Verdict:
+        """Compare with a loss, if it is time.
+
+        Args:
+            loss: as for :func:`check_claim`.
+            outputs: as there.
+            target: as there.
+
+        Returns:
+            The verdict; of the last comparison, if there was none now.
+        """
+        between = sorted(node.name() for node in nodes_between(loss, outputs))
+        self._steps += 1
+        if self.verified and between == self._between and self._steps < _EVERY:
+            return Verdict(True)
+        verdict = check_claim(loss, outputs, target, self.criterion)
+        self.verified = verdict.holds is True
+        self._between, self._steps = between, 0
+        return verdict
+
+
+@ordinary()
+def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criterion: Criterion) -> Verdict:
+    r"""Compare the curvature of a loss at some outputs with that of a criterion of each of them and a target.
+
+    Along one random probe: Hu by differentiating the loss twice, beside Au with A = ∇²_z of the criterion in closed
+    form, or by differentiating a callable twice. What does not change κ passes: undeclared label smoothing, mixup,
+    auxiliary terms, weight decay. A factor, scaled outputs, class weights, masked or shifted positions, a layer further
+    back do not. Where the loss cannot be
+    differentiated twice, its gradient is compared with the criterion's. Reads the device.
+
+    Source: the chain rule; the thresholds are from 20 claims about real models.
+
+    Args:
+        loss: the loss that is trained with, a scalar.
+        outputs: what left the layer in each pass on which the loss depends, of shape (..., d).
+        target: what the criterion takes as its target.
+        criterion: the criterion claimed, or a callable ``loss(outputs, target)``.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        TypeError: as :func:`~lightning_relflat.functional.output_hessian` does.
+        ValueError: as :func:`~lightning_relflat.functional.output_hessian` does.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from lightning_relflat.claims import check_claim
+        >>> outputs, target = torch.tensor([[1.0, 0.0], [0.5, 2.0]], requires_grad=True), torch.tensor([0, 1])
+        >>> cross_entropy = torch.nn.CrossEntropyLoss()
+        >>> check_claim(F.cross_entropy(outputs, target), [outputs], target, cross_entropy).holds
+        True
+        >>> check_claim(0.3 * F.cross_entropy(outputs, target), [outputs], target, cross_entropy).reason
+        'its curvature there is 0.3 times that of the named loss'
+    """
+    with full_precision(loss), torch.enable_grad():
+        try:
+            gradients = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
+        except RuntimeError:  # compiled with buffers that a backward pass gives away
+            return Verdict(None, "its gradient cannot be taken before the backward pass")
+        probes = [_signs(tensor) for tensor in outputs]
+        products = _products(gradients, outputs, probes)
+    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in outputs)
+    tolerance = _TOLERANCE_OF_HALF_PRECISION if half else _TOLERANCE
+    if products is None or not any(bool(product.any()) for product in products):
+        return _judge_gradients(gradients, outputs, target, criterion, tolerance)
+    claimed = [_expected(tensor, target, criterion, probe) for tensor, probe in zip(outputs, probes, strict=True)]
+    expected = torch.cat([product for product, _ in claimed])
+    found = torch.cat([product.detach().reshape(-1, product.shape[-1]).to(expected) for product in products])
+    size = None if claimed[0][1] is None else torch.stack([size for _, size in claimed if size is not None]).norm()
+    return _judge(found, expected, size, tolerance)
+
+
+def _expected(outputs: Tensor, target: Target, criterion: Criterion, probe: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the product of a criterion's Hessian, of shape (rows, d), and the largest that it could be if known."""
+    with full_precision(outputs):
+        if has_closed_form(criterion):
+            assert isinstance(criterion, nn.Module)
+            with torch.no_grad():
+                hessian = output_hessian(outputs, target, loss=criterion, class_dim=-1)
+                u = probe.reshape(-1, probe.shape[-1]).to(hessian.diagonal)
+                scale = hessian.weight[:, None]
+                if getattr(criterion, "reduction", "mean") != "sum":
+                    scale = scale / hessian.total_weight
+                product = hessian.diagonal * u
+                if hessian.root is not None:
+                    product = product - hessian.root * (hessian.root * u).sum(dim=1, keepdim=True)
+                return product * scale, (scale * u).norm()
+        [copy], value = _own_loss(criterion, [outputs], target)
+        [gradient] = torch.autograd.grad(value, [copy], create_graph=True)
+        product = torch.zeros_like(copy)
+        if gradient.requires_grad:
+            [product] = torch.autograd.grad(gradient, [copy], probe.to(gradient.dtype), materialize_grads=True)
+        return product.detach().reshape(-1, product.shape[-1]), None
+
+
+def _own_loss(criterion: Criterion, outputs: Sequence[Tensor], target: Target) -> tuple[list[Tensor], Tensor]:
+    """Return copies of outputs, and the sum of what is claimed to be their losses, in the graph of the copies."""
+    with torch.enable_grad():
+        copies = [tensor.detach().clone().requires_grad_() for tensor in outputs]
+        if has_closed_form(criterion):
+            assert isinstance(criterion, nn.Module)
+            values = [criterion_loss(criterion, copy, target)[0] for copy in copies]
+        else:
+            values = [value_of_callable(criterion, copy, target)[0] for copy in copies]
+        return copies, torch.stack(values).sum()
+
+
+def value_of_callable(loss: Criterion, outputs: Tensor, target: Any) -> tuple[Tensor, int | None]:
+    """Return the loss of a batch by a callable.
+
+    Args:
+        loss: the callable ``loss(outputs, target)``: it returns the mean over the batch's samples (or their sum, where
+            it has an attribute ``reduction="sum"``), or a loss for every sample, which are averaged.
+        outputs: what left the layer.
+        target: the target.
+
+    Returns:
+        The loss, a scalar, and how many samples there were where a loss for each was returned.
+    """
+    value: Tensor = loss(outputs, target)
+    if value.ndim == 0:
+        return value, None
+    total = getattr(loss, "reduction", "mean") == "sum"
+    return (value.sum() if total else value.mean()), value.numel()
+
+
+def _signs(like: Tensor) -> Tensor:
+    """Return random signs, always the same, without a number from the run's own generators."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randint(0, 2, like.shape, generator=generator, device=like.device).float() * 2 - 1
+
+
+def _products(
+    gradients: Sequence[Tensor], outputs: Sequence[Tensor], probes: Sequence[Tensor]
+) -> Sequence[Tensor] | None:
+    """Return the Hessian's products, or ``None`` where the loss cannot be differentiated twice or hides it."""
+    curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
+    if not curved:
+        return None
+    try:
+        return torch.autograd.grad(
+            [gradients[k] for k in curved],
+            outputs,
+            [probes[k].to(gradients[k].dtype) for k in curved],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+    except RuntimeError:
+        return None
+
+
+def _judge(found: Tensor, expected: Tensor, size: Tensor | None, tolerance: float) -> Verdict:
+    """Compare what was found with what was claimed, and say what differs."""
+    largest = expected.new_zeros(()) if size is None else size
+    norms = torch.stack([found.norm(), expected.norm(), (found - expected).norm(), largest.to(expected)])
+    has, claimed, difference, most = norms.tolist()
+    if max(has, claimed) < _FLAT * most or max(has, claimed) == 0:
+        return Verdict(None, "its curvature is too small to be told from rounding")
+    if difference <= tolerance * max(has, claimed):
+        return Verdict(True)
+    if has == 0:
+        return Verdict(False, "it is piecewise linear in them")
+    factor = float((found * expected).sum() / expected.square().sum().clamp(min=torch.finfo(found.dtype).tiny))
+    if float((found - factor * expected).norm()) <= tolerance * has:
+        return Verdict(False, f"its curvature there is {factor:.4g} times that of the named loss")
+    silent = (found.abs().amax(dim=1) == 0) & (expected.abs().amax(dim=1) > 0)
+    if bool(silent.any()):
+        count = f"{int(silent.sum())} of {len(silent)}"
+        return Verdict(False, f"{count} rows have no share in it (masked, shifted or left out)")
+    return Verdict(
+        False,
+        f"its curvature there differs by {difference / max(has, claimed):.0%} (another criterion, weights or scale of "
+        "the outputs, or another layer between them and the loss)",
+    )
+
+
+def _judge_gradients(
+    gradients: Sequence[Tensor], outputs: Sequence[Tensor], target: Target, criterion: Criterion, tolerance: float
+) -> Verdict:
+    """Compare the loss's gradient at the outputs with the criterion's own."""
+    copies, own = _own_loss(criterion, outputs, target)
+    claimed = torch.autograd.grad(own, copies)
+    found = torch.cat([gradient.detach().flatten().float() for gradient in gradients])
+    expected = torch.cat([gradient.flatten().float() for gradient in claimed])
+    difference, size = torch.stack([(found - expected).norm(), torch.maximum(found.norm(), expected.norm())]).tolist()
+    if size == 0:
+        return Verdict(None, "its gradient is 0")
+    if difference <= tolerance * size:
+        return Verdict(True)
+    return Verdict(False, f"its gradient there differs by {difference / size:.0%}, and it has no second derivatives")

@@ -1,0 +1,324 @@
+"""Recognise a criterion with a closed form in the graph of a loss, whatever is done with its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_relflat.functional._graph import nodes_between, reaches
+
+Kind: TypeAlias = Literal["softmax", "sigmoid", "quadratic"]
+_Gradients: TypeAlias = "tuple[Tensor | None, ...]"
+
+# Operations whose result is linear in each tensor that they are given; of the second group at most one may depend on
+# the outputs.
+_SUMS = {"AddBackward0", "SubBackward0", "CatBackward0", "StackBackward0", "WhereBackward0"}
+_LINEAR = {
+    *("MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1", "NegBackward0", "RsubBackward1"),
+    *("SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1", "DotBackward0"),
+    *("NllLossBackward0", "NllLoss2DBackward0", "MaskedFillBackward0", "MaskedSelectBackward0"),
+    *("GatherBackward0", "IndexSelectBackward0", "UnbindBackward0"),
+}
+_RESHAPES = {
+    *("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0", "AliasBackward0", "CloneBackward0"),
+    *("ToCopyBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0"),
+}
+_ORDERS = {"TransposeBackward0", "PermuteBackward0", "TBackward0"}
+_PARTS = {"SliceBackward0", "SelectBackward0", "IndexBackward0"}
+# What may lie between the outputs and a criterion of their numbers, one by one; PyTorch's own have their target apart.
+_SHIFTS = {"SubBackward0", "AddBackward0", "RsubBackward1", "NegBackward0", "ExpandBackward0"}
+_VIEWS = _RESHAPES | _ORDERS | _PARTS
+
+
+@dataclass(frozen=True, eq=False)
+class Recognised:
+    """A loss whose curvature at some outputs is that of known criteria, up to factors.
+
+    Attributes:
+        kind: what the Hessian is at a row z of outputs: ``"softmax"`` for f (diag(p) − p pᵀ) with p = softmax(z);
+            ``"sigmoid"`` for diag(f σ(z) (1 − σ(z))); ``"quadratic"`` for diag(f).
+        factors: f for each of the outputs: of shape (...) for a softmax, one for every row, else (..., d). They hold
+            everything that is done with the criterion: reduction, weights, masks, mixtures, factors.
+        total: what a mean over the rows divides by: what PyTorch's own cross-entropy has divided by if the loss is one,
+            else the number of rows with a factor.
+    """
+
+    kind: Kind
+    factors: tuple[Tensor, ...]
+    total: Tensor
+
+
+def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor]) -> Recognised | None:
+    r"""Return the curvature of a loss at some outputs in closed form, where its graph says what it is.
+
+    The loss is walked back to the outputs. Where it is linear in some log-softmax of their rows, L = Σ g_ps log p_ps,
+    its Hessian at row p is −(Σ_s g_ps)(diag(p) − p pᵀ), with g the gradient of the loss there: whatever labels,
+    smoothing, class weights, ignored or shifted positions and mixtures make of it. The same goes for sums of squares
+    and for binary cross-entropy, Huber and smooth L1 losses. Nothing is compared, so nothing waits for a device: an
+    operation that is not known to be one of these makes the answer ``None``.
+
+    Source: the chain rule for a loss that is linear in a function of the outputs.
+
+    Args:
+        loss: a scalar loss, in its graph.
+        outputs: what left a linear layer in each pass on which the loss depends, of shape (..., d).
+        features: what entered it in each.
+
+    Returns:
+        The curvature, or ``None`` if it is not recognised.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from lightning_relflat.functional._recognised import recognise
+        >>> z = torch.zeros(2, 3, requires_grad=True)
+        >>> recognise(0.5 * F.cross_entropy(z, torch.tensor([0, -100])), [z], [z])
+        Recognised(kind='softmax', factors=(tensor([0.5000, 0.0000]),), total=tensor(1.))
+    """
+    if loss.grad_fn is None or not all(tensor.requires_grad and tensor.ndim > 0 for tensor in outputs):
+        return None
+    if len(outputs) > 1 and reaches(features, outputs):
+        return None  # one pass lies behind another
+    try:
+        plan = _Plan(loss, outputs)
+    except _Unknown:
+        return None
+    widest = torch.promote_types(torch.float32, loss.dtype)
+    # Half precision between the criterion and the outputs would round the factors: they go there in three parts.
+    parts = 3 if any(tensor.dtype.itemsize < 4 for tensor in outputs) else 1
+    unit = 2.0**10 if any(tensor.dtype == torch.float16 for tensor in outputs) else 1.0  # so that none is subnormal
+    found: list[Tensor] = [torch.zeros((), dtype=widest, device=tensor.device) for tensor in outputs]
+    rest: dict[Node, Tensor] = {}
+    with ExitStack() as stack, torch.enable_grad():
+        for node, act in plan.criteria.items():
+            stack.callback(node.register_hook(_Sends(node, act, rest, halves=parts > 1, unit=unit)).remove)
+        for node in plan.turns:
+            stack.callback(node.register_hook(_turned).remove)
+        for _ in range(parts):
+            arrived = torch.autograd.grad(
+                loss, outputs, retain_graph=True, create_graph=plan.learnt, materialize_grads=True
+            )
+            found = [factor + new.to(widest) / unit for factor, new in zip(found, arrived, strict=True)]
+    if plan.kind == "softmax":
+        found = [factor[..., 0] for factor in found]
+    return Recognised(plan.kind, tuple(found), _total(plan, found))
+
+
+class _Unknown(Exception):  # noqa: N818  # not an error: an answer
+    """The graph is none of those that are recognised."""
+
+
+class _Plan:
+    """What lies between a loss and some outputs: linear operations, then criteria of one kind, then views."""
+
+    def __init__(self, loss: Tensor, outputs: Sequence[Tensor]) -> None:
+        self.criteria: dict[Node, Callable[[Any, Tensor, Tensor], Tensor]] = {}
+        self.turns = set[Node]()  # operations that turn the sign of what they are given, and not of its curvature
+        self.kind: Kind = "softmax"
+        self.learnt = False  # whether there are factors that have gradients of their own
+        self._outputs = {_node_of(tensor): tensor for tensor in outputs}
+        self._between = nodes_between(loss, outputs)
+        self._class_dims: dict[Node, int] = {}
+        self._reached: set[Node] = set()
+        self.above = above = set[Node]()  # the linear operations and the criteria
+        waiting = [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            assert node is not None
+            if node in above:
+                continue
+            above.add(node)
+            if node.name() in _CRITERIA:
+                self._look_below(node)
+                continue
+            if node in self._outputs or not _is_linear(node, self._inner(node)):
+                raise _Unknown
+            inner = [following for _, following, _ in self._inner(node)]
+            self.learnt |= node.name() not in _SUMS and any(
+                following is not None and following not in inner for following, _ in node.next_functions
+            )
+            waiting += inner
+        if set(self._class_dims) & above or self._reached != set(self._outputs) or not self.criteria:
+            raise _Unknown
+
+    def _inner(self, node: Node) -> list[tuple[int, Node, int]]:
+        """Return what a node leads to that depends on the outputs: its place, the node, and which of its results."""
+        return [
+            (place, following, number)
+            for place, (following, number) in enumerate(node.next_functions)
+            if following is not None and (following in self._between or following in self._outputs)
+        ]
+
+    def _look_below(self, node: Node) -> None:
+        kind, act = _CRITERIA[node.name()]
+        if self.criteria and kind != self.kind:
+            raise _Unknown
+        if kind == "quadratic" and node.name() == "PowBackward0" and getattr(node, "_saved_exponent", None) != 2:
+            raise _Unknown
+        self.kind = kind
+        self.criteria[node] = act
+        inner = self._inner(node)
+        if [place for place, _, _ in inner] != [0]:
+            raise _Unknown  # its target depends on the outputs, too
+        [(_, below, number)] = inner
+        class_dim = _signed(getattr(node, "_saved_dim", -1)) % max(1, len(_shape(below, number)))
+        self._descend(below, number, class_dim)
+
+    def _descend(self, node: Node, number: int, class_dim: int) -> None:
+        """Follow views down to the outputs, and where among its dimensions a softmax has its classes."""
+        while True:
+            if self._class_dims.setdefault(node, class_dim) != class_dim:
+                raise _Unknown
+            if node in self._outputs:
+                if self.kind == "softmax" and class_dim != self._outputs[node].ndim - 1:
+                    raise _Unknown
+                self._reached.add(node)
+                return
+            inner = self._inner(node)
+            if len(inner) != 1:
+                raise _Unknown
+            [(place, below, below_number)] = inner
+            if self.kind == "softmax":
+                class_dim = _class_dim_before(node, class_dim, _shape(node, number), _shape(below, below_number))
+            elif node.name() not in _VIEWS | _SHIFTS or getattr(node, "_saved_alpha", 1) != 1:
+                raise _Unknown
+            elif node.name() in ("NegBackward0", "RsubBackward1") or (node.name() == "SubBackward0" and place == 1):
+                self.turns.add(node)
+            node, number = below, below_number
+
+
+class _Sends:
+    """A hook that sends the factors of a criterion's curvature on, in place of its gradient."""
+
+    def __init__(self, node: Node, act: Any, rest: dict[Node, Tensor], *, halves: bool, unit: float) -> None:
+        self._node, self._act, self._rest, self._halves, self._unit = node, act, rest, halves, unit
+
+    def __call__(self, grad_inputs: Any, grad_outputs: Any) -> _Gradients:
+        old = grad_inputs[0]
+        node = self._node
+        if node not in self._rest:
+            self._rest[node] = self._unit * self._act(node, grad_outputs[0], old).expand(old.shape)
+        sent = self._rest[node]
+        if self._halves:
+            sent = sent.to(torch.bfloat16).to(sent.dtype)
+            self._rest[node] = self._rest[node] - sent
+        return sent.to(old.dtype), *(None for _ in grad_inputs[1:])
+
+
+def _turned(grad_inputs: Any, grad_outputs: Any) -> _Gradients:
+    return tuple(grad_outputs[0] if value is not None else None for value in grad_inputs)
+
+
+def _of_log_softmax(node: Any, gradient: Tensor, _: Tensor) -> Tensor:
+    return -gradient.sum(dim=_signed(node._saved_dim), keepdim=True)
+
+
+def _of_square(_: Any, gradient: Tensor, __: Tensor) -> Tensor:
+    return 2 * gradient
+
+
+def _of_mse(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
+    return 2 * _each(node, gradient, like)
+
+
+def _of_huber(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
+    inside = (node._saved_self - node._saved_target).detach().abs() < node._saved_delta
+    found: Tensor = _each(node, gradient, like) * inside
+    return found
+
+
+def _of_smooth_l1(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
+    if node._saved_beta == 0:  # the absolute error
+        return torch.zeros_like(like)
+    inside = (node._saved_self - node._saved_target).detach().abs() < node._saved_beta
+    found: Tensor = _each(node, gradient, like) * inside / node._saved_beta
+    return found
+
+
+def _of_binary_cross_entropy(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
+    factor = _each(node, gradient, like)
+    if node._saved_pos_weight is not None:
+        factor = factor * (1 + (node._saved_pos_weight - 1) * node._saved_target)
+    return factor if node._saved_weight is None else factor * node._saved_weight
+
+
+def _each(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
+    """Return the gradient of the loss with respect to each term of a criterion, before its reduction."""
+    return gradient / like.numel() if node._saved_reduction == 1 else gradient
+
+
+_CRITERIA: dict[str, tuple[Kind, Callable[[Any, Tensor, Tensor], Tensor]]] = {
+    "LogSoftmaxBackward0": ("softmax", _of_log_softmax),
+    "BinaryCrossEntropyWithLogitsBackward0": ("sigmoid", _of_binary_cross_entropy),
+    "MseLossBackward0": ("quadratic", _of_mse),
+    "PowBackward0": ("quadratic", _of_square),
+    "HuberLossBackward0": ("quadratic", _of_huber),
+    "SmoothL1LossBackward0": ("quadratic", _of_smooth_l1),
+}
+
+
+def _total(plan: _Plan, factors: Sequence[Tensor]) -> Tensor:
+    """Return what the mean over rows divides by."""
+    means = [node for node in plan.above if node.name().startswith("NllLoss") and node._saved_reduction == 1]  # type: ignore[attr-defined]
+    if len(means) == 1:
+        total: Tensor = means[0]._saved_total_weight  # type: ignore[attr-defined]
+        return total.detach()
+    counted = [factor if plan.kind == "softmax" else factor.reshape(-1, factor.shape[-1])[:, 0] for factor in factors]
+    return torch.stack([(rows != 0).sum() for rows in counted]).sum()
+
+
+def _is_linear(node: Node, inner: Sequence[tuple[int, Node, int]]) -> bool:
+    """Return whether a result is linear in what depends on the outputs."""
+    name = node.name()
+    if name in _SUMS:
+        return True
+    if name in ("DivBackward0", "GatherBackward0", "MaskedFillBackward0"):
+        return [place for place, _, _ in inner] == [0]
+    return (name in _LINEAR or name in _VIEWS or name == "ExpandBackward0") and len(inner) == 1
+
+
+def _class_dim_before(node: Any, dim: int, after: Sequence[int], before: Sequence[int]) -> int:
+    """Return which dimension of what an operation is given is a certain one of its result, if that stays whole."""
+    name = node.name()
+    if name in _RESHAPES:
+        found = len(before) - (len(after) - dim)
+        if found >= 0 and list(after[dim:]) == list(before[found:]):
+            return found
+    elif name == "TransposeBackward0":
+        swapped = {_signed(node._saved_dim0) % len(after), _signed(node._saved_dim1) % len(after)}
+        return next(iter(swapped - {dim})) if dim in swapped and len(swapped) == 2 else dim
+    elif name == "TBackward0":
+        return 1 - dim if len(after) == 2 else dim
+    elif name == "PermuteBackward0":
+        return _signed(node._saved_dims[dim]) % len(before)
+    elif name == "SliceBackward0" and _signed(node._saved_dim) % len(before) != dim:
+        return dim
+    elif name == "SelectBackward0":
+        return dim + 1 if _signed(node._saved_dim) % len(before) <= dim else dim
+    elif name == "IndexBackward0":
+        found = dim - (len(after) - len(before))
+        indices = list(node._saved_indices)
+        if found >= len(indices) and all(index is not None for index in indices):
+            return found
+    raise _Unknown
+
+
+def _node_of(tensor: Tensor) -> Node:
+    return torch.autograd.graph.get_gradient_edge(tensor).node
+
+
+def _shape(node: Any, number: int) -> tuple[int, ...]:
+    if hasattr(node, "variable"):
+        return tuple(node.variable.shape)
+    return tuple(node._input_metadata[number].shape)
+
+
+def _signed(value: int) -> int:
+    """Return a number that a node keeps without its sign."""
+    return value - 2**64 if value >= 2**63 else value

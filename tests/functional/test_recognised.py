@@ -1,0 +1,213 @@
+"""A loss is recognised in its graph, with all that is done with its criterion; or it is not, and nothing is claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd.functional import hessian
+from torch.nn import functional as F
+
+from lightning_relflat.curvature import exact_parts, recognise_passes
+from lightning_relflat.functional._recognised import Recognised, recognise
+from lightning_relflat.layer_tap import LayerTap
+from tests.oracles import kappa_of_layer
+
+LossOfOutputs = Callable[[Tensor], Tensor]
+D = 5
+Y = torch.tensor([3, 0, 4, 1])
+T = torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+W = torch.linspace(0.5, 1.5, D, dtype=torch.float64)
+
+KNOWN: dict[str, LossOfOutputs] = {
+    "cross-entropy": lambda z: F.cross_entropy(z, Y),
+    "sum": lambda z: F.cross_entropy(z, Y, reduction="sum"),
+    "class weights": lambda z: F.cross_entropy(z, Y, weight=W),
+    "smoothing": lambda z: F.cross_entropy(z, Y, weight=W, label_smoothing=0.1),
+    "ignored": lambda z: F.cross_entropy(z, torch.tensor([0, -100, 2, -100])),
+    "soft": lambda z: F.cross_entropy(z, T.softmax(1), weight=W),
+    "a factor": lambda z: 0.3 * F.cross_entropy(z, Y),
+    "mixup": lambda z: 0.3 * F.cross_entropy(z, Y) + 0.7 * F.cross_entropy(z, Y.flip(0)),
+    "a mask": lambda z: (F.cross_entropy(z, Y, reduction="none") * torch.tensor([1.0, 0.0, 1.0, 1.0])).sum() / 3,
+    "some rows": lambda z: F.cross_entropy(z[Y > 1], Y[Y > 1]),
+    "rows by number": lambda z: F.cross_entropy(z[torch.tensor([0, 2, 2])], torch.tensor([1, 2, 3])),
+    "shifted": lambda z: F.cross_entropy(z[:-1], Y[1:]),
+    "one row": lambda z: F.cross_entropy(z[2], Y[2]),
+    "classes second": lambda z: F.cross_entropy(z.view(2, 2, D).transpose(1, 2), Y.view(2, 2)),
+    "permuted": lambda z: F.cross_entropy(z.view(2, 2, D).permute(0, 2, 1), Y.view(2, 2)),
+    "distilled": lambda z: F.kl_div(F.log_softmax(z, -1), T.softmax(1), reduction="batchmean"),
+    "by hand": lambda z: -F.log_softmax(z, 1)[range(4), Y].mean(),
+    "gathered": lambda z: -z.log_softmax(1).gather(1, Y[:, None]).mean(),
+    "two parts": lambda z: F.cross_entropy(z[:2], Y[:2]) + 3 * F.cross_entropy(z[1:], Y[1:]),
+    "a weight of its own value": lambda z: F.cross_entropy(z, Y) * F.cross_entropy(z, Y).detach(),
+    "double": lambda z: F.cross_entropy(z.double(), Y),
+    "mse": lambda z: F.mse_loss(z, T),
+    "mse of elements": lambda z: (F.mse_loss(z, T, reduction="none") * W).sum(),
+    "squares": lambda z: (T - z).pow(2).sum(1).mean(),
+    "turned squares": lambda z: (-(z - T)).square().mean(),
+    "every pair": lambda z: ((z[:, None] - T[None]) ** 2).mean(),
+    "binary": lambda z: F.binary_cross_entropy_with_logits(z, T.sigmoid(), pos_weight=W, weight=W),
+    "binary of one output": lambda z: F.binary_cross_entropy_with_logits(z[:, 0], (Y > 1).double(), reduction="sum"),
+    "huber": lambda z: F.huber_loss(z, T, delta=0.7),
+    "smooth l1": lambda z: F.smooth_l1_loss(z, T, beta=0.5, reduction="sum"),
+}
+UNKNOWN: dict[str, LossOfOutputs] = {
+    "a linear term": lambda z: F.cross_entropy(z, Y) + z.mean(),
+    "another kind": lambda z: F.cross_entropy(z, Y) + z.square().mean(),
+    "its square": lambda z: F.cross_entropy(z, Y) ** 2,
+    "scaled outputs": lambda z: F.cross_entropy(2 * z, Y),
+    "a temperature": lambda z: F.cross_entropy(z / 2, Y),
+    "fewer classes": lambda z: F.cross_entropy(z[:, :3], torch.zeros(4).long()),
+    "samples as classes": lambda z: F.cross_entropy(z[:, :4].t(), torch.arange(4)),
+    "rows cut anew": lambda z: F.cross_entropy(z.reshape(D, 4), torch.arange(4).repeat(2)[:D]),
+    "a target of the outputs": lambda z: F.mse_loss(z, z.flip(0)),
+    "two softmaxes": lambda z: F.kl_div(F.log_softmax(z, 1), F.softmax(z.flip(0), 1), reduction="sum"),
+    "a third power": lambda z: (z - T).pow(3).mean(),
+    "a product": lambda z: F.cross_entropy(z, Y) * F.mse_loss(z, T),
+    "a log of probabilities": lambda z: F.nll_loss(z.softmax(1).log(), Y),
+    "no criterion": lambda z: z.sum(),
+    "normalised outputs": lambda z: F.cross_entropy(F.normalize(z, dim=1), Y),
+}
+
+
+def found_in(loss: LossOfOutputs, outputs: Tensor) -> Recognised | None:
+    z = outputs.detach().clone().requires_grad_() * 1.0
+    return recognise(loss(z), [z], [z])
+
+
+def dense(recognised: Recognised, outputs: Tensor) -> Tensor:
+    """Return the Hessian that is claimed, of shape (n·d, n·d)."""
+    [factor] = recognised.factors
+    blocks = []
+    for row, f in zip(outputs, factor, strict=True):
+        p = row.softmax(0)
+        if recognised.kind == "softmax":
+            blocks.append(f * (p.diag() - p.outer(p)))
+        else:
+            blocks.append((f * row.sigmoid() * (1 - row.sigmoid()) if recognised.kind == "sigmoid" else f).diag())
+    return torch.block_diag(*blocks)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_recognised_is_the_dense_hessian(name: str) -> None:
+    loss, z = KNOWN[name], torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    recognised = found_in(loss, z)
+    assert recognised is not None
+    truth: Any = hessian(lambda flat: loss(flat.view(4, D)), z.flatten())
+    torch.testing.assert_close(dense(recognised, z), truth, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_known_is_not_recognised(name: str) -> None:
+    z = torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert found_in(UNKNOWN[name], z) is None
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "half": lambda a, b: a / 2 + b * 0.0,
+    "times constant": lambda a, b: a * b.detach(),
+    "product": lambda a, b: a * b,
+    "quotient": lambda a, b: a / (1 + b.square()),
+    "mean of both": lambda a, b: torch.stack([a, b]).mean(),
+    "one of both": lambda a, b: torch.where(a > b, a, b),
+    "root": lambda a, b: (a.square() + 1).sqrt(),
+    "negated": lambda a, b: -a,
+}
+
+
+@given(st.lists(st.sampled_from(sorted(KNOWN)), min_size=2, max_size=3), st.lists(st.sampled_from(sorted(OPERATIONS))))
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_made_of_criteria_is_right_or_not_recognised(names: list[str], operations: list[str]) -> None:
+    def loss(z: Tensor) -> Tensor:
+        value, *others = (KNOWN[name](z) for name in names)
+        for number, operation in enumerate(operations[:3]):
+            value = OPERATIONS[operation](value, others[number % len(others)])
+        return value
+
+    z = torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    recognised = found_in(loss, z)
+    if recognised is not None:
+        truth: Any = hessian(lambda flat: loss(flat.view(4, D)), z.flatten())
+        torch.testing.assert_close(dense(recognised, z), truth, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_between_does_not_round_the_factors(dtype: torch.dtype) -> None:
+    z = torch.randn(300, D).to(dtype).requires_grad_() * 1.0
+    y = torch.arange(300) % D
+    weight = torch.tensor([0.3, 1.7, 1.1, 0.9, 2.3])
+    recognised = recognise(F.cross_entropy(z.float(), y, weight=weight), [z], [z])
+    assert recognised is not None
+    torch.testing.assert_close(recognised.factors[0], weight[y] / weight[y].sum(), rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(recognised.total, weight[y].sum())
+
+
+class Tied(nn.Module):
+    """A head that runs twice, the second time on what it made the first time, if so asked."""
+
+    def __init__(self, *, chained: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(D, D)
+        self.chained = chained
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = self.head(x)
+        return [first, self.head(first.tanh() if self.chained else x.tanh())]
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_several_passes(chained: bool) -> None:
+    torch.manual_seed(0)
+    net = Tied(chained=chained).double()
+    x = torch.randn(4, D, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        first, second = net(x)
+        return F.cross_entropy(first, Y) + 2 * F.cross_entropy(second, Y, weight=W)
+
+    with LayerTap(net, "head", through_loss=False) as tap:
+        value = loss()
+        records = tap.take()
+        recognised = recognise_passes(value, records)
+        assert (recognised is None) == chained
+        if recognised is not None:
+            kappa = sum(float(part.detach().sum()) for part in exact_parts(recognised, records))
+            assert kappa == pytest.approx(float(kappa_of_layer(net.head, loss)), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mixup", "smoothing", "mse", "binary", "a learnt factor"])
+def test_the_gradient_of_kappa_is_that_of_the_definition(name: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, D)).double()
+    scale = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    of: LossOfOutputs = KNOWN.get(name, lambda z: F.cross_entropy(z, Y) * scale.exp() + scale)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    parameters = [*net.parameters(), *([scale] if name == "a learnt factor" else [])]
+    with LayerTap(net, "2") as tap:
+        kappa = tap.relative_flatness(of(net(x)))
+        assert tap.exact
+        found = torch.autograd.grad(kappa, parameters, materialize_grads=True)
+    truth = kappa_of_layer(net[2], lambda: of(net(x)), create_graph=True)
+    expected = torch.autograd.grad(truth, parameters, materialize_grads=True)
+    torch.testing.assert_close(kappa, truth, rtol=1e-10, atol=0.0)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_padding_may_hold_anything() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(4, 3)
+    features[1] = torch.nan
+    net = nn.Sequential(nn.Linear(3, D))
+    with LayerTap(net, "0") as tap:
+        kappa = tap.relative_flatness(F.cross_entropy(net(features), torch.tensor([0, -100, 1, 2])))
+    kept = features[[0, 2, 3]]
+    truth = kappa_of_layer(net[0], lambda: F.cross_entropy(net(kept), torch.tensor([0, 1, 2])))
+    torch.testing.assert_close(kappa, truth, rtol=1e-5, atol=0.0)
