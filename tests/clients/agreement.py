@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_relflat import FAM
+from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.callbacks._base import Callback
 from tests.oracles import norms_by_hand
 
@@ -53,8 +54,7 @@ def matrix_of(layer: Any) -> Tensor:
             whole = whole + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
         return whole
     if hasattr(layer, "weight_g"):  # of the older weight_norm, which sets the weight when the layer runs
-        whole = torch._weight_norm(layer.weight_v, layer.weight_g, 0)
-        return whole
+        return torch._weight_norm(layer.weight_v, layer.weight_g, 0)
     weight: Tensor = layer.weight
     if type(layer).__name__ == "Conv1D":  # of transformers
         return weight.mT
@@ -171,22 +171,28 @@ def copying_what_is_computed() -> Iterator[None]:
 
 
 class _Run:
-    """A copy of a module in which its next training step can be run, once, without a trace in the module itself."""
+    """A copy of a module in which its next step can be run, once, without a trace in the module itself."""
 
-    def __init__(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    def __init__(self, trainer: Any, module: Any, batch: Any, batch_idx: int, method: str = "training_step") -> None:
         self.batch, self.batch_idx = batch, batch_idx
         with copying_what_is_computed():
             self.module = copy.deepcopy(module)
+        self.step = getattr(type(module), method)
+        self.logged: dict[str, Any] = {}
         self.module.trainer = trainer
-        self.module.log = lambda *_, **__: None
+        self.module.log = lambda name, value, *_, **__: self.logged.update({name: value})
 
     def loss(self) -> Tensor:
-        step = type(self.module).training_step
+        """Return the loss that the step returns, or else logs."""
         with copying_what_is_computed():
-            arguments = [copy.deepcopy(self.batch), self.batch_idx][: len(inspect.signature(step).parameters) - 1]
+            arguments = [copy.deepcopy(self.batch), self.batch_idx][: len(inspect.signature(self.step).parameters) - 1]
         with same_draws():
-            output = step(self.module, *arguments)
-        loss: Tensor = output if isinstance(output, Tensor) else output["loss"]
+            output = self.step(self.module, *arguments)
+        if isinstance(output, dict):
+            output = output.get("loss")
+        if output is None:
+            output = next(value for name, value in self.logged.items() if "loss" in name)
+        loss: Tensor = output
         return loss
 
     def gradients_of(self, value: Tensor) -> dict[str, Tensor]:
@@ -200,15 +206,21 @@ class Definition(Callback):
 
     Attributes:
         kappas: κ of the training steps.
+        validated: κ of the validation steps.
         penalties: of the same steps, what FAM logged as its term, divided by the λ that it logged.
         gradient_error: how far the gradient of the first step is from that of L + λκ, relative to that of λκ.
     """
 
-    def __init__(self, layer: str, *, gradients: bool = False) -> None:
+    def __init__(
+        self, layer: str, *, gradients: bool = False, validation: Callable[[Any, Any], Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.validation = validation
         self.layer, self.gradients = layer, gradients
         self.kappas: list[float] = []
+        self.validated: list[float] = []
         self.penalties: list[float] = []
+        self.logged: dict[str, float] = {}
         self.gradient_error: float | None = None
         self._plain: dict[str, Tensor] = {}
         self._penalty: dict[str, Tensor] = {}
@@ -223,6 +235,20 @@ class Definition(Callback):
                 self._penalty = run.gradients_of(kappa)
                 plain = _Run(trainer, pl_module, batch, batch_idx)
                 self._plain = plain.gradients_of(plain.loss())
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        with torch.inference_mode(False):
+            run = _Run(trainer, pl_module, batch, batch_idx, "validation_step")
+            compute_loss = run.loss
+            if self.validation is not None:
+                compute_loss = functools.partial(self.validation, run.module, copy.deepcopy(batch))
+            with trainer.precision_plugin.val_step_context():
+                self.validated.append(float(kappa_of(run.module, self.layer, compute_loss, create_graph=False)))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self.gradients and self.gradient_error is None:
@@ -244,6 +270,10 @@ class Definition(Callback):
 
 def relative_error(found: float, expected: float) -> float:
     return abs(found - expected) / max(abs(expected), 1e-12)
+
+
+def to(error: float) -> str:
+    return "the same" if error == 0 else f"to {error:.0e}"
 
 
 def off_by(found: list[float], expected: list[float]) -> float:
@@ -272,6 +302,7 @@ class Case:
         steps: int = 25,
         gradients: bool = True,
         tolerance: float = 1e-10,
+        validation: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         """Assert that FAM penalises this layer's κ, exactly with all products and in the mean with random probes.
 
@@ -284,6 +315,8 @@ class Case:
             steps: how many with random probes, as ``FAM()`` has them.
             gradients: whether to compare the penalty's gradient in the first step, too.
             tolerance: how far κ may be off, relative to its size; its gradient ten times as much.
+            validation: the loss of the validation step, of the module and a batch, where the step neither returns nor
+                logs it.
         """
         self._record("layer", layer)
         name = layer if named else None
@@ -293,19 +326,50 @@ class Case:
         assert len(oracle.penalties) == len(oracle.kappas) == exact_steps
         assert min(map(abs, oracle.kappas)) > 0
         worst = max(map(relative_error, oracle.penalties, oracle.kappas))
-        self._record("all products", f"{exact_steps} steps, κ to {worst:.0e}")
+        self._record("all products", f"{exact_steps} steps, κ {to(worst)}")
         assert worst < tolerance, (oracle.penalties, oracle.kappas)
         if gradients:
             assert oracle.gradient_error is not None
-            self._record("gradient", f"to {oracle.gradient_error:.0e}")
+            self._record("gradient", to(oracle.gradient_error))
             assert oracle.gradient_error < 10 * tolerance
-        callbacks = [Definition(layer), FAM(name, **(claim or {}))]
-        oracle, fam = fit(callbacks, max_steps=steps) or callbacks
-        assert fam._announced == layer
-        assert len(oracle.penalties) == len(oracle.kappas) == steps
-        errors = off_by(oracle.penalties, oracle.kappas)
-        self._record("random probes", f"{steps} steps, mean {errors:.1f} standard errors off")
-        assert errors < 4, (oracle.penalties, oracle.kappas)
+        for count in (2, steps):
+            callbacks = [Definition(layer), FAM(name, **(claim or {}))]
+            oracle, fam = fit(callbacks, max_steps=count) or callbacks
+            assert fam._announced == layer
+            assert len(oracle.penalties) == len(oracle.kappas) == count
+            worst = max(map(relative_error, oracle.penalties, oracle.kappas))
+            if worst < 1e-4:  # without probes, because the loss was named or recognised, or there is nothing to draw
+                self._record("FAM()", f"{count} steps, κ {to(worst)} in float32")
+                break
+        else:
+            errors = off_by(oracle.penalties, oracle.kappas)
+            self._record("FAM()", f"{count} steps, mean {errors:.1f} standard errors off")
+            assert errors < 4, (oracle.penalties, oracle.kappas)
+        self._monitored(fit, layer, name, claim or {}, tolerance, validation)
+
+    def _monitored(
+        self, fit: Fit, layer: str, name: str | None, claim: dict[str, Any], tolerance: float, validation: Any
+    ) -> None:
+        """Assert that the monitor logs κ of the training and validation data, of one batch each."""
+        one_batch: dict[str, Any] = {"max_steps": 1, "limit_train_batches": 1, "limit_val_batches": 1}
+        for probes in (None, 2):
+            callbacks = [Definition(layer, validation=validation), FlatnessMonitor(name, probes=probes, **claim)]
+            oracle, monitor = fit(callbacks, precision="64-true", **one_batch) or callbacks
+            assert monitor.measured_layer == layer
+            expected = {"train": oracle.kappas, "val": oracle.validated}
+            for stage in [stage for stage, found in expected.items() if found]:
+                [kappa] = expected[stage]
+                found = oracle.logged[f"{stage}/relative_flatness"]
+                off = relative_error(found, kappa)
+                error = oracle.logged.get(f"{stage}/relative_flatness_error")
+                if error is None:
+                    self._record(f"monitor, {stage}", f"κ {to(off)}")
+                    assert off < tolerance, (found, kappa)
+                else:
+                    errors = abs(found - kappa) / error
+                    self._record(f"monitor, {stage}, estimated", f"{errors:.1f} standard errors off")
+                    assert probes == 2
+                    assert errors < 4, (found, kappa, error)
 
     def is_flat(self, fit: Fit, layer: str) -> None:
         """Assert that κ is 0, because the loss is piecewise linear, and that FAM says so.

@@ -83,7 +83,7 @@ class LitModule(L.LightningModule):
         self.log("val/loss", self.val_loss, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.hparams["optimizer"](params=self.trainer.model.parameters())
+        optimizer = self.hparams["optimizer"](params=self.parameters())
         scheduler = self.hparams["scheduler"](optimizer=optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
 
@@ -125,4 +125,4 @@ def test_template(case: Case, tmp_path: Path) -> None:
         trainer = hydra.utils.instantiate(config.trainer, callbacks=[*callbacks, made[1]], **(QUIET | settings))
         trainer.fit(model=module, datamodule=data)
 
-    case.agrees(fit, "net.model.3")
+    case.agrees(fit, "net.model.3", validation=lambda module, batch: module.model_step(batch)[0])

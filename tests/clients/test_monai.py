@@ -56,7 +56,8 @@ def classes(generator: torch.Generator) -> Tensor:
 
 
 def masks(generator: torch.Generator) -> Tensor:
-    return data.MetaTensor(torch.randint(0, 2, (1, 8, 8), generator=generator))  # type: ignore[no-any-return]
+    labels: Tensor = data.MetaTensor(torch.randint(0, 2, (1, 8, 8), generator=generator))
+    return labels
 
 
 def test_fully_connected(case: Case) -> None:

@@ -54,7 +54,11 @@ MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "TFT": (losses.MSE(), {"hidden_size": 4, "n_head": 2}, "output_adapter"),
     "VanillaTransformer": (losses.MSE(), ATTENTION, "decoder.projection"),
-    "iTransformer": (losses.MSE(), {"n_series": 2, "hidden_size": 4, "n_heads": 2, "e_layers": 1, "d_ff": 4}, "projector"),
+    "iTransformer": (
+        losses.MSE(),
+        {"n_series": 2, "hidden_size": 4, "n_heads": 2, "e_layers": 1, "d_ff": 4},
+        "projector",
+    ),
     "DeepAR": (losses.DistributionLoss("StudentT"), {"lstm_hidden_size": 4, "lstm_n_layers": 1}, "decoder.layers.0"),
 }
 

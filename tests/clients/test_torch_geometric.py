@@ -81,7 +81,7 @@ def fitting_nodes(make: Callable[[], nn.Module]) -> Fit:
         one = graph(12, 1, dtype_of(settings))
         one.val_mask = one.test_mask = ~one.train_mask
         data = pyg_lightning.LightningNodeData(one, loader="full")
-        trainer = L.Trainer(callbacks=callbacks, limit_val_batches=0, **(QUIET | {"max_epochs": 100} | settings))
+        trainer = L.Trainer(callbacks=callbacks, **(QUIET | {"max_epochs": 100} | settings))
         trainer.fit(NodeClassifier(make()), data)
 
     return fit
