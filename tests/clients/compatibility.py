@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -50,13 +50,8 @@ def take_in(results: Path) -> list[dict[str, str]]:
 
 def versions(project: str) -> dict[str, str]:
     """Return the versions of the packages in this environment that matter, the project's first."""
-    found = {}
-    for name in dict.fromkeys([project, *PACKAGES]):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found | {"Python": platform.python_version()}
+    names = [name for name in dict.fromkeys([project, *PACKAGES]) if next(Distribution.discover(name=name), None)]
+    return {name: version(name) for name in names} | {"Python": platform.python_version()}
 
 
 def render(data: dict[str, Any]) -> str:
@@ -69,9 +64,9 @@ def render(data: dict[str, Any]) -> str:
         (own, own_version), *others = project["versions"].items()
         parts.append(f"## {own} {own_version}\n\nWith {', '.join(' '.join(other) for other in others)}.\n")
         rows = ["| What was run | Layer | FAM | FAM() | Monitor |", "| --- | --- | --- | --- | --- |"]
-        rows += [
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in _cells(run))} |" for run in project["runs"]
-        ]
+        for run in project["runs"]:
+            cells = [cell.replace("|", "\\|") for cell in _cells(run)]
+            rows.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 
