@@ -14,6 +14,7 @@ from lightning_relflat.functional._checks import (
     check_floating,
     compute_dtype,
     full_precision,
+    plain,
     said,
     shape_of,
 )
@@ -77,6 +78,12 @@ def read_batch(criterion: nn.Module, outputs: Tensor, target: Target, class_dim:
             )
         if part.is_complex():
             raise TypeError(f"Expected argument `target` to hold real numbers, but got {part.dtype}.")
+    # Subclasses may have functions of their own, and not all arguments that PyTorch's have.
+    outputs = plain(outputs)
+    if isinstance(target, Tensor):
+        target = plain(target)
+    elif target is not None:
+        target = tuple(map(plain, target))  # type: ignore[assignment]  # of a length that is checked later
     dtype = compute_dtype(outputs, *(part for part in parts if part.is_floating_point()))
     with full_precision(outputs):
         if isinstance(criterion, nn.CrossEntropyLoss):

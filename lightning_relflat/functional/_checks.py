@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,25 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor of a subclass that only overrides functions, as MONAI's ``MetaTensor``, as an ordinary one.
+
+    What PyTorch does underneath stays: a ``DTensor`` or a compiler's tensors are what they are.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or isinstance(tensor, nn.Parameter):
+        return tensor
+    with ordinary():
+        return tensor.as_subclass(Tensor)
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Let such tensors count as ordinary ones, and what is computed of them be one; as a decorator too."""
+    with torch._C.DisableTorchFunctionSubclass():
+        yield
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
