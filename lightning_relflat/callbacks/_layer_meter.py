@@ -176,7 +176,10 @@ class LayerMeter:
             It; ``None`` if the layer did not run, or the step shows no loss that depends on it.
         """
         if self.claim is not None:
-            records = self.tap.take()
+            assert step.calls is not None
+            # If a criterion is called, its passes count; others are of a search, or generate text.
+            called = [call.source.origin for call in step.calls.calls if call.source is not None]
+            records = self.tap.take_those(called) or self.tap.take()
             if not records:
                 return None
             self._ran.add(step.stage)
@@ -205,9 +208,10 @@ class LayerMeter:
                 continue
             calls = [call for call in step.calls.calls if any(call.result is loss for loss in losses)]
             source = calls[0].source if len(calls) == len(losses) == 1 else None
-            record = None if source is None else self.tap.take_one(source.origin)
-            if record is None:
+            records = [] if source is None else self.tap.take_those([source.origin])
+            if not records:
                 return None, False  # another loss, for which it takes a graph
+            [record] = records
             with torch.inference_mode(False):
                 outputs = record.outputs.clone().requires_grad_()
                 record = replace(

@@ -17,6 +17,7 @@ from lightning_relflat.callbacks._refusals import (
     has_gradients,
     is_frozen,
     nothing_to_penalise,
+    warn_of_no_bound,
 )
 from lightning_relflat.callbacks._step import Step
 from lightning_relflat.callbacks.coefficients import Coefficients
@@ -47,8 +48,7 @@ class Penalty:
     Attributes:
         layer: the name of the layer, once it is known.
         losses: how many losses were seen while listening.
-        ran: how many training steps of the epoch were to be penalised.
-        applied: how many of their losses were.
+        ran, applied: how many training steps of the epoch were to be penalised, and how many of their losses were.
         rehearsed: in how many steps of the epoch it was only looked whether one could be.
 
     Raises:
@@ -95,11 +95,7 @@ class Penalty:
     def begin_epoch(self) -> None:
         """Count anew."""
         self.ran = self.applied = self.rehearsed = 0
-        self._finite = Finite()
-
-    def end_epoch(self) -> bool:
-        """Return whether a loss or a penalty of the epoch was not finite; reads the device."""
-        return not self._finite.all()
+        self.finite = Finite()
 
     def went_another_way(self, optimizer: Any) -> bool:
         """Return whether an optimizer has gradients of the layer, but no loss has been seen.
@@ -192,7 +188,7 @@ class Penalty:
             raise RuntimeError(f"{self._fam!r}: {why}")
         if automatic and self._records and not any(record.weight.requires_grad for record in self._records):
             self._warn("has a frozen weight. The penalty reaches only what comes before it.")
-        self._finite.check(self._fam, f"the loss of training step {self._coefficients.step}", loss)
+        self.finite.check(self._fam, f"the loss of training step {self._coefficients.step}", loss)
         kappa = self._kappa(loss) if self._records and loss.requires_grad else None
         if kappa is None:
             if automatic:
@@ -205,7 +201,7 @@ class Penalty:
             return None
         coefficient = self._coefficients.of(loss, kappa)
         penalty = coefficient * self._fam.every_n_steps * kappa
-        self._finite.check(self._fam, f"the penalty of training step {self._coefficients.step}", penalty)
+        self.finite.check(self._fam, f"the penalty of training step {self._coefficients.step}", penalty)
         self.applied += 1
         added = penalty.detach()
         if "fam/penalty" in self._logged:  # of another loss of the step
@@ -265,7 +261,7 @@ class Penalty:
             loss,
             records,
             probes=fam.probes,
-            generator=self._generator(records[0].features.device),
+            generator=lambda: self._generator(records[0].features.device),
             through_hessian=fam.through_hessian,
             measure=fam.measure,
             normalize_features=fam.normalize_features,

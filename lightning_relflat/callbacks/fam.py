@@ -212,7 +212,7 @@ class FAM(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the epoch's penalties were added."""
         penalty = self._running
-        if penalty.end_epoch():
+        if not penalty.finite.all():
             raise RuntimeError(
                 f"{self!r}: the loss or the penalty of a training step in epoch {trainer.current_epoch} was nan or "
                 "infinite."
