@@ -140,6 +140,7 @@ class Probes:
     Attributes:
         batches: numbers the probes.
         before: how many batches there were since sums began.
+        exact: whether the losses since sums began are recognised; ``None`` as long as none was looked at.
 
     Raises:
         ValueError: if ``probes`` is no integer of at least 2 nor ``None``, or ``seed`` none of at least 0.
@@ -153,6 +154,7 @@ class Probes:
         self.seed = check_count("seed", seed, at_least=0)
         self.batches = self.before = 0
         self.looker = Looker()
+        self.exact: bool | None = None
 
     @property
     def flat(self) -> bool:
@@ -162,6 +164,7 @@ class Probes:
     def begin(self) -> None:
         """Begin new sums; how rows meet is looked for anew."""
         self.before = 0
+        self.exact = None
         self.looker.look_again()
 
     def sums(self, loss: Tensor, uses: Sequence[LayerUse], mode: object = None) -> Tensor | None:
@@ -227,7 +230,9 @@ def sums_of_loss(
         The sums; ``None`` if the loss does not depend on the passes.
     """
     probes.batches += 1
-    recognised = recognise_passes(loss, records)
+    # A loss that was once not recognised is not looked at again before the next epoch: walking its graph takes time.
+    recognised = None if probes.exact is False else recognise_passes(loss, records)
+    probes.exact = recognised is not None
     if recognised is not None:
         with torch.no_grad():
             kappa = torch.stack([part.double().sum() for part in exact_parts(recognised, records)]).sum()
