@@ -261,8 +261,9 @@ class LayerMeter:
         Returns:
             The message.
         """
+        how = " with gradients" if where == "`training_step`" else ""
         return (
-            f"{did_not_run(self.tap)} in {where}, so that there is nothing to measure. Is it used in the module's "
+            f"{did_not_run(self.tap)}{how} in {where}, so that there is nothing to measure. Is it used in the module's "
             "step? If the module was compiled and had run before, call `torch._dynamo.reset()` first."
         )
 
@@ -281,6 +282,10 @@ class LayerMeter:
         assert self.module is not None
         if stage not in self._stepped:
             return None
+        if stage == "train":
+            return (
+                "no loss that depends on the layer went through `self.manual_backward`, so that nothing was measured."
+            )
         if stage not in self._ran:
             if self.module.trainer.state.fn != "fit":
                 raise RuntimeError(f"{self._who!r}: {self.nothing(f'any {stage} batch')}")

@@ -110,7 +110,7 @@ class FlatnessMonitor(Monitor):
         self.probes, self.seed = probes, seed
         self.prog_bar = check_flag("prog_bar", prog_bar)
         self._meter = LayerMeter(self, layer, loss, self.target, linear=loss is not None or report is not False)
-        self._reports = Reports(check_parts(report), self._meter)
+        self._reports = Reports(self, check_parts(report), self._meter)
         self.reports = self._reports.values
         self._metrics: dict[tuple[Stage, int], FlatnessSums] = {}
         self._sums: list[Tensor] = []  # of the batch
@@ -199,7 +199,10 @@ class FlatnessMonitor(Monitor):
         self._meter.end()
 
     def _measure(self, found: Measurable) -> None:
-        sums = found.sums(self._probes, self._meter.tap.behind, self._module)
+        try:
+            sums = found.sums(self._probes, self._meter.tap.behind, self._module)
+        except RuntimeError as error:
+            raise RuntimeError(f"{self!r}: {error} `stages` says where to measure.") from error
         if sums is not None:
             self._sums.append(sums)
         self._meter.tap.has_measured(exact=self._probes.exact is True)
@@ -255,7 +258,7 @@ class FlatnessMonitor(Monitor):
 
     def end_stage(self, stage: Stage) -> None:
         """Warn where the values mean little, or rest on a loss that nothing has shown."""
-        self._reports.warn(self, stage)
+        self._reports.warn(stage)
         claim = self._meter.claim
         assert self._module is not None
         if claim is not None and not claim.verified and self._module.trainer.state.fn != "fit":
