@@ -110,9 +110,8 @@ class Penalty:
 
     def close(self) -> None:
         """Leave nothing behind."""
-        for tap in (self._tap, self._rehearsal):
-            if tap is not None:
-                tap.close()
+        for tap in filter(None, (self._tap, self._rehearsal)):
+            tap.close()
         self._forget_step()
 
     def _forget_step(self) -> None:

@@ -138,8 +138,8 @@ class Reports:
             if not self._said:
                 self._said = True
                 rank_zero_warn(
-                    f"{self._who!r}: the step of {stage} shows no criterion with a closed form of the layer's outputs, so that there "
-                    "is no report on it. Name the loss: `loss=`."
+                    f"{self._who!r}: the step of {stage} shows no criterion with a closed form of the layer's outputs, "
+                    "so that there is no report on it. Name the loss: `loss=`."
                 )
             return
         criterion, target = found.called

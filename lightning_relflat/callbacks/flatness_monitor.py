@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer, labelled, show
+from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer, labelled
 from lightning_relflat.callbacks._layer_meter import LayerMeter
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import Monitor
@@ -199,10 +199,8 @@ class FlatnessMonitor(Monitor):
         self._meter.end()
 
     def _measure(self, found: Measurable) -> None:
-        try:
+        with self.speaking():
             sums = found.sums(self._probes, self._meter.tap.behind, self._module)
-        except RuntimeError as error:
-            raise RuntimeError(f"{self!r}: {error} `stages` says where to measure.") from error
         if sums is not None:
             self._sums.append(sums)
         self._meter.tap.has_measured(exact=self._probes.exact is True)
@@ -259,14 +257,7 @@ class FlatnessMonitor(Monitor):
     def end_stage(self, stage: Stage) -> None:
         """Warn where the values mean little, or rest on a loss that nothing has shown."""
         self._reports.warn(stage)
-        claim = self._meter.claim
-        assert self._module is not None
-        if claim is not None and not claim.verified and self._module.trainer.state.fn != "fit":
-            self.say(
-                "unverified",
-                f"that {show(claim.criterion)} of the layer's outputs is the loss that the module trains with has not "
-                "been verified, because no step has shown that loss. Return it from the step, or measure within `fit`.",
-            )
+        self.say("unverified", self._meter.unverified())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind but what a checkpoint may want; `teardown` is not called after an exception."""
@@ -299,6 +290,6 @@ class FlatnessMonitor(Monitor):
 
     def _new_metric(self, **kwargs: Any) -> FlatnessSums:
         assert self._module is not None
-        claim = self._meter.claim
-        mean = claim is None or getattr(claim.criterion, "reduction", "mean") != "sum"
+        criterion = None if self._meter.claim is None else self._meter.claim.criterion
+        mean = getattr(criterion, "reduction", "mean") != "sum"
         return FlatnessSums(mean=mean, **kwargs).to(self._module.device)

@@ -165,7 +165,7 @@ class LayersMonitor(Monitor):
             uses.append([as_use(record.layer, record.features, record.outputs, record.weight) for record in mine])
         assert self._module is not None
         metric = self._metric(step.stage, self._loader)
-        with self._behind.curvature(), staying_whole(self._module):
+        with self.speaking(), self._behind.curvature(), staying_whole(self._module):
             metric.update(loss, uses, _samples(records), self._module.training, exact)
 
     def end(self) -> None:
