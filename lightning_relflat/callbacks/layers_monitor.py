@@ -157,6 +157,7 @@ class LayersMonitor(Monitor):
             )
             return
         uses, exact = [], {}
+        weight: Tensor | float = _samples(records)
         for number, tap in enumerate(self._taps.values()):
             mine = [record for record in tap.take(loss) if record.is_in(loss)]
             recognised = recognise_passes(loss, mine)
@@ -164,12 +165,13 @@ class LayersMonitor(Monitor):
                 with torch.no_grad():
                     parts = [part.double().sum() for part in exact_parts(recognised, mine)]
                 exact[number] = torch.stack(parts).sum()
+                weight = recognised.total.double()  # the loss is one, and so is what it divides by
                 mine = []
             uses.append([as_use(record.layer, record.features, record.outputs, record.weight) for record in mine])
         assert self._module is not None
         metric = self._metric(step.stage, self._loader)
         with self._behind.curvature(), staying_whole(self._module):
-            metric.update(loss, uses, _samples(records), self._module.training, exact)
+            metric.update(loss, uses, weight, self._module.training, exact)
 
     def end(self) -> None:
         """Stop listening."""
@@ -180,6 +182,7 @@ class LayersMonitor(Monitor):
     def begin_epoch(self, stage: Stage, loaders: int) -> None:
         """Begin the sums of an epoch."""
         assert self._module is not None
+        self.values = {key: found for key, found in self.values.items() if key.partition("/")[0] != stage}
         for loader in range(loaders):
             metric = self._metric(stage, loader)
             metric.reset()
