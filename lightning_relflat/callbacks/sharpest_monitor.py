@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
@@ -59,7 +60,8 @@ class SharpestMonitor(Monitor):
     Raises:
         ValueError: if an argument is not what it should be; before the first batch if there is no such layer, or a
             loader whose samples are not known, because it shuffles or has no indices.
-        RuntimeError: if the loss has no closed form at the layer, or the layer runs several times in a step.
+        RuntimeError: if the loss has no closed form at the layer, the layer runs several times in a step, or what
+            enters it does not come sample by sample.
 
     Example:
         >>> from lightning_relflat import SharpestMonitor
@@ -94,10 +96,13 @@ class SharpestMonitor(Monitor):
         self.samples: dict[str, list[SharpSample]] = {}
         self._metrics: dict[tuple[Stage, int], SharpestParts] = {}
         self._orders: list[Iterator[Iterable[int]]] = []
+        self._told: set[str] = set()
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the layer."""
-        self._metrics = {}
+        self._metrics, self._told = {}, set()
+        if trainer.state.fn == "fit":
+            self.samples = {}
         self._meter.attach(module)
 
     def detach(self) -> None:
@@ -157,6 +162,12 @@ class SharpestMonitor(Monitor):
             indices = list(next(self._orders[self._loader]))
             if found is not None:
                 parts = self._parts(found)
+                if len(parts) != len(indices):
+                    raise RuntimeError(
+                        f"{self!r}: what enters layer {self._meter.tap.name!r} has {len(parts)} rows in a batch of "
+                        f"{len(indices)} samples, so that it is not known which row is whose. Hand the layer its "
+                        "samples along the first dimension."
+                    )
                 self._metric(step.stage, self._loader).update(parts, torch.tensor(indices, device=parts.device))
 
     def pause(self, paused: bool) -> None:
@@ -171,12 +182,21 @@ class SharpestMonitor(Monitor):
         """Ask the loaders for their order before the first batch."""
         assert self._module is not None
         self._orders = [iter(_known_order(loader)) for loader in loaders_of(self._module.trainer, stage)]
+        # Numbers of an earlier run may be those of other loaders.
+        self.samples = {key: found for key, found in self.samples.items() if key.partition("/")[0] != stage}
         for loader in range(loaders):
             self._metric(stage, loader).reset()
 
     def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
         """Find the samples of all processes."""
         parts, indices = computed(self._metric(stage, loader)).tolist()
+        if self._meter.missed:
+            self._say(
+                "missed", f"batches were left out ({self._meter.missed} so far): their loss was another than before."
+            )
+        if not parts:
+            self._say(f"absent from {stage}", self._meter.absent(stage))
+            return {}
         self.samples[f"{stage}{behind}"] = [
             SharpSample(int(index), part) for index, part in zip(indices, parts, strict=True)
         ]
@@ -205,7 +225,8 @@ class SharpestMonitor(Monitor):
                         "layer, or name the criterion: `loss=`."
                     )
                 [parts] = exact_parts(recognised, found.records)
-                parts = parts * recognised.total
+                if found.called is None or getattr(found.called[0], "reduction", "mean") != "sum":
+                    parts = parts * recognised.total
         return parts.double().reshape(len(record.features), -1).sum(dim=1)
 
     def _metric(self, stage: Stage, loader: int) -> SharpestParts:
@@ -213,6 +234,12 @@ class SharpestMonitor(Monitor):
         if (stage, loader) not in self._metrics:
             self._metrics[stage, loader] = SharpestParts(self.k).to(self._module.device)
         return self._metrics[stage, loader]
+
+    def _say(self, what: str, message: str) -> None:
+        """Warn once."""
+        if what not in self._told:
+            self._told.add(what)
+            rank_zero_warn(f"{self!r}: {message}")
 
 
 def loaders_of(trainer: Trainer, stage: str) -> list[Any]:
