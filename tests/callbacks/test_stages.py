@@ -93,7 +93,7 @@ def test_what_is_measured_when(
     # Outside of `fit` there are no epochs to wait for.
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for run, stage in ((trainer.validate, "val"), (trainer.test, "test")):
-        run(net, make_loader(VAL, seed=2), verbose=False)  # type: ignore[operator]
+        run(net, make_loader(VAL, seed=2), verbose=False)
         assert set(trainer.callback_metrics) == {f"{name}/relative_flatness" for name in stages if name == stage}
         values |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     monkeypatch.undo()
