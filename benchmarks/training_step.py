@@ -85,7 +85,8 @@ class Unrecognised(Classifier):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         outputs = self(batch[0])
-        return (outputs.logsumexp(dim=1) - outputs.gather(1, batch[1][:, None])[:, 0]).mean()
+        loss: Tensor = (outputs.logsumexp(dim=1) - outputs.gather(1, batch[1][:, None])[:, 0]).mean()
+        return loss
 
 
 class WithSAM(Classifier):

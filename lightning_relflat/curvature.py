@@ -28,7 +28,7 @@ from lightning_relflat.functional._errors import independent, missing, moments
 from lightning_relflat.functional._linear_map import LayerUse, as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
-from lightning_relflat.functional._recognised import Recognised, recognise
+from lightning_relflat.functional._recognised import Recognised, mean_divisor, recognise
 from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.criteria import has_closed_form, owned_criterion
@@ -217,7 +217,7 @@ def sums_of_loss(
 ) -> Tensor | None:
     """Return the sums of a batch, from its loss.
 
-    A batch weighs what a recognised mean divides by, else as much as its number of samples.
+    A batch weighs what the mean of a cross-entropy divides by, else as much as its number of samples.
 
     Args:
         loss: the loss, in its graph.
@@ -244,8 +244,9 @@ def sums_of_loss(
         found = probes.sums(loss, uses, mode)
     if found is None:
         return None
+    total = mean_divisor(loss, [record.outputs for record in records])
     samples = 1 if features.ndim == 1 else len(features)
-    return weighted(found, found.new_full((), float(samples)))
+    return weighted(found, found.new_full((), float(samples)) if total is None else total)
 
 
 def sums_of_criterion(

@@ -365,7 +365,7 @@ class LayerTap:
         Args:
             record: the record.
         """
-        if self.calls is not None:
+        if self.calls is not None and not torch.compiler.is_compiling():
             self._originals.append(record.outputs if record.handed is None else record.handed)
             self.calls.track(self._originals[-1])
         self._records.append(record.copied() if self.copies else record)

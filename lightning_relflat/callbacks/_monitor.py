@@ -21,6 +21,7 @@ from lightning_relflat.callbacks._base import (
 )
 from lightning_relflat.callbacks._step import Stage, Step, StepWatcher
 from lightning_relflat.functional._checks import check_count
+from lightning_relflat.functional._graph import NAME_IT
 
 
 class Monitor(Callback):
@@ -245,7 +246,8 @@ class Monitor(Callback):
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(f"{self!r}: {error} `stages` says where to measure.") from error
+            message = str(error) if hasattr(self, "loss") else str(error).replace(NAME_IT, "")
+            raise RuntimeError(f"{self!r}: {message} `stages` says where to measure.") from error
 
     def _attach(self, trainer: Trainer, module: LightningModule) -> None:
         if self._module is None:

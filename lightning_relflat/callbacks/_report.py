@@ -117,6 +117,8 @@ class Reports:
             stage: its stage.
         """
         self._updated = {key for key in self._updated if key[0] != stage}
+        for key in [key for key in self.values if key.partition("/")[0] == stage]:  # of an earlier run's loaders, too
+            del self.values[key]
         for (of_stage, _), metric in self._metrics.items():
             if of_stage == stage:
                 metric.reset()
