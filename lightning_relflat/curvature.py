@@ -244,9 +244,9 @@ def sums_of_loss(
         found = probes.sums(loss, uses, mode)
     if found is None:
         return None
-    total = mean_divisor(loss, [record.outputs for record in records])
+    divisor = mean_divisor(loss, [record.outputs for record in records])
     samples = 1 if features.ndim == 1 else len(features)
-    return weighted(found, found.new_full((), float(samples)) if total is None else total)
+    return weighted(found, found.new_full((), float(samples)) if divisor is None else divisor)
 
 
 def sums_of_criterion(
