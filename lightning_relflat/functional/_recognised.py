@@ -269,8 +269,9 @@ def _total(plan: _Plan, factors: Sequence[Tensor]) -> Tensor:
     if len(means) == 1:
         total: Tensor = means[0]._saved_total_weight  # type: ignore[attr-defined]
         return total.detach()
-    counted = [factor if plan.kind == "softmax" else factor.reshape(-1, factor.shape[-1])[:, 0] for factor in factors]
-    return torch.stack([(rows != 0).sum() for rows in counted]).sum()
+    # A row counts with any of its outputs: a loss may leave some of them out.
+    counted = [factor != 0 if plan.kind == "softmax" else (factor != 0).any(dim=-1) for factor in factors]
+    return torch.stack([rows.sum() for rows in counted]).sum()
 
 
 def _is_linear(node: Node, inner: Sequence[tuple[int, Node, int]]) -> bool:
