@@ -197,7 +197,13 @@ class Behind(TorchFunctionMode):
         """Write out what has a form of its own and lies behind the layer."""
         kwargs = kwargs or {}
         form = _FORMS.get(func)
-        if form is None or self._paused or not self._depends or not torch.is_grad_enabled():
+        if (
+            form is None
+            or self._paused
+            or torch.compiler.is_compiling()
+            or not self._depends
+            or not torch.is_grad_enabled()
+        ):
             return func(*args, **kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not any(self._is_behind(tensor) for tensor in tensors):

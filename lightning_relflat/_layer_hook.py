@@ -162,9 +162,7 @@ class LayerHook:
     def join(self, tap: Listener) -> None:
         """Add a tap."""
         self.taps.append(tap)
-        if tap.behind is not None:
-            # Curvature does not go through what is compiled. What follows the layer in a compiled function cannot be
-            # had then; what follows it outside can, if the doors are no part of that function.
+        if _is_to_be_left_out(tap):
             self._record_untraced = _untraced(self._record)
 
     @classmethod
@@ -195,7 +193,7 @@ class LayerHook:
             if not outputs.requires_grad:
                 outputs = outputs.detach().requires_grad_()
         features = plain(args[0] if args else next(iter(kwargs.values())))
-        record = self._record if all(tap.behind is None for tap in taps) else self._record_untraced
+        record = self._record_untraced if any(map(_is_to_be_left_out, taps)) else self._record
         return record(layer, taps, features, outputs, computed)
 
     def _record(
@@ -266,6 +264,16 @@ class LayerHook:
 
     def __reduce__(self) -> tuple[type[_Deaf], tuple[()]]:
         return _Deaf, ()
+
+
+def _is_to_be_left_out(tap: Listener) -> bool:
+    """Return whether a compiler is not to trace what a tap does.
+
+    Curvature does not go through what is compiled. What follows the layer in a compiled function cannot be had then;
+    what follows it outside can, if the doors are no part of that function. What looks at copies, or at a graph that is
+    opened for it, would be a part of it for nothing.
+    """
+    return tap.behind is not None or tap.copies or tap.opens
 
 
 def _untraced(function: _Function) -> _Function:

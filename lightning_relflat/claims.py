@@ -74,7 +74,9 @@ class Claim:
         Returns:
             The verdict; of the last comparison, if there was none now.
         """
-        between = sorted(node.name() for node in nodes_between(loss, outputs))
+        # Copies are ours: what a layer hands on is one as long as it is not known whether it is changed in place.
+        names = (node.name() for node in nodes_between(loss, outputs))
+        between = sorted(name for name in names if name != "CloneBackward0")
         self._steps += 1
         if self.verified and between == self._between and self._steps < _EVERY:
             return Verdict(True)

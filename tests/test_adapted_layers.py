@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional import layer_flatness
@@ -46,6 +47,14 @@ class OwnLoRA(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         outputs: Tensor = self.base_layer(features) + 0.5 * self.up(self.down(features))
         return outputs
+
+
+def made(name: str, net: Net) -> Net:
+    """Return the net with an adapted head."""
+    if name != "own":
+        return adapted(name, net)
+    net.head = OwnLoRA(net.head).double()  # type: ignore[assignment]
+    return net
 
 
 def whole_weight(layer: nn.Module) -> Tensor:
@@ -102,12 +111,66 @@ def test_penalised_as_by_hand(name: str, layer: str | None, form: dict[str, Any]
     make_trainer(precision="64-true", callbacks=[FAM(layer, 0.3, **form)]).fit(net, make_loader(SIZES))
     assert_untouched(net)
 
-    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
+    train_by_hand(twin)
+    assert_same_weights(net, twin)
+
+
+class Checkpointed(Net):
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = checkpoint(self.head, self.features(inputs), use_reentrant=False)
+        return outputs
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "own"])
+@pytest.mark.parametrize("form", [{"loss": "cross_entropy"}, {"probes": None}], ids=["named", "exact"])
+def test_in_activation_checkpointing(name: str, form: dict[str, Any]) -> None:
+    # What the penalty's weight needs must not count as saved by the layer, which is computed anew without it.
+    net = made(name, Checkpointed(lr=0.1).double())
+    twin = copy.deepcopy(net)
+    callbacks: list[Any] = [FAM("head", 0.3, **form), FlatnessMonitor("head")]
+    make_trainer(precision="64-true", callbacks=callbacks).fit(net, make_loader(SIZES))
+    assert_untouched(net)
+    train_by_hand(twin)
+    assert_same_weights(net, twin)
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
+@pytest.mark.parametrize("name", ["LoRA", "own"])
+@pytest.mark.parametrize("compiled", ["whole", "parts"])
+@pytest.mark.parametrize("form", [{"loss": "cross_entropy"}, {"probes": None}], ids=["named", "exact"])
+def test_compiled(compiled: str, name: str, form: dict[str, Any]) -> None:
+    net = made(name, Net(lr=0.1).double())
+    twin = copy.deepcopy(net)
+    for part in [net.head] if compiled == "whole" else [part for part in net.head.modules() if part is not net.head]:
+        part.compile(backend="aot_eager")
+    make_trainer(precision="64-true", callbacks=[FAM("head", 0.3, **form)]).fit(net, make_loader(SIZES))
+    torch._dynamo.reset()
+    train_by_hand(twin)
+    assert_same_weights(net, twin)
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+def test_the_weight_s_graph_needs_no_parameter_that_may_change_or_be_freed(classes: int) -> None:
+    layer = OwnLoRA(nn.Linear(6, classes)).double()
+    weight, expected = adapted_weight(layer), layer.base_layer.weight + 0.5 * layer.up.weight @ layer.down.weight
+    parts = [layer.up.weight, layer.down.weight]
+    probe = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * probe).sum(), parts)
+    with torch.no_grad():
+        for part in parts:
+            part.zero_()
+    for found, gradient in zip(torch.autograd.grad((weight * probe).sum(), parts), wanted, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+def train_by_hand(net: Net) -> None:
+    """Descend along loss and penalty."""
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     for batch in make_batches(SIZES):
         optimizer.zero_grad()
-        (twin.loss(batch) + 0.3 * by_hand(twin, batch)).backward()
+        (net.loss(batch) + 0.3 * by_hand(net, batch)).backward()
         optimizer.step()
-    assert_same_weights(net, twin)
 
 
 def by_hand(net: Net, batch: Batch) -> Tensor:

@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_relflat._calls import CriterionCalls
-from lightning_relflat._sharded import staying_whole
 from lightning_relflat.callbacks._base import LightningModule, Target, find_target
-from lightning_relflat.callbacks._claim import refuse_false_claim, refuse_layer
+from lightning_relflat.callbacks._claim import has_value, refuse_false_claim, refuse_layer
+from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
-from lightning_relflat.claims import Claim, Criterion
-from lightning_relflat.curvature import Loss, Probes, read_loss, sums_of_callable, sums_of_criterion, sums_of_loss
-from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
+from lightning_relflat.claims import Claim
+from lightning_relflat.curvature import Loss, read_loss
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
 from lightning_relflat.linear_layers import describe
-
-
-@dataclass(frozen=True, eq=False)
-class Measurable:
-    """What there is to measure of a step.
-
-    Attributes:
-        loss: the loss, in the graph of the records; ``None`` where a claim stands for it.
-        records: the passes that it depends on.
-        called: a criterion or callable of the records' outputs that is the loss, and its target; ``None`` if none is
-            known.
-    """
-
-    loss: Tensor | None
-    records: Sequence[LayerRecord]
-    called: tuple[Criterion, Any] | None
-
-    def sums(self, probes: Probes, meter: LayerMeter) -> Tensor | None:
-        """Return the sums of κ, as :mod:`lightning_relflat.curvature` has them.
-
-        Args:
-            probes: for what has no closed form.
-            meter: whose it is.
-
-        Returns:
-            The sums; ``None`` if the loss does not depend on the layer.
-        """
-        if self.loss is not None:
-            with staying_whole(meter.module):
-                return sums_of_loss(self.loss, self.records, probes, behind=meter.tap.behind, mode=meter.mode)
-        assert self.called is not None
-        found, (criterion, target) = [], self.called
-        for record in self.records:
-            batch = record.features.detach(), record.weight.detach(), record.outputs.detach(), target
-            if has_closed_form(criterion):
-                assert isinstance(criterion, nn.Module)
-                found.append(sums_of_criterion(*batch, criterion))
-            else:
-                found.append(sums_of_callable(*batch, criterion, probes))
-        return torch.stack(found).sum(dim=0)
 
 
 class LayerMeter:
@@ -86,6 +43,7 @@ class LayerMeter:
         self.name: str | None = None
         self.missed = 0  # batches whose loss was another than those before
         self.ambiguous = self._compared = False
+        self._stepped: set[Stage] = set()  # stages with a step that was listened to, and with one in which it ran
         self._ran: set[Stage] = set()
         # Whether the loss of a stage and loader is the result of a criterion of the outputs, once that is known.
         self._plain: dict[tuple[Stage, int], bool] = {}
@@ -97,11 +55,6 @@ class LayerMeter:
         """The tap, while there is one."""
         assert self._tap is not None
         return self._tap
-
-    @property
-    def mode(self) -> object:
-        """Stands for how the module computes."""
-        return None if self.module is None else self.module.training
 
     def attach(self, module: LightningModule) -> None:
         """Find the layer.
@@ -152,6 +105,7 @@ class LayerMeter:
         if not listens:
             self._tap.attach()
             return
+        self._stepped.add(step.stage)
         if step.stage != "train":
             step.calls = self._tap.calls = step.calls or CriterionCalls()
             # A loss that is a criterion of the outputs is seen without a graph; any other needs one.
@@ -222,14 +176,18 @@ class LayerMeter:
             It; ``None`` if the layer did not run, or the step shows no loss that depends on it.
         """
         if self.claim is not None:
-            records = self.tap.take()
+            assert step.calls is not None
+            # If a criterion is called, its passes count; others are of a search, or generate text.
+            called = [call.source.origin for call in step.calls.calls if call.source is not None]
+            records = self.tap.take_those(called) or self.tap.take()
             if not records:
                 return None
             self._ran.add(step.stage)
             self._settle()
             target = find_target(step.batch, self._target)
-            if len(records) == 1:
-                self._compare_value(step, records[0], target)
+            if len(records) == 1 and not (self.claim.verified or self._compared):
+                holds = has_value(self.claim, step, records[0], target)
+                self._compared, self.claim.verified = holds is not None, holds is True
             return Measurable(None, records, (self.claim.criterion, target))
         if self.tap.pending:
             self._ran.add(step.stage)
@@ -250,9 +208,10 @@ class LayerMeter:
                 continue
             calls = [call for call in step.calls.calls if any(call.result is loss for loss in losses)]
             source = calls[0].source if len(calls) == len(losses) == 1 else None
-            record = None if source is None else self.tap.take_one(source.origin)
-            if record is None:
+            records = [] if source is None else self.tap.take_those([source.origin])
+            if not records:
                 return None, False  # another loss, for which it takes a graph
+            [record] = records
             with torch.inference_mode(False):
                 outputs = record.outputs.clone().requires_grad_()
                 record = replace(
@@ -283,19 +242,6 @@ class LayerMeter:
         assert self.module is not None
         return self.module.trainer.sanity_checking
 
-    def _compare_value(self, step: Step, record: LayerRecord, target: Any) -> None:
-        """Take what was said for verified where a step of validation or test shows a loss of its value."""
-        assert self.claim is not None
-        criterion = self.claim.criterion
-        if self.claim.verified or self._compared or target is None or not has_closed_form(criterion):
-            return
-        shown = next((losses[0] for losses in step.losses() if len(losses) == 1), None)
-        if shown is not None:
-            assert isinstance(criterion, nn.Module)
-            self._compared = True
-            value, _ = criterion_loss(criterion, record.outputs, target)
-            self.claim.verified = torch.allclose(value, shown.detach().to(value), rtol=0.01)
-
     def _settle(self) -> None:
         """Say once which layer it is, and refuse one that cannot be measured."""
         layer, name = self.tap.layer, self.tap.name
@@ -320,16 +266,24 @@ class LayerMeter:
             "step? If the module was compiled and had run before, call `torch._dynamo.reset()` first."
         )
 
-    def absent(self, stage: Stage) -> str:
+    def absent(self, stage: Stage) -> str | None:
         """Say why there was nothing to measure in a whole epoch.
 
         Args:
             stage: the stage.
 
         Returns:
-            The message.
+            The message; ``None`` if there was no step.
+
+        Raises:
+            RuntimeError: outside of ``fit``, if the layer did not run.
         """
+        assert self.module is not None
+        if stage not in self._stepped:
+            return None
         if stage not in self._ran:
+            if self.module.trainer.state.fn != "fit":
+                raise RuntimeError(f"{self._who!r}: {self.nothing(f'any {stage} batch')}")
             return self.nothing(f"any {stage} batch")
         name = "any linear layer" if self.tap.name is None else f"layer {self.tap.name!r}"
         which = "several losses that depend" if self.ambiguous else "no loss that depends"
@@ -342,5 +296,5 @@ class LayerMeter:
         self.layer = self.name = None
         self.missed = 0
         self.ambiguous = self._compared = False
-        self._ran, self._plain = set(), {}
+        self._stepped, self._ran, self._plain = set(), set(), {}
         self._open, self._age = [], None

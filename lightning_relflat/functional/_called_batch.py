@@ -15,6 +15,7 @@ from lightning_relflat.functional._checks import (
     compute_dtype,
     full_precision,
     plain,
+    said,
     shape_of,
 )
 from lightning_relflat.functional._graph import is_open
@@ -73,7 +74,7 @@ def read_batch(criterion: nn.Module, outputs: Tensor, target: Target, class_dim:
     for part in parts:
         if not isinstance(part, Tensor):
             raise TypeError(
-                f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {target!r}."
+                f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {said(target)}."
             )
         if part.is_complex():
             raise TypeError(f"Expected argument `target` to hold real numbers, but got {part.dtype}.")

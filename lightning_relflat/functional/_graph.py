@@ -96,6 +96,30 @@ def gradients_in_graph(loss: Tensor, outputs: Sequence[Tensor], *, allow_unused:
     return gradients
 
 
+def foresee(loss: Tensor, outputs: Sequence[Tensor]) -> None:
+    """Raise where the graph of a loss says that curvature could not be had, without differentiating anything.
+
+    Args:
+        loss: the loss, of a step in which nothing was written out.
+        outputs: what left the layer.
+
+    Raises:
+        RuntimeError: if a compiled function lies between, or activation checkpointing around a normalisation.
+    """
+    between = nodes_between(loss, [tensor for tensor in outputs if tensor.requires_grad])
+    _refuse_compiled(between)
+    norms = (node for node in between if node.name() in _NORMS and getattr(node, "_saved_training", True))
+    if any(map(_is_recomputed, norms)):
+        raise _recomputed()
+
+
+def _is_recomputed(node: Any) -> bool:
+    """Return whether what a node has saved is computed anew when it is needed; ``False`` where PyTorch does not say."""
+    saved = (getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_"))
+    hooks = (getattr(value, "unpack_hook", None) for value in saved)
+    return any(getattr(hook, "__module__", None) == "torch.utils.checkpoint" for hook in hooks)
+
+
 def nodes_between(loss: Tensor, outputs: Sequence[Tensor]) -> set[Node]:
     """Return the nodes of a graph that lie between some tensors and a loss.
 
@@ -280,11 +304,7 @@ def naming_the_cause() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise RuntimeError(
-            "Activation checkpointing lies between the layer and the loss, around a normalisation or attention that is "
-            "written out where it follows the layer; computed anew, it is not. Penalise a layer behind what is "
-            "checkpointed, or leave out checkpointing there."
-        ) from error
+        raise _recomputed() from error
     except RuntimeError as error:
         # PyTorch's words: of compiled functions (two of them), of operations without a second derivative, and of
         # re-entrant checkpointing
@@ -319,7 +339,16 @@ def _following(node: Node) -> Iterator[Node]:
 def _not_twice(reason: str) -> RuntimeError:
     return RuntimeError(
         "What comes between the layer and the loss cannot be differentiated twice, as compiled functions and some of "
-        f"PyTorch's own operations cannot ({reason}). If the loss has a closed form, name it: `loss=`."
+        f"PyTorch's own operations cannot ({reason}). Take a layer behind it, leave it out or uncompiled, or, if the "
+        "loss has a closed form at the layer, name it: `loss=`."
+    )
+
+
+def _recomputed() -> RuntimeError:
+    return RuntimeError(
+        "Activation checkpointing lies between the layer and the loss, around a normalisation or attention that is "
+        "written out where it follows the layer; computed anew, it is not. Penalise a layer behind what is "
+        "checkpointed, or leave out checkpointing there."
     )
 
 

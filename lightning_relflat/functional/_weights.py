@@ -51,12 +51,14 @@ def may_be_linear(layer: nn.Module) -> bool:
         Whether it has a matrix ``weight``, no parts, and is not one of PyTorch's own layers.
     """
     weight = layer._parameters.get("weight")
+    # A sharded layer is of a class that PyTorch has made from the layer's own.
+    kind = next(kind for kind in type(layer).__mro__ if not kind.__module__.startswith("torch.distributed."))
     return (
         weight is not None
         and (weight.ndim == 2 or isinstance(weight, nn.parameter.UninitializedParameter))
         and weight.is_floating_point()
         and next(layer.children(), None) is None
-        and not type(layer).__module__.startswith("torch.")
+        and not kind.__module__.startswith("torch.")
         and not isinstance(layer, nn.Embedding | nn.EmbeddingBag)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -554,3 +555,20 @@ def test_a_late_tap_copies_no_weight_and_a_listener_has_its_own() -> None:
         before = net.weight.clone()
         net.weight += 1
     torch.testing.assert_close(copied.weight, before)
+
+
+def test_a_parametrization_runs_once(late: list[bool]) -> None:
+    # Asked for the weight once more, spectral_norm would iterate once more.
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)).double()
+    alone = copy.deepcopy(layer)
+    features = normal(seeded(0), 6, 4)
+    with LayerTap(nn.Sequential(layer), "0", late=True, through_loss=False) as tap:
+        layer(features)
+        [record] = tap.take()
+    alone(features)
+    for found, expected in zip(layer.buffers(), alone.buffers(), strict=True):
+        assert torch.equal(found, expected)
+    weight: Any = alone.eval().weight
+    assert torch.equal(record.weight, weight)
+    assert record.late is None
+    assert not late
