@@ -360,7 +360,10 @@ class Case:
         """Assert that the monitor logs κ of the training and validation data, of one batch each."""
         one_batch: dict[str, Any] = {"max_steps": 1, "limit_train_batches": 1, "limit_val_batches": 1}
         for probes in (None, 2):
-            callbacks = [Definition(layer, validates=True, validation=validation), FlatnessMonitor(name, probes=probes, **claim)]
+            callbacks = [
+                Definition(layer, validates=True, validation=validation),
+                FlatnessMonitor(name, probes=probes, **claim),
+            ]
             oracle, monitor = fit(callbacks, precision="64-true", **one_batch) or callbacks
             assert monitor.measured_layer == layer
             expected = {"train": oracle.kappas, "val": oracle.validated}

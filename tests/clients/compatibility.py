@@ -111,6 +111,9 @@ def main() -> None:
         data[given.project] = {"versions": versions(given.package), "runs": take_in(given.results)}
     DATA.write_text(json.dumps(data, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
     PAGE.write_text(render(data))
+    failed = [run for run in data[given.project].get("runs", []) if {"failure", "error"} & run.keys()]
+    if failed:
+        raise SystemExit(f"{len(failed)} of the tests of {given.project} failed.")
 
 
 if __name__ == "__main__":
