@@ -109,7 +109,7 @@ def statistics_fixed_behind(leaf: Tensor) -> Iterator[None]:
         values = values if weight is None else values * weight.reshape(shape)
         return values if bias is None else values + bias.reshape(shape)
 
-    F.batch_norm = batch_norm
+    F.batch_norm = batch_norm  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -360,7 +360,7 @@ class Case:
         """Assert that the monitor logs κ of the training and validation data, of one batch each."""
         one_batch: dict[str, Any] = {"max_steps": 1, "limit_train_batches": 1, "limit_val_batches": 1}
         for probes in (None, 2):
-            callbacks = [
+            callbacks: list[Any] = [
                 Definition(layer, validates=True, validation=validation),
                 FlatnessMonitor(name, probes=probes, **claim),
             ]

@@ -50,7 +50,7 @@ def take_in(results: Path) -> list[dict[str, str]]:
 
 def versions(project: str) -> dict[str, str]:
     """Return the versions of the packages in this environment that matter, the project's first."""
-    names = [name for name in dict.fromkeys([project, *PACKAGES]) if next(Distribution.discover(name=name), None)]
+    names = [name for name in dict.fromkeys([project, *PACKAGES]) if any(Distribution.discover(name=name))]
     return {name: version(name) for name in names} | {"Python": platform.python_version()}
 
 
