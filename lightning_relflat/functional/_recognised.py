@@ -89,6 +89,15 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
         plan = _Plan(loss, outputs)
     except _Unknown:
         return None
+    found = shares = _arriving(loss, outputs, plan, plan.criteria)
+    if any(act in _SHARES for act in plan.criteria.values()):
+        # A row may have a share in the loss and no curvature, and the mean is over it all the same.
+        shares = _arriving(loss, outputs, plan, {node: _SHARES.get(act, act) for node, act in plan.criteria.items()})
+    return Recognised(plan.kind, tuple(found), _total(plan, shares))
+
+
+def _arriving(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, criteria: dict[Node, _Act]) -> list[Tensor]:
+    """Return what arrives at the outputs of what the criteria send there in their gradients' place."""
     widest = torch.promote_types(torch.float32, loss.dtype)
     # Half precision between the criterion and the outputs would round the factors: they go there in three parts.
     parts = 3 if any(tensor.dtype.itemsize < 4 for tensor in outputs) else 1
@@ -96,7 +105,7 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
     found: list[Tensor] = [torch.zeros((), dtype=widest, device=tensor.device) for tensor in outputs]
     rest: dict[Node, Tensor] = {}
     with ExitStack() as stack, torch.enable_grad():
-        for node, act in plan.criteria.items():
+        for node, act in criteria.items():
             stack.callback(node.register_hook(_Sends(node, act, rest, halves=parts > 1, unit=unit)).remove)
         for node in plan.turns:
             stack.callback(node.register_hook(_turned).remove)
@@ -105,9 +114,7 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
                 loss, outputs, retain_graph=True, create_graph=plan.learnt, materialize_grads=True
             )
             found = [factor + new.to(widest) / unit for factor, new in zip(found, arrived, strict=True)]
-    if plan.kind == "softmax":
-        found = [factor[..., 0] for factor in found]
-    return Recognised(plan.kind, tuple(found), _total(plan, found))
+    return [factor[..., 0] for factor in found] if plan.kind == "softmax" else found
 
 
 class _Unknown(Exception):  # noqa: N818  # not an error: an answer
@@ -253,7 +260,10 @@ def _each(node: Any, gradient: Tensor, like: Tensor) -> Tensor:
     return gradient / like.numel() if node._saved_reduction == 1 else gradient
 
 
-_CRITERIA: dict[str, tuple[Kind, Callable[[Any, Tensor, Tensor], Tensor]]] = {
+_Act: TypeAlias = Callable[[Any, Tensor, Tensor], Tensor]
+# Where the curvature may be 0: what stands for a term's share in the loss.
+_SHARES: dict[_Act, _Act] = {_of_huber: _each, _of_smooth_l1: _each}
+_CRITERIA: dict[str, tuple[Kind, _Act]] = {
     "LogSoftmaxBackward0": ("softmax", _of_log_softmax),
     "BinaryCrossEntropyWithLogitsBackward0": ("sigmoid", _of_binary_cross_entropy),
     "MseLossBackward0": ("quadratic", _of_mse),
@@ -263,13 +273,14 @@ _CRITERIA: dict[str, tuple[Kind, Callable[[Any, Tensor, Tensor], Tensor]]] = {
 }
 
 
-def _total(plan: _Plan, factors: Sequence[Tensor]) -> Tensor:
+def _total(plan: _Plan, shares: Sequence[Tensor]) -> Tensor:
     """Return what the mean over rows divides by."""
     total = _divisor(plan.above)
     if total is not None:
         return total
-    counted = [factor if plan.kind == "softmax" else factor.reshape(-1, factor.shape[-1])[:, 0] for factor in factors]
-    return torch.stack([(rows != 0).sum() for rows in counted]).sum()
+    # A row counts with any of its outputs: a loss may leave some of them out.
+    counted = [share != 0 if plan.kind == "softmax" else (share != 0).any(dim=-1) for share in shares]
+    return torch.stack([rows.sum() for rows in counted]).sum()
 
 
 def mean_divisor(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor | None:

@@ -109,7 +109,7 @@ def statistics_fixed_behind(leaf: Tensor) -> Iterator[None]:
         values = values if weight is None else values * weight.reshape(shape)
         return values if bias is None else values + bias.reshape(shape)
 
-    F.batch_norm = batch_norm
+    F.batch_norm = batch_norm  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -212,10 +212,15 @@ class Definition(Callback):
     """
 
     def __init__(
-        self, layer: str, *, gradients: bool = False, validation: Callable[[Any, Any], Tensor] | None = None
+        self,
+        layer: str,
+        *,
+        gradients: bool = False,
+        validates: bool = False,
+        validation: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.validation = validation
+        self.validates, self.validation = validates, validation
         self.layer, self.gradients = layer, gradients
         self.kappas: list[float] = []
         self.validated: list[float] = []
@@ -239,6 +244,8 @@ class Definition(Callback):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if not self.validates:
+            return
         with torch.inference_mode(False):
             run = _Run(trainer, pl_module, batch, batch_idx, "validation_step")
             compute_loss = run.loss
@@ -353,7 +360,10 @@ class Case:
         """Assert that the monitor logs κ of the training and validation data, of one batch each."""
         one_batch: dict[str, Any] = {"max_steps": 1, "limit_train_batches": 1, "limit_val_batches": 1}
         for probes in (None, 2):
-            callbacks = [Definition(layer, validation=validation), FlatnessMonitor(name, probes=probes, **claim)]
+            callbacks: list[Any] = [
+                Definition(layer, validates=True, validation=validation),
+                FlatnessMonitor(name, probes=probes, **claim),
+            ]
             oracle, monitor = fit(callbacks, precision="64-true", **one_batch) or callbacks
             assert monitor.measured_layer == layer
             expected = {"train": oracle.kappas, "val": oracle.validated}

@@ -50,7 +50,7 @@ def take_in(results: Path) -> list[dict[str, str]]:
 
 def versions(project: str) -> dict[str, str]:
     """Return the versions of the packages in this environment that matter, the project's first."""
-    names = [name for name in dict.fromkeys([project, *PACKAGES]) if next(Distribution.discover(name=name), None)]
+    names = [name for name in dict.fromkeys([project, *PACKAGES]) if any(Distribution.discover(name=name))]
     return {name: version(name) for name in names} | {"Python": platform.python_version()}
 
 
@@ -111,6 +111,9 @@ def main() -> None:
         data[given.project] = {"versions": versions(given.package), "runs": take_in(given.results)}
     DATA.write_text(json.dumps(data, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
     PAGE.write_text(render(data))
+    failed = [run for run in data[given.project].get("runs", []) if {"failure", "error"} & run.keys()]
+    if failed:
+        raise SystemExit(f"{len(failed)} of the tests of {given.project} failed.")
 
 
 if __name__ == "__main__":

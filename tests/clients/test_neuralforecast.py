@@ -34,7 +34,7 @@ def fitting(model: str, loss: Any, **config: Any) -> Fit:
             shared["windows_batch_size"] = 8
         made = getattr(models, model)(**shared, **config, **(QUIET | settings), callbacks=callbacks)
         forecasts = neuralforecast.NeuralForecast([made], freq="D")
-        forecasts.fit(series)
+        forecasts.fit(series, val_size=4)
         return forecasts.models[0].trainer_kwargs["callbacks"][:2]
 
     return fit

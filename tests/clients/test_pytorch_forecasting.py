@@ -54,7 +54,7 @@ def test_deepar(case: Case) -> None:
 
 def test_temporal_fusion(case: Case) -> None:
     """`TemporalFusionTransformer` and `RMSE`, with known inputs and dropout"""
-    sizes = {"hidden_size": 4, "attention_head_size": 2, "hidden_continuous_size": 4, "dropout": 0.1}
+    sizes: dict[str, Any] = {"hidden_size": 4, "attention_head_size": 2, "hidden_continuous_size": 4, "dropout": 0.1}
     fit = fitting("TemporalFusionTransformer", metrics.RMSE, known=True, output_size=1, **sizes)
     case.agrees(fit, "output_layer")
 
@@ -67,7 +67,12 @@ def test_quantiles(case: Case) -> None:
 
 def test_nbeats(case: Case) -> None:
     """`NBeats` and `RMSE`"""
-    sizes = {"num_blocks": [1], "num_block_layers": [1], "widths": [6], "expansion_coefficient_lengths": [3]}
+    sizes: dict[str, Any] = {
+        "num_blocks": [1],
+        "num_block_layers": [1],
+        "widths": [6],
+        "expansion_coefficient_lengths": [3],
+    }
     fit = fitting("NBeats", metrics.RMSE, stack_types=["generic"], **sizes)
     case.agrees(fit, "net_blocks.0.forecast_fc")
 

@@ -65,12 +65,18 @@ def fitting(model: str, task: str, **settings_of_model: Any) -> Fit:
 _OWN = {"accelerator", "devices", "logger", "enable_checkpointing", "enable_progress_bar"}
 
 
+def validation_loss(module: Any, batch: Any) -> Any:
+    """Return what the validation step computes without gradients and logs."""
+    output, target = module.forward_pass(batch)
+    return module.calculate_loss(output, batch["target"] if target is None else target, tag="valid")
+
+
 @pytest.mark.parametrize("task", ["classification", "regression"])
 @pytest.mark.parametrize("model", [name for name, (_, layer) in MODELS.items() if layer])
 def test_table(case: Case, model: str, task: str) -> None:
     """a table with numbers and categories"""
     settings, layer = MODELS[model]
-    case.agrees(fitting(model, task, **settings), layer)
+    case.agrees(fitting(model, task, **settings), layer, validation=validation_loss)
 
 
 def test_without_a_linear_layer(case: Case) -> None:

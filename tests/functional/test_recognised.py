@@ -149,6 +149,22 @@ def test_half_precision_between_does_not_round_the_factors(dtype: torch.dtype) -
     torch.testing.assert_close(recognised.total, weight[y].sum())
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: F.mse_loss(z[:, 1:], T[:, 1:]),  # the first output is left out
+        lambda z: F.huber_loss(z, 50 * T, delta=1e-3),  # rows without curvature
+        lambda z: F.smooth_l1_loss(z, 50 * T, beta=1e-3),
+        lambda z: F.binary_cross_entropy_with_logits(z[:, 2], T[:, 2].sigmoid()),
+    ],
+)
+def test_a_mean_is_over_all_rows(loss: LossOfOutputs) -> None:
+    z = torch.zeros(4, D, dtype=torch.float64, requires_grad=True)
+    recognised = recognise(loss(z), [z], [z])
+    assert recognised is not None
+    assert recognised.total == 4
+
+
 class Tied(nn.Module):
     """A head that runs twice, the second time on what it made the first time, if so asked."""
 
