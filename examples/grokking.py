@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_relflat import FAM, FlatnessMonitor
+from lightning_relflat import FAM, FlatnessMonitor, MaxNorm
 from lightning_relflat.functional.neural_collapse import neural_collapse
 
 Curves: TypeAlias = "dict[str, list[float]]"
@@ -104,20 +104,27 @@ def clustering(features: Tensor, classes: Tensor, count: int) -> Tensor:
 
 @dataclass
 class Recipe:
-    """A way to train: arguments of the module and of FAM."""
+    """A way to train: arguments of the module and of FAM, and a cap on the norm of the head's weight."""
 
     module: dict[str, Any] = field(default_factory=dict)
     fam: dict[str, Any] | None = None
+    max_norm: float | None = None
+
+    def callbacks(self) -> list[L.Callback]:
+        """Return the callbacks that train this way."""
+        fams = [] if self.fam is None else [FAM(layer="head", loss="cross_entropy", **self.fam)]
+        caps = [] if self.max_norm is None else [MaxNorm("head", self.max_norm)]
+        return [*fams, *caps]
 
 
 def recipes(epochs: int, coefficients: tuple[float, ...]) -> dict[str, Recipe]:
     """Return the ways to train, by name."""
     # A negative coefficient has no bound from below: cap the weight, and leave the features' length out.
-    anti = {"coefficient": -0.1, "normalize_features": True, "max_norm": 20.0, "stop_epoch": switched_off(epochs)}
+    anti = {"coefficient": -0.1, "normalize_features": True, "stop_epoch": switched_off(epochs)}
     return {
         "plain": Recipe(),
         **{f"FAM {coefficient:g}": Recipe(fam={"coefficient": coefficient}) for coefficient in coefficients},
-        "anti-FAM": Recipe(fam=anti),
+        "anti-FAM": Recipe(fam=anti, max_norm=20.0),
         "unclustered": Recipe(module={"against_clustering": 1.0}),
         "unclustered + FAM": Recipe(module={"against_clustering": 1.0}, fam={"coefficient": 0.001}),
     }
@@ -138,13 +145,18 @@ def load_sums(p: int, seed: int) -> dict[str, TensorDataset]:
 
 
 def train(
-    data: dict[str, TensorDataset], model: L.LightningModule, fam: FAM | None, epochs: int, every: int, folder: Path
+    data: dict[str, TensorDataset],
+    model: L.LightningModule,
+    callbacks: list[L.Callback],
+    epochs: int,
+    every: int,
+    folder: Path,
 ) -> float:
     """Train a network, an epoch of `every` steps and a validation at a time, and return how many seconds it took."""
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[FlatnessMonitor(layer="head", report=True), *([] if fam is None else [fam])],
+        callbacks=[FlatnessMonitor(layer="head", report=True), *callbacks],
         logger=CSVLogger(folder, "", ""),
         log_every_n_steps=every,
         num_sanity_val_steps=0,
@@ -281,9 +293,8 @@ def main(
     for seed, (way, recipe) in itertools.product(range(seeds), ways.items()):
         L.seed_everything(seed, verbose=False)
         model = Adder(p, lr, **recipe.module)
-        fam = None if recipe.fam is None else FAM(layer="head", loss="cross_entropy", **recipe.fam)
         logs = folder / f"{way.replace(' ', '')}-seed{seed}"
-        seconds = train(load_sums(p, seed), model, fam, epochs, every, logs)
+        seconds = train(load_sums(p, seed), model, recipe.callbacks(), epochs, every, logs)
         curves[way].append(read_curves(logs))
         results[way].append({"seed": seed, **summarise(curves[way][-1], every), "seconds": seconds})
         came = results[way][-1]["steps to 95 %"]

@@ -29,6 +29,23 @@ class Switch:
     shut = False
 
 
+class GateSwitch:
+    """The switch of one gate, which stays open where the gate does not lie behind the layer that counts.
+
+    Attributes:
+        counts: whether it lies there.
+    """
+
+    def __init__(self, common: Switch) -> None:
+        self._common = common
+        self.counts = True
+
+    @property
+    def shut(self) -> bool:
+        """Whether the gate is shut."""
+        return self.counts and self._common.shut
+
+
 class Door(torch.autograd.Function):
     """The identity, whose gradient stops while the door is shut."""
 
@@ -50,7 +67,7 @@ class _Gate(torch.autograd.Function):
     loss_only = (0,)  # the input that curvature does not lead to
 
     @staticmethod
-    def forward(ctx: Any, with_statistics: Tensor, fixed: Tensor, switch: Switch) -> Tensor:
+    def forward(ctx: Any, with_statistics: Tensor, fixed: Tensor, switch: GateSwitch) -> Tensor:
         ctx.switch = switch
         # Not a view, so that an activation in place may follow.
         return with_statistics.data
@@ -112,6 +129,8 @@ class Behind(TorchFunctionMode):
         self.rewrote = self.gated = self._paused = False
         self._depends: dict[Node, bool] = {}
         self._entered: list[tuple[Tensor, Tensor, Switch]] = []
+        self._left: list[tuple[Tensor, object]] = []  # what has left which layer
+        self._gates: list[tuple[Tensor, GateSwitch]] = []  # what enters which gate
 
     def enter(self, value: Tensor) -> Tensor:
         """Put a tensor behind a door, beyond which κ's own gradient need not be followed but can be handed over.
@@ -129,11 +148,12 @@ class Behind(TorchFunctionMode):
         self._entered.append((value, behind, switch))
         return behind
 
-    def begin(self, outputs: Tensor) -> Tensor:
+    def begin(self, outputs: Tensor, layer: object = None) -> Tensor:
         """Take notice of what left the layer: what depends on it lies behind.
 
         Args:
             outputs: the outputs.
+            layer: the layer, one of several as long as it is not settled which one counts.
 
         Returns:
             The same, behind a door.
@@ -141,7 +161,35 @@ class Behind(TorchFunctionMode):
         behind = self.enter(outputs)
         if behind.grad_fn is not None:
             self._depends[behind.grad_fn] = True
+        self._left.append((behind, layer))
         return behind
+
+    def gate(self, value: Tensor) -> GateSwitch:
+        """Return the switch of a new gate.
+
+        Args:
+            value: what enters it.
+
+        Returns:
+            The switch.
+        """
+        switch = GateSwitch(self.switch)
+        self._gates.append((value, switch))
+        return switch
+
+    def settle(self, layer: object) -> None:
+        """Let one layer count alone: doors after others are forgotten, gates that are not behind it stay open.
+
+        Args:
+            layer: the layer that counts.
+        """
+        others = [behind for behind, left in self._left if left is not layer]
+        self._entered = [entry for entry in self._entered if not any(entry[1] is other for other in others)]
+        outputs = [behind for behind, left in self._left if left is layer]
+        self._depends = {behind.grad_fn: True for behind in outputs if behind.grad_fn is not None}
+        for value, switch in self._gates:
+            switch.counts = self._is_behind(value)
+        self.gated = any(switch.counts for _, switch in self._gates)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -262,6 +310,7 @@ def _batch_norm(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict
     if not given["training"]:
         return value
     mode.rewrote = mode.gated = True
+    switch = mode.gate(given["input"])
     with full_precision(value):
         x = given["input"].to(compute_dtype(value))
         with torch.no_grad():
@@ -269,7 +318,7 @@ def _batch_norm(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict
             variance, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
             deviation = (variance + given["eps"]).sqrt()
         fixed = _scaled((x - mean) / deviation, *_for_channels(x, given["weight"], given["bias"]))
-    result: Tensor = _apply(_Gate, value, fixed.to(value.dtype), mode.switch)
+    result: Tensor = _apply(_Gate, value, fixed.to(value.dtype), switch)
     return result
 
 

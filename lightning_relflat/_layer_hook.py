@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_relflat._behind import Behind
+from lightning_relflat.functional._checks import plain
 from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional._late_gradients import Beside, LateGradients
 from lightning_relflat.functional._softmax_trace import is_large
@@ -85,7 +86,7 @@ class LayerRecord:
 
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
-        features, outputs = self.features.detach().clone(), self.outputs.detach().clone()
+        features, outputs = self.features.detach().clone(), plain(self.outputs).detach().clone()
         weight = self.weight.detach() if self.late is None else self.weight.detach().clone()
         return LayerRecord(self.layer, features, outputs, weight, None, age=self.age)
 
@@ -191,7 +192,7 @@ class LayerHook:
             torch.set_grad_enabled(True)
             if not outputs.requires_grad:
                 outputs = outputs.detach().requires_grad_()
-        features = args[0] if args else next(iter(kwargs.values()))
+        features = plain(args[0] if args else next(iter(kwargs.values())))
         record = self._record_untraced if any(map(_is_to_be_left_out, taps)) else self._record
         return record(layer, taps, features, outputs, computed)
 
@@ -220,7 +221,7 @@ class LayerHook:
             outputs = late.outputs
         for tap in taps:
             if tap.behind is not None and late is None and not torch.compiler.is_compiling():
-                outputs = tap.behind.begin(outputs)
+                outputs = tap.behind.begin(outputs, layer)
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = late is None and any(not tap.copies for tap in taps)

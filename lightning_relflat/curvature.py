@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from lightning_relflat._behind import Behind
 from lightning_relflat._layer_hook import LayerRecord
 from lightning_relflat.claims import Criterion, value_of_callable
-from lightning_relflat.functional._checks import check_count, check_floating, check_probes, compute_dtype, shape_of
+from lightning_relflat.functional._checks import (
+    check_count,
+    check_floating,
+    check_probes,
+    compute_dtype,
+    ordinary,
+    shape_of,
+)
 from lightning_relflat.functional._errors import independent, missing, moments
 from lightning_relflat.functional._linear_map import LayerUse, as_use
 from lightning_relflat.functional._meeting import Looker
@@ -196,6 +203,7 @@ class Probes:
 # where t is what a batch weighs.
 
 
+@ordinary()
 def sums_of_loss(
     loss: Tensor,
     records: Sequence[LayerRecord],

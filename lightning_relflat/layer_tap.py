@@ -20,6 +20,7 @@ from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
 from lightning_relflat._sharded import staying_whole
 from lightning_relflat.curvature import exact_parts, recognise_passes
+from lightning_relflat.functional._checks import ordinary
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
@@ -294,6 +295,7 @@ class LayerTap:
         behind, module = self.behind, self._module()
         with ExitStack() as stack:
             stack.enter_context(_within_fabric())
+            stack.enter_context(ordinary())
             stack.enter_context(staying_whole(module))
             mine = [record for record in records if record.is_in(loss)]
             recognised = recognise_passes(loss, mine) if self._recognises else None
@@ -361,6 +363,8 @@ class LayerTap:
             if hook.layer() is not layer:
                 hook.drop(self)
         self._hooks = [hook for hook in self._hooks if hook.layer() is layer]
+        if self._own_behind is not None:
+            self._own_behind.settle(layer)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

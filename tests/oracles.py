@@ -129,7 +129,8 @@ def norms_by_hand(*norms: nn.Module) -> Iterator[None]:
         values = ((values - mean) / (variance + norm.eps).sqrt()).reshape(whole)
         if norm.weight is None:
             return values
-        return values * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+        values = values * norm.weight.reshape(shape)
+        return values if norm.bias is None else values + norm.bias.reshape(shape)
 
     with ExitStack() as stack:
         for norm in norms:

@@ -87,7 +87,7 @@ def test_the_bars_of_an_eigenvalue(tmp_path: Path) -> None:
     found = run("measuring", tmp_path, heads=[], epochs=[], spectra=[flat])
     entry = found.pop("eigenvalue 6×3, 40 samples")
     assert not found
-    assert entry["seconds"]["runs"] == 2
+    assert entry["seconds"]["runs"] == entry["processor_seconds"]["runs"] == 2
     assert 0 < entry["eigenvalue"] < 2
     assert 1 <= entry["upper_over_lower"] < 1 + 1e-9
     assert entry["above_inputs_mib"] is None or 0 <= entry["above_inputs_mib"] < 500
@@ -100,6 +100,14 @@ def test_the_bars_of_an_eigenvalue(tmp_path: Path) -> None:
             spectra=[flat | {"samples": 41, "most_seconds": 0}],
             memory=False,
         )
+
+
+def test_measures(tmp_path: Path) -> None:
+    found = run("measures", tmp_path, samples=60, features=6, classes=3, rounds=2, memory=False)
+    assert len(found) == 15
+    for name, entry in found.items():
+        assert entry["passes"]["runs"] == 2, name
+        assert entry["passes"]["median"] > 0, name
 
 
 @pytest.mark.ddp

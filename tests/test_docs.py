@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -57,6 +59,18 @@ def test_measures_name_tests_and_functions_that_there_are() -> None:
     measures = [name for row in rows[:14] for name in re.findall(r"`(\w+)`", row)]
     assert set(measures) <= exported
     assert exported - set(measures) == DETAILS_OF_FUNCTIONS
+
+
+def test_costs_of_measures_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cell = importlib.import_module("measures").cell
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "measures.md").read_text().splitlines()]
+    costs = {name: row[3] for row in lines if len(row) == 5 for name in re.findall(r"`(\w+)`", row[2])}
+    results = json.loads((ROOT / "benchmarks" / "measures.json").read_text())
+    del results["machine"]
+    assert len(results) == 15
+    for name, entry in results.items():
+        assert cell(entry) in costs[name]
 
 
 def test_messages_are_those_of_the_package() -> None:

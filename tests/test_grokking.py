@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lightning_relflat import FAM
 from tests import oracles
 from tests.experiments import EXAMPLES, run_experiment
 
@@ -63,8 +62,7 @@ def trained(grokking: ModuleType, folder: Path, way: str = "plain") -> tuple[Any
     data = grokking.load_sums(5, seed=0)
     torch.manual_seed(0)
     model = grokking.Adder(5, 0.02, **recipe.module)
-    fam = None if recipe.fam is None else FAM(layer="head", loss="cross_entropy", **recipe.fam)
-    grokking.train(data, model, fam, 4, 5, folder)
+    grokking.train(data, model, recipe.callbacks(), 4, 5, folder)
     return model, data, grokking.read_curves(folder)
 
 

@@ -183,21 +183,6 @@ def refuse_collisions(trainer: Trainer, callback: Callback) -> None:
         )
 
 
-def name_suffix(trainer: Trainer, kind: type[Callback], layer: str | None) -> str:
-    """Return what tells the logged values of several callbacks of a kind apart.
-
-    Args:
-        trainer: the Trainer.
-        kind: the kind of callback.
-        layer: the callback's layer.
-
-    Returns:
-        Nothing if the Trainer has one of them, else the layer's name behind a slash.
-    """
-    callbacks: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
-    return f"/{layer}" if sum(isinstance(callback, kind) for callback in callbacks) > 1 else ""
-
-
 def check_key(target: object) -> Target:
     """Return what finds the target in a batch.
 

@@ -86,6 +86,7 @@ class LayerMeter:
         self.name: str | None = None
         self.missed = 0  # batches whose loss was another than those before
         self.ambiguous = self._compared = False
+        self._stepped: set[Stage] = set()  # stages with a step that was listened to, and with one in which it ran
         self._ran: set[Stage] = set()
         # Whether the loss of a stage and loader is the result of a criterion of the outputs, once that is known.
         self._plain: dict[tuple[Stage, int], bool] = {}
@@ -152,6 +153,7 @@ class LayerMeter:
         if not listens:
             self._tap.attach()
             return
+        self._stepped.add(step.stage)
         if step.stage != "train":
             step.calls = self._tap.calls = step.calls or CriterionCalls()
             # A loss that is a criterion of the outputs is seen without a graph; any other needs one.
@@ -320,16 +322,24 @@ class LayerMeter:
             "step? If the module was compiled and had run before, call `torch._dynamo.reset()` first."
         )
 
-    def absent(self, stage: Stage) -> str:
+    def absent(self, stage: Stage) -> str | None:
         """Say why there was nothing to measure in a whole epoch.
 
         Args:
             stage: the stage.
 
         Returns:
-            The message.
+            The message; ``None`` if there was no step.
+
+        Raises:
+            RuntimeError: outside of ``fit``, if the layer did not run.
         """
+        assert self.module is not None
+        if stage not in self._stepped:
+            return None
         if stage not in self._ran:
+            if self.module.trainer.state.fn != "fit":
+                raise RuntimeError(f"{self._who!r}: {self.nothing(f'any {stage} batch')}")
             return self.nothing(f"any {stage} batch")
         name = "any linear layer" if self.tap.name is None else f"layer {self.tap.name!r}"
         which = "several losses that depend" if self.ambiguous else "no loss that depends"
@@ -342,5 +352,5 @@ class LayerMeter:
         self.layer = self.name = None
         self.missed = 0
         self.ambiguous = self._compared = False
-        self._ran, self._plain = set(), {}
+        self._stepped, self._ran, self._plain = set(), set(), {}
         self._open, self._age = [], None

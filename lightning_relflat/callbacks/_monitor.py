@@ -255,9 +255,8 @@ class Monitor(Callback):
             for label, value in self.end_epoch(stage, loader, behind).items():
                 shown = bool(getattr(self, "prog_bar", False)) and "/" not in label
                 # The size is told, because Lightning would look for one in a batch that it may not have.
-                self._module.log(
-                    f"{labelled(f'{stage}/{label}', self.name)}{behind}", value, prog_bar=shown, batch_size=1
-                )
+                name = labelled(f"{stage}/{label}", self.name) + behind
+                self._module.log(name, value, prog_bar=shown, batch_size=1, add_dataloader_idx=False)
 
 
 def computed(metric: Metric) -> Any:

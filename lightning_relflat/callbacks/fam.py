@@ -209,9 +209,6 @@ class FAM(Callback):
             late=late and isinstance(self.criterion, nn.CrossEntropyLoss),
             through_loss=self.criterion is None,
         )
-        if self.coefficient != 0 and (self.stop_epoch is None or trainer.current_epoch < self.stop_epoch):
-            # A tap of its own, which writes nothing out: this step computes what it computes without FAM.
-            self._rehearsal = LayerTap(pl_module, self.layer, through_loss=False)
         self._module = pl_module
         if self.criterion is not None:
             self.criterion.to(pl_module.device)
@@ -221,6 +218,9 @@ class FAM(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take notice that a checkpoint, if there is one, has been loaded."""
         self._coefficients.train()
+        if self.coefficient != 0 and (self.stop_epoch is None or trainer.current_epoch < self.stop_epoch):
+            # A tap of its own, which writes nothing out: this step computes what it computes without FAM.
+            self._rehearsal = LayerTap(pl_module, self.layer, through_loss=False)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again at what lies behind the layer, and whether the loss is the one named; both may have changed."""

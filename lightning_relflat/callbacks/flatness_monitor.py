@@ -304,8 +304,8 @@ class FlatnessMonitor(Monitor):
         mean = claim is None or getattr(claim.criterion, "reduction", "mean") != "sum"
         return FlatnessSums(mean=mean, **kwargs).to(self._module.device)
 
-    def _say(self, what: str, message: str) -> None:
-        """Warn once."""
-        if what not in self._told:
+    def _say(self, what: str, message: str | None) -> None:
+        """Warn once, if there is a message."""
+        if message is not None and what not in self._told:
             self._told.add(what)
             rank_zero_warn(f"{self!r}: {message}")

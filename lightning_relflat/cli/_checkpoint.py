@@ -125,14 +125,13 @@ def read(path: str, *, trust: bool) -> dict[str, Any]:
         )
     version = checkpoint["pytorch-lightning_version"]
     try:
-        if not isinstance(version, str):  # `Version` would speak of a regular expression
-            raise InvalidVersion(str(version))  # noqa: TRY301
         Version(version)
-        return dict(migrate_checkpoint(checkpoint)[0])
-    except InvalidVersion as error:
+    except (InvalidVersion, TypeError) as error:
         raise InputError(
             f"{path} is no checkpoint of Lightning's: its version is {version!r:.100}; give one that the Trainer saved"
         ) from error
+    try:
+        return dict(migrate_checkpoint(checkpoint)[0])
     except Exception as error:  # what is missing or of another kind than in the checkpoints of that version
         raise InputError(
             f"{path} cannot be brought from Lightning {version} to the one installed "

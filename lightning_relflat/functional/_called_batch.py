@@ -14,6 +14,8 @@ from lightning_relflat.functional._checks import (
     check_floating,
     compute_dtype,
     full_precision,
+    plain,
+    said,
     shape_of,
 )
 from lightning_relflat.functional._graph import is_open
@@ -72,10 +74,16 @@ def read_batch(criterion: nn.Module, outputs: Tensor, target: Target, class_dim:
     for part in parts:
         if not isinstance(part, Tensor):
             raise TypeError(
-                f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {target!r}."
+                f"Expected argument `target` to be a tensor, or a tuple of two tensors, but got {said(target)}."
             )
         if part.is_complex():
             raise TypeError(f"Expected argument `target` to hold real numbers, but got {part.dtype}.")
+    # Subclasses may have functions of their own, and not all arguments that PyTorch's have.
+    outputs = plain(outputs)
+    if isinstance(target, Tensor):
+        target = plain(target)
+    elif target is not None:
+        target = tuple(map(plain, target))  # type: ignore[assignment]  # of a length that is checked later
     dtype = compute_dtype(outputs, *(part for part in parts if part.is_floating_point()))
     with full_precision(outputs):
         if isinstance(criterion, nn.CrossEntropyLoss):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# What a message prints of a value: how many entries, how many characters.
+_MANY = 8
+_LONG = 200
 
 
 def check_floating(name: str, value: object) -> None:
     """Raise unless ``value`` is a tensor of floating point numbers."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"Expected argument `{name}` to be a tensor, but got {value!r}.")
+        raise TypeError(f"Expected argument `{name}` to be a tensor, but got {said(value)}.")
     if not value.is_floating_point():
         raise TypeError(f"Expected argument `{name}` to be a tensor of floating point numbers, but got {value.dtype}.")
 
@@ -20,7 +25,7 @@ def check_floating(name: str, value: object) -> None:
 def check_probes(probes: object) -> None:
     """Raise unless ``probes`` is a positive integer, or ``None`` for the exact sum."""
     if probes is not None and (not isinstance(probes, int) or isinstance(probes, bool) or probes < 1):
-        raise ValueError(f"Expected argument `probes` to be an integer of at least 1, or None, but got {probes!r}.")
+        raise ValueError(f"Expected argument `probes` to be an integer of at least 1, or None, but got {said(probes)}.")
 
 
 def check_scalar_in_graph(loss: Tensor) -> None:
@@ -34,28 +39,28 @@ def check_scalar_in_graph(loss: Tensor) -> None:
 def check_count(name: str, value: object, *, at_least: int) -> int:
     """Return an integer of at least ``at_least``, and raise unless it is one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"Expected argument `{name}` to be an integer of at least {at_least}, but got {value!r}.")
+        raise ValueError(f"Expected argument `{name}` to be an integer of at least {at_least}, but got {said(value)}.")
     return value
 
 
 def check_number(name: str, value: object) -> float:
     """Return a finite number, and raise unless it is one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"Expected argument `{name}` to be a finite number, but got {value!r}.")
+        raise ValueError(f"Expected argument `{name}` to be a finite number, but got {said(value)}.")
     return float(value)
 
 
 def check_positive(name: str, value: object) -> float:
     """Return a finite number larger than 0, and raise unless it is one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"Expected argument `{name}` to be a number larger than 0, but got {value!r}.")
+        raise ValueError(f"Expected argument `{name}` to be a number larger than 0, but got {said(value)}.")
     return float(value)
 
 
 def check_flag(name: str, value: object) -> bool:
     """Return a flag, and raise unless it is one."""
     if not isinstance(value, bool):
-        raise ValueError(f"Expected argument `{name}` to be True or False, but got {value!r}.")
+        raise ValueError(f"Expected argument `{name}` to be True or False, but got {said(value)}.")
     return value
 
 
@@ -76,9 +81,47 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor of a subclass that only overrides functions, as MONAI's ``MetaTensor``, as an ordinary one.
+
+    What PyTorch does underneath stays: a ``DTensor`` or a compiler's tensors are what they are.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or isinstance(tensor, nn.Parameter):
+        return tensor
+    with ordinary():
+        return tensor.as_subclass(Tensor)
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Let such tensors count as ordinary ones, and what is computed of them be one; as a decorator too."""
+    with torch._C.DisableTorchFunctionSubclass():
+        yield
+
+
 def full_precision(tensor: Tensor) -> torch.autocast:
     """Return a context in which autocast leaves the dtypes of this tensor's device alone."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def said(value: object, depth: int = 2) -> str:
+    """Return a value as messages print it: of tensors and arrays the shape and the type, never the numbers.
+
+    To print the numbers of a tensor takes pages, and on a GPU a wait.
+    """
+    if isinstance(value, Tensor) or (hasattr(value, "shape") and hasattr(value, "dtype")):
+        kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
+        return f"a {kind} of {value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        if depth == 0 or len(value) > _MANY or not isinstance(value, list | tuple):
+            return f"a {type(value).__name__} of {len(value)}"
+        parts = ", ".join(said(entry, depth - 1) for entry in value)
+        return f"[{parts}]" if isinstance(value, list) else f"tuple({parts})"
+    if isinstance(value, str | int | float | complex | type | nn.Module) or value is None or callable(value):
+        text = repr(value)
+        return text if len(text) <= _LONG else f"{text[:_LONG]}…"
+    return f"a {type(value).__name__}"
 
 
 def shape_of(value: Tensor | Sequence[int]) -> str:

@@ -80,7 +80,7 @@ def losses_of(
     if losses.ndim == 0:
         raise ValueError(
             "Expected argument `loss` to return a loss for every sample, as criteria do with reduction='none', "
-            f"but got {losses!r}."
+            "but got one number."
         )
     return losses
 

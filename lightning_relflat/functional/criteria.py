@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._called_batch import Target, read_batch
-from lightning_relflat.functional._checks import full_precision
+from lightning_relflat.functional._checks import full_precision, said
 
 CRITERIA: dict[str, type[nn.Module]] = {
     "cross_entropy": nn.CrossEntropyLoss,
@@ -59,7 +59,7 @@ def as_criterion(loss: object) -> nn.Module:
         return loss
     raise ValueError(
         f"Expected argument `loss` to be one of {', '.join(map(repr, CRITERIA))}, or an object of one of "
-        f"{', '.join(kind.__name__ for kind in CRITERIA.values())}, but got {loss!r}. For any other loss, "
+        f"{', '.join(kind.__name__ for kind in CRITERIA.values())}, but got {said(loss)}. For any other loss, "
         "`feature_laplacian` takes the curvature from the loss tensor itself."
     )
 
@@ -100,7 +100,7 @@ def check_reduction(reduction: str | None, criterion: nn.Module) -> str:
     """
     kind = getattr(criterion, "reduction", "mean") if reduction is None else reduction
     if kind not in ("mean", "sum", "none"):
-        raise ValueError(f"Expected argument `reduction` to be 'mean', 'sum', 'none' or None, but got {kind!r}.")
+        raise ValueError(f"Expected argument `reduction` to be 'mean', 'sum', 'none' or None, but got {said(kind)}.")
     return str(kind)
 
 
@@ -118,7 +118,7 @@ def check_temperature(temperature: object, criterion: nn.Module | None) -> float
         ValueError: if it is no positive number, or is not 1 for a loss that does not begin with a softmax or sigmoid.
     """
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise ValueError(f"Expected argument `temperature` to be a finite number above 0, but got {temperature!r}.")
+        raise ValueError(f"Expected argument `temperature` to be a finite number above 0, but got {said(temperature)}.")
     if temperature != 1 and not isinstance(criterion, nn.CrossEntropyLoss | nn.BCEWithLogitsLoss):
         loss = None if criterion is None else type(criterion).__name__
         raise ValueError(
@@ -173,10 +173,24 @@ def criterion_loss(
         reduced.reduction = kind
         weights = {name: value.to(called.weight) for name, value in criterion.named_buffers()}
         given = (part.to(dtype) if part.is_floating_point() else part for part in (called.outputs, *called.targets))
-        value: Tensor = torch.func.functional_call(reduced, weights, tuple(given))
+        if isinstance(criterion, nn.GaussianNLLLoss):
+            value = _gaussian_loss(reduced, *given)
+        else:
+            value = torch.func.functional_call(reduced, weights, tuple(given))
         if called.poison is not None:
             value = value * called.poison.prod()
     return value, called.total_weight
+
+
+def _gaussian_loss(criterion: nn.GaussianNLLLoss, outputs: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    """Return the criterion's loss as PyTorch computes it, but without its wait for a look at the variances."""
+    variance = variance.clone()
+    with torch.no_grad():  # PyTorch's own: the variance has a gradient below the bound too
+        variance.clamp_(min=criterion.eps)
+    losses = 0.5 * (variance.log() + (outputs - target).square() / variance)
+    if criterion.full:
+        losses = losses + 0.5 * math.log(2 * math.pi)
+    return losses.mean() if criterion.reduction == "mean" else losses.sum()
 
 
 def _check_options(criterion: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._checks import check_count, check_flag, check_floating, full_precision
+from lightning_relflat.functional._labels import class_indices
 from lightning_relflat.functional._scale import balanced
 from lightning_relflat.functional._sums import feature_moments, sum_of_products
 from lightning_relflat.functional.layer_measures import (
@@ -312,7 +313,9 @@ def _collapse_sums(phi: Tensor, rows: Tensor, counts: Tensor, target: Target, nu
     """Return the sums of :func:`class_moments` over the samples that count, without a look at a number."""
     assert isinstance(target, Tensor)  # as `_by_class` checked
     kept = counts[:, None] * phi.double()
-    index = target.flatten().long().where(counts > 0, 0)
+    index, poison = class_indices(target, num_classes, counts)
+    if poison is not None:
+        kept = kept * poison[:, None]
     moments = summed_moments(kept, index, counts, num_classes=num_classes)
     sums = {f"class_{name}": value for name, value in moments._asdict().items()}
     return sums | {"class_weights": counts.sum() * rows}
@@ -345,5 +348,6 @@ def _by_class(parts: Tensor, counts: Tensor, target: Target, num_classes: int) -
             "Expected argument `target` to hold a class index for every sample where `num_classes` is given."
         )
     # Ignored positions have no weight; whatever they hold, they are put with the first class.
-    index = target.flatten().long().where(counts > 0, 0)
-    return parts.new_zeros(2, num_classes).index_add(1, index, parts)
+    index, poison = class_indices(target, num_classes, counts)
+    found = parts.new_zeros(2, num_classes).index_add(1, index, parts)
+    return found if poison is None else found * poison.prod()

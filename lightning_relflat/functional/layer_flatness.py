@@ -14,6 +14,7 @@ from lightning_relflat.functional._checks import (
     check_probes,
     check_scalar_in_graph,
     full_precision,
+    ordinary,
     shape_of,
 )
 from lightning_relflat.functional._families import Family, joint_parts
@@ -166,7 +167,7 @@ def flatness_of_layers(
     check_probes(probes)
     check_scalar_in_graph(loss)
     flat = list(chain.from_iterable(layers))
-    with full_precision(loss):
+    with full_precision(loss), ordinary():
         found = gradients_in_graph(loss, [use.outputs for use in flat], allow_unused=allow_unused)
         families, places = [], []
         remaining = iter(range(len(flat)))

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import full_precision
+from lightning_relflat.functional._checks import full_precision, said
 from lightning_relflat.functional._scale import balanced, times_squared_lengths
 from lightning_relflat.functional._sums import feature_moments, sum_of_products
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
@@ -386,7 +386,7 @@ def row_scales(weight: Tensor, scale: Scale) -> Tensor:
 def check_scale(scale: object) -> None:
     """Raise unless ``scale`` says what a Hessian is multiplied by."""
     if scale not in ("none", "layer", "neuron"):
-        raise ValueError(f"Expected argument `scale` to be 'none', 'layer' or 'neuron', but got {scale!r}.")
+        raise ValueError(f"Expected argument `scale` to be 'none', 'layer' or 'neuron', but got {said(scale)}.")
 
 
 def batch_reduction(reduction: str | None, criterion: nn.Module, what: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import check_count, check_positive, compute_dtype
+from lightning_relflat.functional._checks import check_count, check_positive, compute_dtype, said
 from lightning_relflat.functional._network import (
     IGNORED,
     Batches,
@@ -350,7 +350,7 @@ def pac_bayes_flatness(
     """
     drop, max_sigma = check_positive("drop", drop), check_positive("max_sigma", max_sigma)
     if not 0 <= tolerance < drop:
-        raise ValueError(f"Expected argument `tolerance` to be at least 0 and below `drop`, but got {tolerance!r}.")
+        raise ValueError(f"Expected argument `tolerance` to be at least 0 and below `drop`, but got {said(tolerance)}.")
     for name, value, least in (("draws", draws, 1), ("steps", steps, 1), ("seed", seed, 0)):
         check_count(name, value, at_least=least)
     parameters = parameters_of(module)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._checks import check_count, check_floating, shape_of
+from lightning_relflat.functional._checks import check_count, check_floating, said, shape_of
+from lightning_relflat.functional._labels import class_indices
 
 _BLOCK = 1 << 12
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -153,7 +154,10 @@ def class_moments(features: Tensor, target: Tensor, *, num_classes: int, center:
     """
     check_floating("features", features)
     _check_target(target, features, num_classes)
-    flat, classes = features.reshape(-1, features.shape[-1]).double(), target.reshape(-1).long()
+    classes, poison = class_indices(target, num_classes)
+    flat = features.reshape(-1, features.shape[-1]).double()
+    if poison is not None:
+        flat = flat * poison[:, None]
     if center is not None:
         _check_center(center, num_classes, flat.shape[1])
         center = center.to(flat)
@@ -347,20 +351,13 @@ def _nc1(within: Tensor, centred: Tensor, rounding: Tensor) -> Tensor:
 def _check_target(target: object, features: Tensor, num_classes: int) -> None:
     check_count("num_classes", num_classes, at_least=1)
     if not isinstance(target, Tensor) or target.dtype not in _INTEGERS:
-        found = target.dtype if isinstance(target, Tensor) else repr(target)
+        found = target.dtype if isinstance(target, Tensor) else said(target)
         raise TypeError(f"Expected argument `target` to be a tensor of integers, but got {found}.")
     if features.ndim == 0 or target.shape != features.shape[:-1]:
         raise ValueError(
             "Expected arguments `features` and `target` to be of shapes (..., m) and (...), "
             f"but got {shape_of(features)} and {shape_of(target)}."
         )
-    if target.numel() > 0:
-        least, most = (int(value) for value in target.aminmax())
-        if least < 0 or most >= num_classes:
-            raise ValueError(
-                f"Expected argument `target` to be of classes from 0 to {num_classes - 1}, "
-                f"but got {least if least < 0 else most}."
-            )
 
 
 def _check_center(center: Tensor, num_classes: int, width: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import check_count, shape_of
+from lightning_relflat.functional._checks import check_count, said, shape_of
 from lightning_relflat.functional._sums import merge_moments
 from lightning_relflat.functional.layer_measures import (
     Scale,
@@ -174,7 +174,7 @@ class ColumnFlatness(LayerMeasure):
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
         if summary not in ("none", "max", "sum"):
-            raise ValueError(f"Expected argument `summary` to be 'none', 'max' or 'sum', but got {summary!r}.")
+            raise ValueError(f"Expected argument `summary` to be 'none', 'max' or 'sum', but got {said(summary)}.")
         self.summary = summary
         self._add_sums("totals", 1)
         self._add_sums("columns", check_count("in_features", in_features, at_least=1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_relflat.functional._checks import check_count, check_number, check_positive
+from lightning_relflat.functional._checks import check_count, check_number, check_positive, said
 from lightning_relflat.functional._network import IGNORED, LossOfEverySample
 from lightning_relflat.functional.feature_robustness import (
     LossOfFeatures,
@@ -240,7 +240,7 @@ class PACBayesFlatness(SummedMetric):
         self.ignore_index = ignore_index
         self.sigmas = [check_positive("sigmas", sigma) for sigma in sigmas]
         if not self.sigmas or any(low >= high for low, high in pairwise(self.sigmas)):
-            raise ValueError(f"Expected argument `sigmas` to be rising numbers, but got {sigmas!r}.")
+            raise ValueError(f"Expected argument `sigmas` to be rising numbers, but got {said(sigmas)}.")
         self.drop = check_positive("drop", drop)
         self.draws = check_count("draws", draws, at_least=1)
         self.seed = check_count("seed", seed, at_least=0)

@@ -13,11 +13,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_relflat import FAM, FlatnessMonitor, MaxNorm
+from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm
 from lightning_relflat.functional import _softmax_trace
-from tests.models import Batch, Net, Resumable, make_batches, make_trainer
+from tests.models import Batch, Net, Resumable, focal, make_batches, make_trainer
 from tests.processes import COEFFICIENT, LR
 
 TRAINING = [8, 8, 8, 8]
@@ -53,9 +54,12 @@ class Sharded(Net):
         fsdp: str | None = None,
         norm: bool = False,
         share: str = "even",
+        any_loss: bool = False,
+        momentum: float = 0.0,
     ) -> None:
-        super().__init__(lr=LR)
+        super().__init__(focal if any_loss else F.cross_entropy, lr=LR)
         self.automatic_optimization = not manual
+        self.momentum = momentum
         self.fsdp = fsdp
         self.share = share
         if unused:
@@ -73,6 +77,9 @@ class Sharded(Net):
         if self.fsdp == "unit":
             fully_shard(self.head, mesh=mesh)
         fully_shard(self, mesh=mesh)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
 
     def on_train_start(self) -> None:
         # A root may stay whole after its last forward pass, but it begins sharded, or is sharded again by MaxNorm.
@@ -151,6 +158,7 @@ def main(
     fam: dict[str, Any] | None = None,
     cap: dict[str, Any] | None = None,
     sanity: int = 0,
+    layers: bool = False,
     large: bool = False,
     **options: Any,
 ) -> None:
@@ -178,6 +186,8 @@ def main(
     ]
     if cap is not None:
         callbacks.insert(0, MaxNorm("head", **cap))
+    if layers:
+        callbacks.append(LayersMonitor())
     if keep_all:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1))
     trainer = make_trainer(

@@ -21,7 +21,7 @@ from tests.callbacks.test_fam import (
     train_by_hand,
     twins,
 )
-from tests.models import Batch, ManualNet, Net, make_batches
+from tests.models import Batch, ManualNet, Net, focal, make_batches
 from tests.oracles import block_traces, kappa
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a negative coefficient")
@@ -148,7 +148,7 @@ def test_probes_lie_in_the_space_of_the_outputs(trace: bool, normalized: bool) -
         factor = torch.ones(len(outputs)).double() if normalized else features.square().sum(dim=1)
         return torch.einsum("n,ns,nsnt,nt->", factor, pushed, hessian, pushed)
 
-    net, twin = twins(lr=0.2)
+    net, twin = twins(lr=0.2, criterion=focal)
     train(net, FAM("head", -0.05, measure="trace" if trace else "relative_flatness", normalize_features=normalized))
     assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), probed, [-0.05] * 3))
 

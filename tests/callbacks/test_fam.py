@@ -23,7 +23,7 @@ from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional import _called_batch, _scale
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.layer_tap import LayerTap
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
 
 SIZES = [7, 4, 6]
@@ -135,7 +135,7 @@ def test_the_penalty_moves_the_weights() -> None:
 @pytest.mark.filterwarnings("ignore:.*a negative coefficient")
 @pytest.mark.parametrize("kind", [Net, ManualNet])
 def test_three_steps_with_fixed_probes_equal_the_dense_hessian(kind: type[Net]) -> None:
-    net, twin = twins(kind)
+    net, twin = twins(kind, criterion=focal)
     train(net, FAM("head", -0.05))
     assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), fixed_probe, [-0.05] * 3))
 
@@ -250,7 +250,7 @@ def test_a_line_search_sees_the_penalised_loss() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=4, line_search_fn="strong_wolfe")
 
-    net, twin = twins(WithLBFGS)
+    net, twin = twins(WithLBFGS, criterion=focal)
     train(net, FAM("head", 0.05))
     optimizer = torch.optim.LBFGS(twin.parameters(), lr=1.0, max_iter=4, line_search_fn="strong_wolfe")
     for step, batch in enumerate(make_batches(SIZES)):
@@ -416,7 +416,7 @@ def test_seeds_draw_different_probes() -> None:
     nets = []
     for seed in (0, 0, 1):
         torch.manual_seed(5)
-        nets.append(train(Net().double(), FAM("head", 0.1, seed=seed)))
+        nets.append(train(Net(focal).double(), FAM("head", 0.1, seed=seed)))
     assert torch.equal(nets[0].head.weight, nets[1].head.weight)
     assert not torch.equal(nets[0].head.weight, nets[2].head.weight)
 
@@ -532,11 +532,9 @@ def test_says_once_which_layer(caplog: pytest.LogCaptureFixture) -> None:
         make_trainer(callbacks=[FAM(), FlatnessMonitor()], max_epochs=3).fit(
             Net(), make_loader(SIZES, dtype=torch.float32), make_loader([4], dtype=torch.float32)
         )
-    said = [message for message in caplog.messages if "relative flatness" in message]
-    assert said == [
-        f"{what} at layer 'head', a Linear(in_features=6, out_features=3, bias=True)."
-        for what in ("FAM: relative flatness is penalised", "FlatnessMonitor: relative flatness is measured")
-    ]
+    said = [message for message in caplog.messages if "at layer" in message]
+    layer = "layer 'head', a Linear(in_features=6, out_features=3, bias=True)."
+    assert said == [f"FAM: relative flatness is penalised at {layer}", f"FlatnessMonitor(): measured at {layer}"]
 
 
 class Conv(Net):
@@ -718,7 +716,7 @@ REFUSED: dict[str, tuple[type[Net], Callable[[], FAM], type[BaseException], str 
 def test_refused_with_nothing_left_behind(case: str, monitored: bool) -> None:
     kind, make, error, message = REFUSED[case]
     net = kind().double()
-    callbacks: list[Any] = [make(), *([FlatnessMonitor("body", loss=lambda z, y: z.square().mean())] * monitored)]
+    callbacks: list[Any] = [make(), *([FlatnessMonitor("body", stages=("val", "test"))] * monitored)]
     with pytest.raises(error, match=message):
         make_trainer(precision="64-true", callbacks=callbacks).fit(net, make_loader(SIZES))
     assert_untouched(net)
@@ -788,6 +786,27 @@ def test_outputs_may_be_changed_in_place(named: dict[str, Any], inplace: bool) -
     assert_same_weights(net, train_by_hand(twin, make_batches(SIZES) * 2, definition, [0.3] * 6))
 
 
+class Count(TorchDispatchMode):
+    read = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.read += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+class Watch(Callback):
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.count = Count()
+        self.count.__enter__()
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.count.__exit__(None, None, None)
+        self.reads.append(self.count.read)
+
+
 @pytest.mark.parametrize("layer", ["head", "body"])
 @pytest.mark.parametrize(
     "form", [{}, {"loss": "cross_entropy"}, {"through_hessian": False}, {"probes": None}, {"relative": True}], ids=str
@@ -797,27 +816,9 @@ def test_only_the_first_step_of_an_epoch_reads_more_than_whether_values_are_fini
 ) -> None:
     # On a GPU every such reading makes the host wait; there these two are read when the epoch ends, and targets never.
     # The first step looks at how rows meet.
-    class Count(TorchDispatchMode):
-        read = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.read += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-            return func(*args, **(kwargs or {}))
-
-    class Watch(Callback):
-        def __init__(self) -> None:
-            self.reads: list[int] = []
-
-        def on_train_batch_start(self, *_: Any) -> None:
-            self.count = Count()
-            self.count.__enter__()
-
-        def on_before_backward(self, *_: Any) -> None:
-            self.count.__exit__(None, None, None)
-            self.reads.append(self.count.read)
-
     if layer == "body" and "loss" in form:
         pytest.skip("a named loss is computed from the outputs of the layer")
+    named = "loss" in form
     reads = []
     for fams in ([], [FAM(layer, **form)]):
         watch = Watch()
@@ -826,9 +827,27 @@ def test_only_the_first_step_of_an_epoch_reads_more_than_whether_values_are_fini
             mock.patch.object(_called_batch, "is_open", return_value=False),
             mock.patch.object(_scale, "is_open", return_value=False),
         ):
-            make_trainer(callbacks=[*fams, watch], max_epochs=2).fit(Net(), loader)
+            make_trainer(callbacks=[*fams, watch], max_epochs=2).fit(Net() if named else Net(focal), loader)
         reads.append(watch.reads)
     assert len(reads[0]) == 6
     more = [read - plain for plain, read in zip(*reads, strict=True)]
     assert more[1:3] + more[4:] == [2] * 4
     assert more[0] > 2  # which shows that readings are seen
+
+
+def test_a_loss_that_is_recognised_is_read_of_no_more_than_whether_it_is_finite() -> None:
+    net, twin = twins()
+    fam = FAM("head", 0.3)
+    train(net, fam)
+    assert_same_weights(net, train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3))
+    reads = []
+    for fams in ([], [FAM("head")]):
+        watch = Watch()
+        loader = make_loader([5, 5], dtype=torch.float32)
+        with (
+            mock.patch.object(_called_batch, "is_open", return_value=False),
+            mock.patch.object(_scale, "is_open", return_value=False),
+        ):
+            make_trainer(callbacks=[*fams, watch], max_epochs=2).fit(Net(), loader)
+        reads.append(watch.reads)
+    assert [read - plain for plain, read in zip(*reads, strict=True)] == [2] * 4

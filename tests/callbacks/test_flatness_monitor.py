@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
 
 SIZES = [7, 4, 1]
@@ -81,13 +81,17 @@ def test_every_epoch_begins_anew() -> None:
 
 @pytest.mark.parametrize("penalised", [False, True])
 @pytest.mark.parametrize("kind", [Net, ManualNet])
-@pytest.mark.parametrize("loss", ["cross_entropy", lambda z, y: F.cross_entropy(z, y) ** 2], ids=["named", "any"])
-def test_changes_nothing(kind: type[Net], loss: Any, penalised: bool) -> None:
+@pytest.mark.parametrize("loss", ["cross_entropy", None], ids=["named", "the step's own"])
+@pytest.mark.parametrize("criterion", [F.cross_entropy, focal], ids=["known", "any"])
+@pytest.mark.parametrize("layer", ["head", "body"])
+def test_changes_nothing(kind: type[Net], loss: Any, criterion: Any, layer: str, penalised: bool) -> None:
+    if loss is not None and (criterion is focal or layer == "body"):
+        pytest.skip("it is another loss")
     runs = []
     for monitored in (False, True):
         torch.manual_seed(4)
-        net = kind(dropout=0.4)
-        callbacks: list[Any] = [FAM("head")] * penalised + [FlatnessMonitor("head", loss, every_n_steps=1)] * monitored
+        net = kind(dropout=0.4, criterion=criterion)
+        callbacks: list[Any] = [FAM("head")] * penalised + [FlatnessMonitor(layer, loss, every_n_steps=1)] * monitored
         trainer = make_trainer(callbacks=callbacks, max_epochs=3)
         loaders = make_loader(SIZES, dtype=torch.float32), make_loader([4], dtype=torch.float32)
         trainer.fit(net, *loaders)
@@ -96,9 +100,9 @@ def test_changes_nothing(kind: type[Net], loss: Any, penalised: bool) -> None:
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(stream, stream_after)
-    assert names_after - names == {f"{stage}/relative_flatness" for stage in ("train", "val")} | {
-        "train/relative_flatness_step"
-    }
+    ends = ["", "_error"] if criterion is focal or layer == "body" else [""]
+    expected = {f"{stage}/relative_flatness{end}" for stage in ("train", "val") for end in ends}
+    assert names_after - names == expected | {"train/relative_flatness_step"}
 
 
 def test_along_a_training_epoch_as_the_loss_is_logged() -> None:
@@ -166,18 +170,14 @@ def test_several_loaders_get_lightnings_names() -> None:
 
 def test_several_monitors_are_told_apart() -> None:
     net = Still().double()
-    monitors = [FlatnessMonitor("head"), FlatnessMonitor("body", loss=body_loss(net), probes=None)]
+    monitors = [FlatnessMonitor("head", name="head"), FlatnessMonitor("body", probes=None, name="body")]
     trainer = make_trainer(precision="64-true", callbacks=monitors)
     trainer.validate(net, make_loader([5, 3]), verbose=False)
     values = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert values == {
-        f"val/relative_flatness/{layer}": pytest.approx(of_union(net, make_batches([5, 3]), layer), rel=1e-6)
+        f"val/{layer}/relative_flatness": pytest.approx(of_union(net, make_batches([5, 3]), layer), rel=1e-6)
         for layer in ("head", "body")
     }
-
-
-def body_loss(net: Net) -> Any:
-    return lambda outputs, target: F.cross_entropy(net.head(torch.tanh(outputs)), target)
 
 
 class DictNet(Still):
@@ -232,11 +232,22 @@ class Interrupt(Net):
     [
         (Net, {"layer": "hed"}, ValueError, "one of 'body', 'head', but got 'hed'"),
         (Net, {"layer": "drop"}, ValueError, r"but got 'drop', a torch\.nn\.modules\.dropout\.Dropout"),
-        (Conv, {"layer": "conv"}, ValueError, r"to name an nn\.Linear, but got 'conv', a Conv1d\(1, 2"),
+        (
+            Conv,
+            {"layer": "conv", "loss": "mse"},
+            ValueError,
+            r"to name an nn\.Linear where .* got 'conv', a Conv1d\(1, 2",
+        ),
+        (
+            Conv,
+            {"layer": "conv", "report": True},
+            ValueError,
+            r"to name an nn\.Linear where .* got 'conv', a Conv1d\(1, 2",
+        ),
         (Skips, {"layer": "head"}, RuntimeError, "layer 'head' did not run in any val batch"),
         (Skips, {}, RuntimeError, "(no nn.Linear ran|layer 'head' did not run) in any val batch"),
-        (Net, {"target": 2}, ValueError, "batch, which is a list of 2, but got 2"),
-        (Net, {"target": "y"}, ValueError, "batch, which is a list of 2, but got 'y'"),
+        (Net, {"loss": "cross_entropy", "target": 2}, ValueError, "batch, which is a list of 2, but got 2"),
+        (Net, {"loss": "cross_entropy", "target": "y"}, ValueError, "batch, which is a list of 2, but got 'y'"),
         (Net, {"loss": "huber", "target": None}, ValueError, "because the curvature of HuberLoss depends on it"),
         (Net, {"layer": "body", "loss": "huber"}, ValueError, r"`target` to be of shape \(5, 6\)"),
         (Interrupt, {}, SystemExit, None),
@@ -250,7 +261,8 @@ def test_refused_with_nothing_left_behind(
     trainer = make_trainer(callbacks=[FlatnessMonitor(**options)])
     train, val = make_loader([5], dtype=torch.float32), make_loader([5], dtype=torch.float32)
     run = (lambda: trainer.fit(net, train, val)) if fit else (lambda: trainer.validate(net, val, verbose=False))
-    with pytest.raises(error, match=message):
+    # In the middle of training it is no reason to end the run.
+    with pytest.warns(UserWarning, match=message) if kind is Skips and fit else pytest.raises(error, match=message):
         run()
     assert not any(module._forward_hooks for module in net.modules())
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_relflat import FAM, FlatnessMonitor
+from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor
 from tests.callbacks.test_fam import assert_same_weights, definition, train_by_hand
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
@@ -109,8 +109,14 @@ class WithTeacher(Still):
 @pytest.mark.parametrize("make", [lambda: FlatnessMonitor(), lambda: FAM(coefficient=0.1, probes=None)])
 def test_without_a_name_it_is_the_last_layer_that_the_loss_depends_on(make: Any) -> None:
     net, callback = WithTeacher().double(), make()
-    make_trainer(precision="64-true", callbacks=[callback]).fit(net, make_loader(SIZES))
-    assert callback._announced == "head"
+    trainer = make_trainer(precision="64-true", callbacks=[callback])
+    trainer.fit(net, make_loader(SIZES))
+    if isinstance(callback, FlatnessMonitor):
+        assert callback.measured_layer == "head"
+        value = float(trainer.callback_metrics["train/relative_flatness"])
+        assert value == pytest.approx(of(net, make_batches(SIZES)), rel=1e-9)
+    else:
+        assert callback._announced == "head"
 
 
 class FromIterator(Still):
@@ -148,8 +154,8 @@ class Popping(Still):
         self.training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("layers", [None, "*"])
-def test_a_step_may_take_entries_out_of_its_batch(layers: str | None) -> None:
+@pytest.mark.parametrize("loss", [None, "cross_entropy"])
+def test_a_step_may_take_entries_out_of_its_batch(loss: str | None) -> None:
     net = Popping().double()
     samples = [
         {"inputs": inputs, "labels": label} for batch in make_batches([8]) for inputs, label in zip(*batch, strict=True)
@@ -157,7 +163,8 @@ def test_a_step_may_take_entries_out_of_its_batch(layers: str | None) -> None:
     loader: Any = DataLoader(samples, batch_size=4)  # type: ignore[arg-type]
     callbacks = [
         FAM("head", 0.1, loss="cross_entropy", target="labels"),
-        FlatnessMonitor("head", target="labels", layers=layers),
+        FlatnessMonitor("head", loss, target="labels"),
+        LayersMonitor(),
     ]
     trainer = make_trainer(precision="64-true", callbacks=callbacks)
     trainer.fit(net, loader, loader)
@@ -234,17 +241,20 @@ def test_a_monitor_counts_the_first_evaluation_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize("change", [lambda z, y: F.cross_entropy(4 * z, y), lambda z, y: 0.3 * F.cross_entropy(z, y)])
-def test_a_monitor_refuses_a_loss_that_is_not_trained_with(change: Any) -> None:
+@pytest.mark.parametrize("stages", [("train", "val"), ("val",)])
+def test_a_monitor_refuses_a_loss_that_is_not_trained_with(change: Any, stages: Any) -> None:
     net = Net(criterion=change).double()
+    monitor = FlatnessMonitor("head", "cross_entropy", stages=stages)
     before = [parameter.detach().clone() for parameter in net.parameters()]
     with pytest.raises(RuntimeError, match="the loss that is trained with is not CrossEntropyLoss"):
-        make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head")]).fit(net, make_loader(SIZES))
+        make_trainer(precision="64-true", callbacks=[monitor]).fit(net, make_loader(SIZES))
     assert all(torch.equal(now, then) for now, then in zip(net.parameters(), before, strict=True))
 
 
 def test_a_monitor_of_a_hidden_layer_is_refused_with_the_heads_loss() -> None:
+    monitor = FlatnessMonitor("body", "cross_entropy")
     with pytest.raises(RuntimeError, match="the loss that is trained with is not CrossEntropyLoss"):
-        make_trainer(precision="64-true", callbacks=[FlatnessMonitor("body")]).fit(Net().double(), make_loader(SIZES))
+        make_trainer(precision="64-true", callbacks=[monitor]).fit(Net().double(), make_loader(SIZES))
 
 
 def test_the_learning_rate_finder_sees_the_loss_without_the_penalty(tmp_path: Path) -> None:
@@ -284,10 +294,15 @@ class Returning(Net):
         return {"loss": self.loss(batch)}
 
 
+class Silent(Net):
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        self(batch[0])
+
+
 @pytest.mark.parametrize(
     ("kind", "loss", "said"),
     [
-        (Net, "cross_entropy", True),
+        (Silent, "cross_entropy", True),
         (Returning, "cross_entropy", False),
         (Returning, nn.CrossEntropyLoss(reduction="sum"), True),
     ],

@@ -114,7 +114,7 @@ def test_large_heads(tmp_path: Path, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, pytest.param({"fsdp": "unit"}, marks=FSDP)])
 def test_probes_keep_the_processes_together(tmp_path: Path, options: dict[str, Any]) -> None:
     # On the same data it is the probes alone by which the processes' penalties, and gradients, differ.
-    options = options | {"share": "same", "epochs": 13}
+    options = options | {"share": "same", "epochs": 13, "any_loss": True}
     ranks = fit(tmp_path, 2, **options)
     assert_same_on_all_ranks(ranks)
     first, second = (rank["penalties"] for rank in ranks)
@@ -188,13 +188,18 @@ def test_a_relative_coefficient_resumes_on_all_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.ddp
-def test_resumed_within_an_epoch(tmp_path: Path) -> None:
-    whole = fit(tmp_path, 2, keep_all=True)
-    resumed = fit(tmp_path, 2, ckpt_path=str(tmp_path / "step=6.ckpt"))
+@pytest.mark.parametrize(
+    "options", [{}, {"any_loss": True}, pytest.param({"fsdp": "unit", "momentum": 0.9}, marks=FSDP)], ids=str
+)
+def test_resumed_within_an_epoch(tmp_path: Path, options: dict[str, Any]) -> None:
+    whole = fit(tmp_path, 2, keep_all=True, **options)
+    resumed = fit(tmp_path, 2, ckpt_path=str(tmp_path / "step=6.ckpt"), **options)
     for before, after in zip(whole, resumed, strict=True):
-        assert after["values"] == before["values"]
+        # What one process has taken over from all is added up in another order.
+        assert after["values"] == pytest.approx(before["values"], rel=1e-6 if "fsdp" in options else 1e-12)
         assert after["penalties"] == before["penalties"][6:]
-    assert_same_on_all_ranks([whole[0], *resumed])
+    assert_same_on_all_ranks(resumed)
+    assert_same_weights(whole[0], resumed[0])
 
 
 @pytest.mark.ddp
@@ -215,7 +220,7 @@ def test_synchronised_batch_norm_equals_one_process_on_the_union(tmp_path: Path)
 
 @pytest.mark.ddp
 def test_uneven_shares(tmp_path: Path) -> None:
-    ranks = fit(tmp_path, 3, loss="cross_entropy", share="uneven", monitor={"report": True, "layers": "*"})
+    ranks = fit(tmp_path, 3, loss="cross_entropy", share="uneven", monitor={"report": True}, layers=True)
     assert_same_on_all_ranks(ranks)
     net, value = fit_by_hand(3, share="uneven")
     assert_equal_by_hand(ranks[0], net, value)
@@ -230,7 +235,8 @@ def test_uneven_shares(tmp_path: Path) -> None:
     report = flatness_report(features, net.head.weight, net.head(features), target, loss="cross_entropy")
     for name in set(report) - {"relative_flatness"}:
         assert values[f"val/flatness/{name}"] == pytest.approx(report[name].item(), rel=1e-12)
-    error = values["val/layer_flatness_error/head"]
-    assert 0 < abs(values["val/layer_flatness/head"] - union.item()) < 4 * error
+    # Of the criterion of its own outputs the head's κ is exact, here as there.
+    assert values["val/layer_flatness/head"] == pytest.approx(union.item(), rel=1e-12)
+    assert values["val/layer_flatness_error/head"] == 0 < values["val/layer_flatness_error/body"]
     for rank in ranks[1:]:
         assert rank["values"]["val/network_flatness"] == values["val/network_flatness"]

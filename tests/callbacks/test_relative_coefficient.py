@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_relflat import FAM, MaxNorm
 from lightning_relflat.callbacks.coefficients import LossRatio
 from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, fixed_probe, train, twins
-from tests.models import Batch, ManualNet, Net, Resumable, make_batches, make_loader, make_trainer
+from tests.models import Batch, ManualNet, Net, Resumable, focal, make_batches, make_loader, make_trainer
 
 WARNS = "ignore:.*a negative coefficient"
 
@@ -89,7 +89,7 @@ def test_eight_steps_equal_the_definition(kind: type[Net], factor: float) -> Non
 
 
 def test_probes() -> None:
-    net, twin = twins(lr=0.1)
+    net, twin = twins(lr=0.1, criterion=focal)
     batches = make_batches(SIZES)
     fit(net, FAM("head", 0.3, relative=True), batches)
     train_by_hand(twin, batches, [0.3] * 3, fixed_probe)

@@ -69,7 +69,7 @@ def fit(net: Net, folder: Path, *others: Callback, ckpt_path: str | None = None,
     diary = Diary()
     callbacks = [
         FAM("head", 0.2, warmup_steps=6, every_n_steps=2),
-        FlatnessMonitor("head", log_cosh, seed=5),
+        FlatnessMonitor("head", seed=5),
         diary,
         *others,
     ]
@@ -92,7 +92,7 @@ def fit(net: Net, folder: Path, *others: Callback, ckpt_path: str | None = None,
     ],
 )
 def test_within_an_epoch_too(tmp_path: Path, kind: type[Net], every: int, place: tuple[int, int]) -> None:
-    start = kind().double()
+    start = kind(criterion=log_cosh).double()
     net = copy.deepcopy(start)
     whole = fit(net, tmp_path)
 
@@ -105,7 +105,7 @@ def test_within_an_epoch_too(tmp_path: Path, kind: type[Net], every: int, place:
             Crash(*place, ValueError),
             enable_checkpointing=True,
         )
-    resumed = kind().double()
+    resumed = kind(criterion=log_cosh).double()
     diary = fit(resumed, tmp_path, ckpt_path=str(tmp_path / "last.ckpt"))
     for left, right in zip(resumed.parameters(), net.parameters(), strict=True):
         assert torch.equal(left, right)
@@ -118,18 +118,25 @@ def test_within_an_epoch_too(tmp_path: Path, kind: type[Net], every: int, place:
 def test_a_checkpoint_on_an_exception_holds_the_step_that_is_to_come(tmp_path: Path, error: type[Exception]) -> None:
     saving = OnExceptionCheckpoint(tmp_path)
     with pytest.raises((error, SystemExit)):
-        fit(Momentum().double(), tmp_path, saving, Crash(1, 2, error), enable_checkpointing=True)
+        fit(Momentum(criterion=log_cosh).double(), tmp_path, saving, Crash(1, 2, error), enable_checkpointing=True)
     [path] = tmp_path.glob("*.ckpt")
 
     def check() -> None:
         callbacks = torch.load(path, weights_only=True)["callbacks"]
         assert callbacks["FAM[name=None]"] == {"steps": 6}
-        assert callbacks["FlatnessMonitor[layer='head']"]["sums"][1] == sum(SIZES[:2])
+        assert callbacks["FlatnessMonitor[name=None]"]["sums"][1] == sum(SIZES[:2])
 
     check()
     # Resumed, and interrupted again before a batch is through.
     with pytest.raises((error, SystemExit)):
-        fit(Momentum().double(), tmp_path, saving, Crash(1, 2, error), ckpt_path=str(path), enable_checkpointing=True)
+        fit(
+            Momentum(criterion=log_cosh).double(),
+            tmp_path,
+            saving,
+            Crash(1, 2, error),
+            ckpt_path=str(path),
+            enable_checkpointing=True,
+        )
     check()
 
 

@@ -14,14 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FlatnessMonitor, LayersMonitor, SharpestMonitor
-from tests.models import Batch, Net, make_batches, make_loader, make_trainer
+from tests.models import Batch, Net, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa_of_layer
 
 SIZES = [7, 4, 1]
-
-
-def focal(z: Tensor, y: Tensor) -> Tensor:
-    return ((1 - z.softmax(1)[range(len(z)), y]) ** 2 * F.cross_entropy(z, y, reduction="none")).mean()
 
 
 class Shows(Net):

@@ -565,7 +565,7 @@ PHI, W, Z = torch.ones(5, 3), torch.ones(2, 3), torch.ones(5, 2)
         ),
         (
             lambda: largest_eigenvalue(iter([]), loss="mse"),
-            "Expected argument `batches` to be something to go through again and again, such as a list, but got <list",
+            "Expected argument `batches` to be something to go through again and again, such as a list, but got a ",
         ),
         (
             lambda: largest_eigenvalue([(PHI, W, Z), (PHI, W[:1], Z[:, :1])], loss="mse"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from lightning_relflat.functional._checks import check_count, check_flag, shape_of
+from lightning_relflat.functional._checks import check_count, check_flag, said, shape_of
 from lightning_relflat.functional.layer_measures import Scale, batch_reduction, check_scale
 from lightning_relflat.functional.output_hessian import Target, as_criterion
 from lightning_relflat.functional.spectrum.lanczos import Bounds, dense_bounds, lanczos
@@ -111,7 +111,7 @@ def largest_eigenvalue(
     if isinstance(batches, Iterator):
         raise ValueError(
             "Expected argument `batches` to be something to go through again and again, such as a list, "
-            f"but got {batches!r}."
+            f"but got a {type(batches).__name__}."
         )
 
     def hessians() -> Iterator[LayerHessian]:
@@ -375,5 +375,5 @@ def _start(count: int, size: int, seed: int) -> Tensor:
 
 def _check_tolerance(tolerance: object) -> float:
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance > 0:
-        raise ValueError(f"Expected argument `tolerance` to be a number larger than 0, but got {tolerance!r}.")
+        raise ValueError(f"Expected argument `tolerance` to be a number larger than 0, but got {said(tolerance)}.")
     return float(tolerance)

@@ -53,9 +53,10 @@ def lanczos(
 ) -> Bounds:
     r"""Return bounds of the largest eigenvalue of symmetric matrices, all iterated at once.
 
-    Three vectors of the matrices' size are kept, and no basis: the recurrence of Lanczos as it stands. The vectors lose
-    their orthogonality as an eigenvalue converges, which repeats eigenvalues of the tridiagonal matrix T but moves none
-    (Paige); T is that of a slightly larger matrix with the same eigenvalues (Greenbaum).
+    Three vectors of the matrices' size are kept, or five with products of lower precision, and no basis: the
+    recurrence of Lanczos as it stands. The vectors lose their orthogonality as an eigenvalue converges, which repeats
+    eigenvalues of the tridiagonal matrix T but moves none (Paige); T is that of a slightly larger matrix with the same
+    eigenvalues (Greenbaum).
 
     The lower bound is the largest eigenvalue θ of T. That a residual is small says that an eigenvalue is near θ, not
     that it is the largest: near a degenerate top the iteration stops at a mixture of eigenvectors if the start happens

@@ -156,8 +156,8 @@ class Extent(NamedTuple):
 def _along(root: Tensor, moved: Tensor) -> Tensor:
     """Return r_iᵀ times the columns of samples, of shape (n, 1, k)."""
     if moved.shape[2] == 1:  # a product of matrices of one column takes twice as long
-        products: Tensor = torch.linalg.vecdot(root, moved[:, :, 0])
-        return products[:, None, None]
+        along: Tensor = torch.linalg.vecdot(root, moved[:, :, 0])
+        return along[:, None, None]
     return root[:, None, :] @ moved
 
 
