@@ -324,6 +324,20 @@ def weighted(found: Tensor, weight: Tensor) -> Tensor:
     return torch.stack([kappa * weight, weight, variance * weight**2, square * weight**4])
 
 
+def of_one_batch(sums: Sequence[Tensor]) -> Tensor:
+    """Return the sums of a batch from those of its losses: their κ add up, and the batch has one weight.
+
+    Args:
+        sums: of the losses, each with the weight of the batch.
+
+    Returns:
+        The sums.
+    """
+    stacked = torch.stack(list(sums))
+    scale = stacked[0, 1] / stacked[:, 1]
+    return (stacked * torch.stack([scale, scale / len(stacked), scale**2, scale**4], dim=1)).sum(dim=0)
+
+
 def copied(value: Any) -> Any:
     """Copy the tensors in something, so that they are ordinary ones.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -210,22 +210,25 @@ class LayerTap:
         """
         return any(tensor is outputs for tensor in self._originals)
 
-    def take_one(self, outputs: Tensor) -> LayerRecord | None:
-        """Hand out the pass of some outputs, and forget all; a layer that was left open is settled by it.
+    def take_those(self, outputs: Sequence[Tensor]) -> list[LayerRecord]:
+        """Hand out the passes of some outputs, and forget all; a layer that was left open is settled by the last.
 
         Args:
             outputs: what the step went on with.
 
         Returns:
-            The record; ``None`` if they left another layer, and nothing is forgotten.
+            The records; none if they left another layer, and then nothing is forgotten.
         """
-        number = next((k for k, tensor in enumerate(self._originals) if tensor is outputs), None)
-        if number is None:
-            return None
-        record, self._records, self._originals = self._records[number], [], []
-        if len(self._candidates) > 1:
-            self._settle(record.layer)
-        return record
+        found = [
+            record
+            for record, original in zip(self._records, self._originals, strict=True)
+            if any(tensor is original for tensor in outputs)
+        ]
+        if found:
+            self._records, self._originals = [], []
+            if len(self._candidates) > 1:
+                self._settle(found[-1].layer)
+        return [record for record in found if record.layer is self.layer]
 
     def relative_flatness(
         self,
@@ -265,7 +268,7 @@ class LayerTap:
         records: Sequence[LayerRecord],
         *,
         probes: int | None = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Callable[[], torch.Generator] | None = None,
         through_hessian: bool = True,
         measure: Measure = "relative_flatness",
         normalize_features: bool = False,
@@ -278,7 +281,7 @@ class LayerTap:
             loss: the scalar loss.
             records: the records, not copies, of the present step.
             probes: as for :func:`~lightning_relflat.functional.layer_flatness`.
-            generator: as for :func:`~lightning_relflat.functional.layer_flatness`.
+            generator: as for :func:`~lightning_relflat.functional.layer_flatness`, or what makes it where it is needed.
             through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
             measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace in its place.
             normalize_features: whether every row counts as if it had the length 1.
@@ -324,7 +327,7 @@ class LayerTap:
                 lookers=[self._looker],
                 mode=(module is not None and module.training, records[0].layer.training),
                 probes=probes,
-                generator=generator,
+                generator=generator() if callable(generator) else generator,
                 through_hessian=through_hessian,
                 measure=measure,
                 normalize_features=normalize_features,

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_relflat.callbacks._base import show
+from lightning_relflat.callbacks._step import Step
 from lightning_relflat.claims import Claim
 from lightning_relflat.functional._weights import has_matrix
+from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
+from lightning_relflat.functional.relative_flatness import relative_flatness
 from lightning_relflat.layer_tap import LayerRecord
 from lightning_relflat.linear_layers import describe
 
@@ -36,6 +40,71 @@ def refuse_false_claim(
             f"{who!r}: the loss that is trained with is not {show(claim.criterion)} of the outputs of layer {layer!r}: "
             f"{verdict.reason}. Leave out `loss`: then the curvature comes from the loss itself."
         )
+
+
+def flatness_of_criterion(
+    records: Sequence[LayerRecord],
+    target: Any,
+    criterion: nn.Module,
+    loss: Tensor,
+    *,
+    through_hessian: bool,
+    probes: int | None,
+    generator: torch.Generator | None,
+    **options: Any,
+) -> Tensor:
+    """Return κ of what a criterion is of the outputs of some passes, differentiable.
+
+    Args:
+        records: the passes.
+        target: the criterion's target.
+        criterion: a criterion with a closed form.
+        loss: the loss that is trained with, with whose gradients those of κ may be made.
+        through_hessian: whether gradients flow through the Hessian and the features.
+        probes: as for :func:`~lightning_relflat.functional.relative_flatness`.
+        generator: as there.
+        options: as there.
+
+    Returns:
+        κ, a scalar.
+    """
+    return torch.stack(
+        [
+            relative_flatness(
+                record.features if through_hessian else record.features.detach(),
+                record.weight,
+                record.outputs if through_hessian else record.outputs.detach(),
+                target,
+                loss=criterion,
+                class_dim=-1,
+                probes=probes,
+                generator=generator,
+                beside=record.beside(loss) if through_hessian else None,
+                **options,
+            )
+            for record in records
+        ]
+    ).sum()
+
+
+def has_value(claim: Claim, step: Step, record: LayerRecord, target: Any) -> bool | None:
+    """Return whether a step of validation or test shows a loss of the value that was claimed; reads the device.
+
+    Args:
+        claim: what was claimed.
+        step: the step, which has run.
+        record: the one pass through the layer.
+        target: the second argument of what was claimed.
+
+    Returns:
+        Whether it does; ``None`` if it shows no loss, or the claim has no closed form.
+    """
+    shown = next((losses[0] for losses in step.losses() if len(losses) == 1), None)
+    if shown is None or target is None or not has_closed_form(claim.criterion):
+        return None
+    assert isinstance(claim.criterion, nn.Module)
+    value, _ = criterion_loss(claim.criterion, record.outputs, target)
+    return torch.allclose(value, shown.detach().to(value), rtol=0.01)
 
 
 def refuse_layer(name: str, layer: nn.Module) -> None:

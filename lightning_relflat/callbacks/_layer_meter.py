@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_relflat._calls import CriterionCalls
-from lightning_relflat._sharded import staying_whole
 from lightning_relflat.callbacks._base import LightningModule, Target, find_target
-from lightning_relflat.callbacks._claim import refuse_false_claim, refuse_layer
+from lightning_relflat.callbacks._claim import has_value, refuse_false_claim, refuse_layer
+from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
-from lightning_relflat.claims import Claim, Criterion
-from lightning_relflat.curvature import Loss, Probes, read_loss, sums_of_callable, sums_of_criterion, sums_of_loss
-from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
+from lightning_relflat.claims import Claim
+from lightning_relflat.curvature import Loss, read_loss
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
 from lightning_relflat.linear_layers import describe
-
-
-@dataclass(frozen=True, eq=False)
-class Measurable:
-    """What there is to measure of a step.
-
-    Attributes:
-        loss: the loss, in the graph of the records; ``None`` where a claim stands for it.
-        records: the passes that it depends on.
-        called: a criterion or callable of the records' outputs that is the loss, and its target; ``None`` if none is
-            known.
-    """
-
-    loss: Tensor | None
-    records: Sequence[LayerRecord]
-    called: tuple[Criterion, Any] | None
-
-    def sums(self, probes: Probes, meter: LayerMeter) -> Tensor | None:
-        """Return the sums of κ, as :mod:`lightning_relflat.curvature` has them.
-
-        Args:
-            probes: for what has no closed form.
-            meter: whose it is.
-
-        Returns:
-            The sums; ``None`` if the loss does not depend on the layer.
-        """
-        if self.loss is not None:
-            with staying_whole(meter.module):
-                return sums_of_loss(self.loss, self.records, probes, behind=meter.tap.behind, mode=meter.mode)
-        assert self.called is not None
-        found, (criterion, target) = [], self.called
-        for record in self.records:
-            batch = record.features.detach(), record.weight.detach(), record.outputs.detach(), target
-            if has_closed_form(criterion):
-                assert isinstance(criterion, nn.Module)
-                found.append(sums_of_criterion(*batch, criterion))
-            else:
-                found.append(sums_of_callable(*batch, criterion, probes))
-        return torch.stack(found).sum(dim=0)
 
 
 class LayerMeter:
@@ -98,11 +55,6 @@ class LayerMeter:
         """The tap, while there is one."""
         assert self._tap is not None
         return self._tap
-
-    @property
-    def mode(self) -> object:
-        """Stands for how the module computes."""
-        return None if self.module is None else self.module.training
 
     def attach(self, module: LightningModule) -> None:
         """Find the layer.
@@ -224,14 +176,18 @@ class LayerMeter:
             It; ``None`` if the layer did not run, or the step shows no loss that depends on it.
         """
         if self.claim is not None:
-            records = self.tap.take()
+            assert step.calls is not None
+            # If a criterion is called, its passes count; others are of a search, or generate text.
+            called = [call.source.origin for call in step.calls.calls if call.source is not None]
+            records = self.tap.take_those(called) or self.tap.take()
             if not records:
                 return None
             self._ran.add(step.stage)
             self._settle()
             target = find_target(step.batch, self._target)
-            if len(records) == 1:
-                self._compare_value(step, records[0], target)
+            if len(records) == 1 and not (self.claim.verified or self._compared):
+                holds = has_value(self.claim, step, records[0], target)
+                self._compared, self.claim.verified = holds is not None, holds is True
             return Measurable(None, records, (self.claim.criterion, target))
         if self.tap.pending:
             self._ran.add(step.stage)
@@ -252,9 +208,10 @@ class LayerMeter:
                 continue
             calls = [call for call in step.calls.calls if any(call.result is loss for loss in losses)]
             source = calls[0].source if len(calls) == len(losses) == 1 else None
-            record = None if source is None else self.tap.take_one(source.origin)
-            if record is None:
+            records = [] if source is None else self.tap.take_those([source.origin])
+            if not records:
                 return None, False  # another loss, for which it takes a graph
+            [record] = records
             with torch.inference_mode(False):
                 outputs = record.outputs.clone().requires_grad_()
                 record = replace(
@@ -284,19 +241,6 @@ class LayerMeter:
     def _is_sane(self) -> bool:
         assert self.module is not None
         return self.module.trainer.sanity_checking
-
-    def _compare_value(self, step: Step, record: LayerRecord, target: Any) -> None:
-        """Take what was said for verified where a step of validation or test shows a loss of its value."""
-        assert self.claim is not None
-        criterion = self.claim.criterion
-        if self.claim.verified or self._compared or target is None or not has_closed_form(criterion):
-            return
-        shown = next((losses[0] for losses in step.losses() if len(losses) == 1), None)
-        if shown is not None:
-            assert isinstance(criterion, nn.Module)
-            self._compared = True
-            value, _ = criterion_loss(criterion, record.outputs, target)
-            self.claim.verified = torch.allclose(value, shown.detach().to(value), rtol=0.01)
 
     def _settle(self) -> None:
         """Say once which layer it is, and refuse one that cannot be measured."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -47,6 +48,7 @@ class Monitor(Callback):
         self._step: Step | None = None  # of the batch; the first one, where it has several
         self._loader = 0
         self._resumed: dict[str, Any] = {}
+        self._told: set[str] = set()
 
     # What a monitor does. Each is called on all processes.
 
@@ -224,9 +226,22 @@ class Monitor(Callback):
         """Keep what a checkpoint holds until training begins."""
         self._resumed = state_dict
 
+    def say(self, what: str, message: str | None, *, warns: bool = True) -> None:
+        """Say something once in a run, if there is something to say.
+
+        Args:
+            what: what it is about.
+            message: what is said.
+            warns: whether it is a warning.
+        """
+        if message is not None and what not in self._told:
+            self._told.add(what)
+            (rank_zero_warn if warns else rank_zero_info)(f"{self!r}: {message}")
+
     def _attach(self, trainer: Trainer, module: LightningModule) -> None:
         if self._module is None:
             self._module = module
+            self._told = set()
             self.attach(trainer, module)
             StepWatcher.join(module, self)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_relflat.callbacks._base import Trainer
 from lightning_relflat.callbacks.max_norm import MaxNorm
@@ -63,15 +67,63 @@ def is_frozen(tap: LayerTap) -> bool:
     return tap.layer is not None and not any(parameter.requires_grad for parameter in tap.layer.parameters())
 
 
-def is_capped(trainer: Trainer, layer: str) -> bool:
-    """Return whether a Trainer has a cap on the norm of a layer's weight.
+def has_gradients(optimizer: Any, tap: LayerTap) -> bool:
+    """Return whether an optimizer has gradients of a layer that ran.
 
     Args:
-        trainer: the Trainer.
-        layer: the layer's name.
+        optimizer: the optimizer.
+        tap: the tap that listens to the layer, or to all as long as it is not known which.
 
     Returns:
         Whether it has.
     """
+    if not tap.pending:
+        return False
+    own = None if tap.layer is None else set(tap.layer.parameters())
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return any(parameter.grad is not None for parameter in held if own is None or parameter in own)
+
+
+class Finite:
+    """Whether all that was checked is finite; on a GPU it is looked at when asked for, so that no step waits."""
+
+    def __init__(self) -> None:
+        self._broken: Tensor | None = None
+
+    def check(self, who: object, what: str, value: Tensor) -> None:
+        """Check a number.
+
+        Args:
+            who: the callback, for the message.
+            what: what the number is.
+            value: the number.
+
+        Raises:
+            RuntimeError: on a CPU, if it is not finite.
+        """
+        finite = value.detach().isfinite().all()
+        if value.device.type != "cpu":
+            self._broken = ~finite if self._broken is None else self._broken | ~finite
+        elif not bool(finite):
+            raise RuntimeError(f"{who!r}: {what} is {value.detach()}.")
+
+    def all(self) -> bool:
+        """Return whether all were finite; reads the device."""
+        return self._broken is None or not bool(self._broken)
+
+
+def warn_of_no_bound(who: object, trainer: Trainer, layer: str) -> None:
+    """Warn of training away from flatness where nothing caps the norm of the layer's weight.
+
+    Args:
+        who: the callback, for the message.
+        trainer: the Trainer.
+        layer: the layer's name.
+    """
     callbacks: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
-    return any(isinstance(callback, MaxNorm) and callback.layer == layer for callback in callbacks)
+    if not any(isinstance(callback, MaxNorm) and callback.layer == layer for callback in callbacks):
+        rank_zero_warn(
+            f"{who!r}: a negative coefficient trains away from flatness, which nothing bounds, so that training can "
+            f"diverge. The callback `MaxNorm({layer!r}, …)` caps the layer's weight; `normalize_features` leaves the "
+            "features' length out."
+        )

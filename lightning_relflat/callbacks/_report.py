@@ -10,7 +10,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_relflat.callbacks._base import show
-from lightning_relflat.callbacks._layer_meter import LayerMeter, Measurable
+from lightning_relflat.callbacks._layer_meter import LayerMeter
+from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import computed
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.functional.criteria import has_closed_form

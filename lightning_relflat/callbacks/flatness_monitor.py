@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer, labelled, show
-from lightning_relflat.callbacks._layer_meter import LayerMeter, Measurable
+from lightning_relflat.callbacks._layer_meter import LayerMeter
+from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import Monitor
 from lightning_relflat.callbacks._report import Part, Reports, check_parts
 from lightning_relflat.callbacks._step import Stage, Step
-from lightning_relflat.curvature import Loss, Probes
+from lightning_relflat.curvature import Loss, Probes, of_one_batch
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.metrics.flatness_sums import FlatnessSums
 
@@ -115,7 +115,6 @@ class FlatnessMonitor(Monitor):
         self._metrics: dict[tuple[Stage, int], FlatnessSums] = {}
         self._sums: list[Tensor] = []  # of the batch
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
-        self._told: set[str] = set()
 
     @property
     def measured_layer(self) -> str | None:
@@ -124,7 +123,7 @@ class FlatnessMonitor(Monitor):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the layer."""
-        self._metrics, self._sums, self._within_epoch, self._told = {}, [], False, set()
+        self._metrics, self._sums, self._within_epoch = {}, [], False
         self._meter.attach(module)
         self._reports.check_layer()
 
@@ -200,11 +199,11 @@ class FlatnessMonitor(Monitor):
         self._meter.end()
 
     def _measure(self, found: Measurable) -> None:
-        sums = found.sums(self._probes, self._meter)
+        sums = found.sums(self._probes, self._meter.tap.behind, self._module)
         if sums is not None:
             self._sums.append(sums)
         if self._probes.flat:
-            self._say("flat", "κ is 0, because the loss is piecewise linear in the layer's outputs.")
+            self.say("flat", "κ is 0, because the loss is piecewise linear in the layer's outputs.")
 
     def begin_epoch(self, stage: Stage, loaders: int) -> None:
         """Begin the sums of an epoch, also where a checkpoint holds one that had just run out of batches."""
@@ -219,20 +218,16 @@ class FlatnessMonitor(Monitor):
     def end_batch(self, stage: Stage, loader: int) -> None:
         """Add the batch."""
         if self._sums:
-            sums = torch.stack(self._sums)
-            if len(sums) > 1:  # losses of one batch: they add up, and it has one weight
-                scale = sums[0, 1] / sums[:, 1]
-                sums = sums * torch.stack([scale, scale / len(sums), scale**2, scale**4], dim=1)
-            self._metric(stage, loader).update(sums.sum(dim=0))
+            sums = of_one_batch(self._sums)
+            self._metric(stage, loader).update(sums)
             if stage == "train" and self.every_n_steps is not None:
-                self._log_step(sums.sum(dim=0))
+                self._log_step(sums)
         self._sums = []
         self._within_epoch |= stage == "train"
 
     def _log_step(self, sums: Tensor) -> None:
         assert self._module is not None
-        assert self.every_n_steps is not None
-        if (self._module.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.every_n_steps == 0:
+        if (self._module.trainer.fit_loop.epoch_loop.batch_idx + 1) % (self.every_n_steps or 1) == 0:
             of_batch = self._new_metric(sync_on_compute=False)
             of_batch.update(sums)
             name = labelled("train/relative_flatness_step", self.name)
@@ -247,11 +242,11 @@ class FlatnessMonitor(Monitor):
         totals = metric.totals()
         _, weight, variance, _ = totals.tolist()
         if self._meter.missed:
-            self._say(
+            self.say(
                 "missed", f"batches were left out ({self._meter.missed} so far): their loss was another than before."
             )
         if weight == 0:
-            self._say(f"absent from {stage}", self._meter.absent(stage))
+            self.say(f"absent from {stage}", self._meter.absent(stage))
             return {}
         value, error = metric.values(totals)
         found = {"relative_flatness": value} | ({"relative_flatness_error": error} if variance > 0 else {})
@@ -263,7 +258,7 @@ class FlatnessMonitor(Monitor):
         claim = self._meter.claim
         assert self._module is not None
         if claim is not None and not claim.verified and self._module.trainer.state.fn != "fit":
-            self._say(
+            self.say(
                 "unverified",
                 f"that {show(claim.criterion)} of the layer's outputs is the loss that the module trains with has not "
                 "been verified, because no step has shown that loss. Return it from the step, or measure within `fit`.",
@@ -303,9 +298,3 @@ class FlatnessMonitor(Monitor):
         claim = self._meter.claim
         mean = claim is None or getattr(claim.criterion, "reduction", "mean") != "sum"
         return FlatnessSums(mean=mean, **kwargs).to(self._module.device)
-
-    def _say(self, what: str, message: str | None) -> None:
-        """Warn once, if there is a message."""
-        if message is not None and what not in self._told:
-            self._told.add(what)
-            rank_zero_warn(f"{self!r}: {message}")

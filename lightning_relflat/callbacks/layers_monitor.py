@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
@@ -91,7 +90,6 @@ class LayersMonitor(Monitor):
         self._behind = Behind(measures=True)
         self._within = ExitStack()
         self._metrics: dict[tuple[Stage, int], LayersFlatness] = {}
-        self._told: set[str] = set()
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the layers."""
@@ -110,7 +108,6 @@ class LayersMonitor(Monitor):
         for tap in self._taps.values():
             tap.opens = True
         self._metrics = {}
-        self._told = set()
 
     def detach(self) -> None:
         """Leave nothing behind."""
@@ -150,7 +147,7 @@ class LayersMonitor(Monitor):
         loss, several = the_loss(step, [record for found in records.values() for record in found])
         if loss is None:
             which = "several losses that depend" if several else "no loss that depends"
-            self._say(
+            self.say(
                 "no loss",
                 f"a step of {step.stage} shows {which} on the layers, so that it is left out. Return the loss from the "
                 "step, or log it.",
@@ -193,10 +190,11 @@ class LayersMonitor(Monitor):
         names = [name for name, seen in zip(self._taps, known, strict=False) if seen]
         absent = [repr(name) for name, seen in zip(self._taps, known, strict=False) if not seen]
         if absent and names:
-            self._say(
+            self.say(
                 f"absent from {stage}",
                 f"not measured over {stage} data, because they did not run as modules, or no loss depended on them: "
                 f"{', '.join(absent)}.",
+                warns=False,
             )
         if not names:
             return {}
@@ -212,12 +210,6 @@ class LayersMonitor(Monitor):
             metric = LayersFlatness(len(self._taps), probes=self.probes, seed=self.seed)
             self._metrics[stage, loader] = metric.to(self._module.device)
         return self._metrics[stage, loader]
-
-    def _say(self, what: str, message: str) -> None:
-        """Say something once."""
-        if what not in self._told:
-            self._told.add(what)
-            (rank_zero_info if what.startswith("absent") else rank_zero_warn)(f"{self!r}: {message}")
 
 
 def _samples(records: Mapping[str, Sequence[object]]) -> int:

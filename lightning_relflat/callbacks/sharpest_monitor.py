@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer
-from lightning_relflat.callbacks._layer_meter import LayerMeter, Measurable
+from lightning_relflat.callbacks._layer_meter import LayerMeter
+from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import Monitor, computed
 from lightning_relflat.callbacks._step import Stage, Step
 from lightning_relflat.curvature import Loss, exact_parts, recognise_passes

@@ -469,8 +469,9 @@ def test_an_exact_penalty_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     def draw(*_: Any) -> int:
         raise AssertionError
 
-    monkeypatch.setattr("lightning_relflat.callbacks.fam.probe_seed", draw)
+    monkeypatch.setattr("lightning_relflat.callbacks._penalty.probe_seed", draw)
     train(Net().double(), FAM("head", 0.3, loss="cross_entropy"))
+    train(Net().double(), FAM("head", 0.3))  # which is recognised
     with pytest.raises(AssertionError):
         train(Net().double(), FAM("head", 0.3, loss="cross_entropy", shared_probes=1))
 
@@ -534,7 +535,7 @@ def test_says_once_which_layer(caplog: pytest.LogCaptureFixture) -> None:
         )
     said = [message for message in caplog.messages if "at layer" in message]
     layer = "layer 'head', a Linear(in_features=6, out_features=3, bias=True)."
-    assert said == [f"FAM: relative flatness is penalised at {layer}", f"FlatnessMonitor(): measured at {layer}"]
+    assert said == [f"FAM(): relative flatness is penalised at {layer}", f"FlatnessMonitor(): measured at {layer}"]
 
 
 class Conv(Net):
@@ -640,7 +641,7 @@ REFUSED: dict[str, tuple[type[Net], Callable[[], FAM], type[BaseException], str 
         Conv,
         lambda: FAM("conv", loss="mse"),
         ValueError,
-        r"to name an nn\.Linear where the loss is named, but got 'conv', a Conv1d\(1, 2, .*Leave out `loss`",
+        r"to name an nn\.Linear where a criterion .* but got 'conv', a Conv1d\(1, 2, .*Leave out `loss`",
     ),
     "did not run": (Unused, lambda: FAM("unused"), RuntimeError, r"layer 'unused' did not run with gradients"),
     "ran without gradients": (NoGrad, lambda: FAM("head"), RuntimeError, r"layer 'head' did not run with gradients"),

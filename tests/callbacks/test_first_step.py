@@ -69,7 +69,12 @@ REFUSED: dict[str, tuple[type[Net], dict[str, Any], type[Exception], str]] = {
         r"`target` to be an index or key of what \(1,\) leads to in the batch, which is a single tensor",
     ),
     "shapes do not fit": (Net, {"loss": "mse"}, ValueError, r"`target` to be of shape \(7, 3\)"),
-    "not linear": (Conv, {"layer": "conv", "loss": "mse"}, ValueError, "to name an nn.Linear where the loss is named"),
+    "not linear": (
+        Conv,
+        {"layer": "conv", "loss": "mse"},
+        ValueError,
+        "to name an nn.Linear where a criterion of its outputs",
+    ),
 }
 
 
@@ -386,7 +391,7 @@ def test_the_penalty_comes_when_it_is_due() -> None:
 
 
 def test_a_claim_about_very_many_outputs_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_relflat.callbacks.fam.is_large", lambda outputs: True)
+    monkeypatch.setattr("lightning_relflat.callbacks._penalty.is_large", lambda outputs: True)
     train(Scaled().double(), FAM("head", loss="cross_entropy", start_epoch=1))
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor
+from lightning_relflat.callbacks._penalty import Penalty
 from tests.callbacks.test_fam import assert_same_weights, definition, train_by_hand
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
@@ -116,7 +117,7 @@ def test_without_a_name_it_is_the_last_layer_that_the_loss_depends_on(make: Any)
         value = float(trainer.callback_metrics["train/relative_flatness"])
         assert value == pytest.approx(of(net, make_batches(SIZES)), rel=1e-9)
     else:
-        assert callback._announced == "head"
+        assert callback.penalised_layer == "head"
 
 
 class FromIterator(Still):
@@ -257,16 +258,19 @@ def test_a_monitor_of_a_hidden_layer_is_refused_with_the_heads_loss() -> None:
         make_trainer(precision="64-true", callbacks=[monitor]).fit(Net().double(), make_loader(SIZES))
 
 
-def test_the_learning_rate_finder_sees_the_loss_without_the_penalty(tmp_path: Path) -> None:
+def test_the_learning_rate_finder_sees_the_loss_without_the_penalty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
+    of = Penalty.of
 
-    class Watching(FAM):
-        def of(self, loss: Tensor) -> Tensor | None:
-            seen.append(loss)
-            return super().of(loss)
+    def watching(self: Penalty, loss: Tensor) -> Tensor | None:
+        seen.append(loss)
+        return of(self, loss)
 
+    monkeypatch.setattr(Penalty, "of", watching)
     net = Net()
-    trainer = make_trainer(callbacks=[Watching("head", 0.1)], default_root_dir=tmp_path)
+    trainer = make_trainer(callbacks=[FAM("head", 0.1)], default_root_dir=tmp_path)
     Tuner(trainer).lr_find(net, make_loader(SIZES, dtype=torch.float32), num_training=3, update_attr=False)
     assert not seen
     trainer.fit(net, make_loader(SIZES, dtype=torch.float32))

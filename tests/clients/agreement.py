@@ -322,7 +322,7 @@ class Case:
         name = layer if named else None
         callbacks: list[Any] = [Definition(layer, gradients=gradients), FAM(name, probes=None, **(claim or {}))]
         oracle, fam = fit(callbacks, precision="64-true", max_steps=exact_steps) or callbacks
-        assert fam._announced == layer
+        assert fam.penalised_layer == layer
         assert len(oracle.penalties) == len(oracle.kappas) == exact_steps
         assert min(map(abs, oracle.kappas)) > 0
         worst = max(map(relative_error, oracle.penalties, oracle.kappas))
@@ -335,7 +335,7 @@ class Case:
         for count in (2, steps):
             callbacks = [Definition(layer), FAM(name, **(claim or {}))]
             oracle, fam = fit(callbacks, max_steps=count) or callbacks
-            assert fam._announced == layer
+            assert fam.penalised_layer == layer
             assert len(oracle.penalties) == len(oracle.kappas) == count
             worst = max(map(relative_error, oracle.penalties, oracle.kappas))
             if worst < 1e-4:  # without probes, because the loss was named or recognised, or there is nothing to draw
@@ -382,7 +382,7 @@ class Case:
         callbacks: list[Any] = [Definition(layer), FAM()]
         with pytest.warns(UserWarning, match="κ = 0, because the loss is piecewise linear") as warned:
             oracle, fam = fit(callbacks, precision="64-true", max_steps=2) or callbacks
-        assert fam._announced == layer
+        assert fam.penalised_layer == layer
         assert oracle.penalties == oracle.kappas == [0, 0]
         self._record("flat", str(next(one.message for one in warned if "κ = 0" in str(one.message))))
 

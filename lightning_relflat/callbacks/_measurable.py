@@ -1,0 +1,59 @@
+"""What there is to measure of a step, and how: of its loss in the graph, or of a criterion of a layer's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_relflat._behind import Behind
+from lightning_relflat._sharded import staying_whole
+from lightning_relflat.claims import Criterion
+from lightning_relflat.curvature import Probes, sums_of_callable, sums_of_criterion, sums_of_loss
+from lightning_relflat.functional.criteria import has_closed_form
+from lightning_relflat.layer_tap import LayerRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Measurable:
+    """What there is to measure of a step.
+
+    Attributes:
+        loss: the loss, in the graph of the records; ``None`` where a claim stands for it.
+        records: the passes that it depends on.
+        called: a criterion or callable of the records' outputs that is the loss, and its target; ``None`` if none is
+            known.
+    """
+
+    loss: Tensor | None
+    records: Sequence[LayerRecord]
+    called: tuple[Criterion, Any] | None
+
+    def sums(self, probes: Probes, behind: Behind | None, module: nn.Module | None) -> Tensor | None:
+        """Return the sums of κ, as :mod:`lightning_relflat.curvature` has them.
+
+        Args:
+            probes: for what has no closed form.
+            behind: the function mode that has seen what lies behind the layer.
+            module: the module whose step it was.
+
+        Returns:
+            The sums; ``None`` if the loss does not depend on the layer.
+        """
+        if self.loss is not None:
+            mode = None if module is None else module.training
+            with staying_whole(module):
+                return sums_of_loss(self.loss, self.records, probes, behind=behind, mode=mode)
+        assert self.called is not None
+        found, (criterion, target) = [], self.called
+        for record in self.records:
+            batch = record.features.detach(), record.weight.detach(), record.outputs.detach(), target
+            if has_closed_form(criterion):
+                assert isinstance(criterion, nn.Module)
+                found.append(sums_of_criterion(*batch, criterion))
+            else:
+                found.append(sums_of_callable(*batch, criterion, probes))
+        return torch.stack(found).sum(dim=0)
