@@ -232,7 +232,7 @@ def test_monitoring_a_compiled_lightning_module(ran: bool) -> None:
     if ran:
         with torch.no_grad():
             model(make_batches(SIZES)[0][0])
-    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head")])
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", loss="cross_entropy")])
     try:
         trainer.fit(model, make_loader(SIZES), make_loader([5, 2], seed=2))
         fitted = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -259,7 +259,7 @@ def test_monitoring_what_is_compiled_within_fit(part: str, where: str, monkeypat
     monkeypatch.setattr(CompiledInFit, "part", part)
     monkeypatch.setattr(CompiledInFit, "where", where)
     net = CompiledInFit(lr=0.0).double()
-    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head")])
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", loss="cross_entropy")])
     trainer.fit(net, make_loader(SIZES), make_loader([5, 2], seed=2))
     for stage, batches in {"train": make_batches(SIZES), "val": make_batches([5, 2], seed=2)}.items():
         value = trainer.callback_metrics[f"{stage}/relative_flatness"].item()
