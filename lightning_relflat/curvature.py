@@ -127,6 +127,35 @@ def exact_parts(
     return parts
 
 
+class Trying:
+    """Whether it is worth while to look if a loss is recognised: walking its graph takes time.
+
+    As long as a loss was recognised before, or few were not.
+    """
+
+    def __init__(self) -> None:
+        self._found = False
+        self._misses = 0
+
+    def recognise(self, loss: Tensor, records: Sequence[LayerRecord]) -> Recognised | None:
+        """Return :func:`recognise_passes`, or ``None`` if it is not worth while.
+
+        Args:
+            loss: as there.
+            records: as there.
+
+        Returns:
+            What it returns.
+        """
+        if not self._found and self._misses >= _MISSES:
+            return None
+        recognised = recognise_passes(loss, records)
+        self._found |= recognised is not None
+        self._misses += recognised is None
+        return recognised
+
+
+_MISSES = 3
 _SOFTMAX = nn.CrossEntropyLoss()
 
 
@@ -140,7 +169,7 @@ class Probes:
     Attributes:
         batches: numbers the probes.
         before: how many batches there were since sums began.
-        exact: whether the losses since sums began are recognised; ``None`` as long as none was looked at.
+        exact: whether the last loss was recognised.
 
     Raises:
         ValueError: if ``probes`` is no integer of at least 2 nor ``None``, or ``seed`` none of at least 0.
@@ -154,7 +183,8 @@ class Probes:
         self.seed = check_count("seed", seed, at_least=0)
         self.batches = self.before = 0
         self.looker = Looker()
-        self.exact: bool | None = None
+        self.exact = False
+        self.trying = Trying()
 
     @property
     def flat(self) -> bool:
@@ -164,7 +194,7 @@ class Probes:
     def begin(self) -> None:
         """Begin new sums; how rows meet is looked for anew."""
         self.before = 0
-        self.exact = None
+        self.trying = Trying()
         self.looker.look_again()
 
     def sums(self, loss: Tensor, uses: Sequence[LayerUse], mode: object = None) -> Tensor | None:
@@ -230,8 +260,7 @@ def sums_of_loss(
         The sums; ``None`` if the loss does not depend on the passes.
     """
     probes.batches += 1
-    # A loss that was once not recognised is not looked at again before the next epoch: walking its graph takes time.
-    recognised = None if probes.exact is False else recognise_passes(loss, records)
+    recognised = probes.trying.recognise(loss, records)
     probes.exact = recognised is not None
     if recognised is not None:
         with torch.no_grad():

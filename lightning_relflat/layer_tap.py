@@ -19,7 +19,7 @@ from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
 from lightning_relflat._sharded import staying_whole
-from lightning_relflat.curvature import exact_parts, recognise_passes
+from lightning_relflat.curvature import Trying, exact_parts
 from lightning_relflat.functional._checks import ordinary
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
@@ -161,7 +161,7 @@ class LayerTap:
         for layer in self._candidates.values():
             LayerHook.forget(layer)
         self._looking = True  # whether it is not yet known if there is anything to write out
-        self._recognises = True  # whether it is not yet known that the loss is not recognised
+        self._trying = Trying()
         self._looker.look_again()
 
     def has_measured(self, *, exact: bool) -> None:
@@ -309,7 +309,7 @@ class LayerTap:
             stack.enter_context(ordinary())
             stack.enter_context(staying_whole(module))
             mine = [record for record in records if record.is_in(loss)]
-            recognised = recognise_passes(loss, mine) if self._recognises else None
+            recognised = self._trying.recognise(loss, mine)
             self.exact = recognised is not None
             if recognised is not None:
                 self.has_measured(exact=True)
@@ -321,8 +321,6 @@ class LayerTap:
                     normalize_features=normalize_features,
                 )
                 return torch.stack([part.sum() for part in exact]).sum()
-            self._looking |= self._recognises
-            self._recognises = False
             gated = False
             if behind is not None:
                 stack.enter_context(behind.curvature())

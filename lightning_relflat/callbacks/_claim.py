@@ -120,5 +120,5 @@ def refuse_layer(name: str, layer: nn.Module) -> None:
     if not has_matrix(layer):
         raise ValueError(
             "Expected argument `layer` to name an nn.Linear where a criterion of its outputs is asked for, but got "
-            f"{describe(name, layer)}. Leave out `loss`: then the curvature comes from the loss itself."
+            f"{describe(name, layer)}. Leave out `loss` and `report`: then the curvature comes from the loss itself."
         )

@@ -205,7 +205,7 @@ class FlatnessMonitor(Monitor):
             sums = found.sums(self._probes, self._meter.tap.behind, self._module)
         if sums is not None:
             self._sums.append(sums)
-        self._meter.tap.has_measured(exact=self._probes.exact is True)
+        self._meter.tap.has_measured(exact=self._probes.exact)
         if self._probes.flat:
             self.say("flat", "κ is 0, because the loss is piecewise linear in the layer's outputs.")
 

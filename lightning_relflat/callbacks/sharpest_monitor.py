@@ -156,11 +156,11 @@ class SharpestMonitor(Monitor):
             return
         with torch.inference_mode(False):
             found = self._meter.evaluated(step, self._loader)
-            if not self.is_due(step.stage):
+            parts = None if found is None else self._parts(found)
+            if not self.is_due(step.stage):  # in the sanity check it is seen that there are parts
                 return
             indices = list(next(self._orders[self._loader]))
-            if found is not None:
-                parts = self._parts(found)
+            if parts is not None:
                 if len(parts) != len(indices):
                     raise RuntimeError(
                         f"{self!r}: what enters layer {self._meter.tap.name!r} has {len(parts)} rows in a batch of "
