@@ -109,6 +109,7 @@ DETAILS = {
     "test_a_compiled_lightning_module_is_compiled",
     "test_a_module_that_was_compiled_and_ran_before_is_right_or_refused",
     "test_copies_of_the_module_in_the_middle_of_training",
+    "test_monitoring_validation_alone_of_a_compiled_module",
     "test_monitoring_what_is_compiled_within_fit",
     "test_without_validation",
 }
