@@ -36,6 +36,7 @@ from lightning_relflat import FAM
 CONTENDERS = [
     "plain",
     "FAM, named loss",
+    "FAM, unnamed loss",
     "FAM, probe",
     "FAM, every 10th step",
     "FAM, hidden layer",
@@ -77,6 +78,15 @@ DEFAULT = [
     Case("vit", 100, steps=40),
     Case("mlp", 10, steps=400),
 ]
+
+
+class Unrecognised(Classifier):
+    """With the cross-entropy written as a logsumexp, which is not recognised, so that FAM takes probes."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        outputs = self(batch[0])
+        loss: Tensor = (outputs.logsumexp(dim=1) - outputs.gather(1, batch[1][:, None])[:, 0]).mean()
+        return loss
 
 
 class WithSAM(Classifier):
@@ -162,9 +172,10 @@ def why_not(contender: str, case: Case) -> str | None:
 def fit(contender: str, case: Case, steps: int, clock: Clock) -> None:
     """Train for some steps."""
     torch.manual_seed(0)
-    kind = {"SAM": WithSAM, "published FAM": Published}.get(contender, Classifier)
+    kind = {"FAM, probe": Unrecognised, "SAM": WithSAM, "published FAM": Published}.get(contender, Classifier)
     options: dict[str, dict[str, Any]] = {
         "FAM, named loss": {"loss": "cross_entropy"},
+        "FAM, unnamed loss": {},
         "FAM, probe": {},
         "FAM, every 10th step": {"loss": "cross_entropy", "every_n_steps": EVERY},
         "FAM, hidden layer": {},

@@ -214,7 +214,7 @@ def build(task: Task, method: str, value: float, lr: float, seed: int) -> tuple[
     if method == "SAM":
         return WithSAM(body, classes, lr, value), []
     if method == "FAM":
-        return Classifier(body, classes, lr), [FAM(layer="head", coefficient=value, loss="cross_entropy")]
+        return Classifier(body, classes, lr), [FAM(layer="head", coefficient=value)]
     return Classifier(body, classes, lr, value if method == "weight decay" else 0.0), []
 
 

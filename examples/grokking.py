@@ -81,10 +81,12 @@ class Adder(L.LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log accuracy and clustering."""
+        """Log the loss, whose κ the monitor takes, accuracy and clustering."""
         pairs, sums = batch
         features = self(pairs)
-        self.log("val/accuracy", (self.head(features).argmax(dim=1) == sums).float().mean())
+        outputs = self.head(features)
+        self.log("val/loss", F.cross_entropy(outputs, sums))
+        self.log("val/accuracy", (outputs.argmax(dim=1) == sums).float().mean())
         # Each set is one batch; of several, `lightning_relflat.metrics.NeuralCollapse` would add up the sums.
         self.log("val/cdnv", neural_collapse(features, sums, num_classes=self.p)["cdnv"])
 
@@ -112,7 +114,7 @@ class Recipe:
 
     def callbacks(self) -> list[L.Callback]:
         """Return the callbacks that train this way."""
-        fams = [] if self.fam is None else [FAM(layer="head", loss="cross_entropy", **self.fam)]
+        fams = [] if self.fam is None else [FAM(layer="head", **self.fam)]
         caps = [] if self.max_norm is None else [MaxNorm("head", self.max_norm)]
         return [*fams, *caps]
 
@@ -156,7 +158,7 @@ def train(
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[FlatnessMonitor(layer="head", report=True), *callbacks],
+        callbacks=[FlatnessMonitor(layer="head", report=True, stages=("val",)), *callbacks],
         logger=CSVLogger(folder, "", ""),
         log_every_n_steps=every,
         num_sanity_val_steps=0,

@@ -299,13 +299,13 @@ class Experiment:
         module = FineTuning(self.task, self.lr)
         batches = self.load("train", BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
         if coefficient:
-            callbacks = [*callbacks, FAM(HEAD, coefficient, loss="cross_entropy", target="labels")]
+            callbacks = [*callbacks, FAM(HEAD, coefficient)]
         L.Trainer(**self.quiet, **limits, callbacks=callbacks).fit(module, batches)
         return module
 
     def judge(self, module: FineTuning, part: str) -> Results:
         """Return loss, accuracy and κ of a part."""
-        monitor = FlatnessMonitor(HEAD, target="labels")
+        monitor = FlatnessMonitor(HEAD)
         batches = self.load(part, 2 * BATCH)
         [found] = L.Trainer(**self.quiet, callbacks=[monitor]).test(module, batches, verbose=False)
         return {

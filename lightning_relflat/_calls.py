@@ -91,6 +91,9 @@ class CriterionCall:
         rows = self.source is not None and all(step[0] in _KEEPS_ROWS for step in self.source.steps)
         if kind is None or not rows:
             return None
+        assert self.source is not None
+        if kind is nn.CrossEntropyLoss and self.source.tensor.ndim > 2:
+            return None  # its classes lie along the second dimension, and a layer's outputs along the last
         given = dict(zip(_ARGUMENTS[self.function], self.args, strict=False)) | self.kwargs
         target = given.pop("target")
         options = {name: value for name, value in given.items() if name not in ("size_average", "reduce")}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._called_batch import Target
-from lightning_relflat.functional._checks import full_precision, ordinary
+from lightning_relflat.functional._checks import full_precision
 from lightning_relflat.functional._graph import nodes_between
 from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
 from lightning_relflat.functional.output_hessian import output_hessian
@@ -19,6 +19,8 @@ Criterion: TypeAlias = "nn.Module | Callable[[Tensor, Any], Tensor]"
 
 # How many steps may pass without a comparison, which reads the device.
 _EVERY = 1000
+# How many changes of constants alone may have been no matter, until they are let be.
+_CHANGES = 8
 # Relative differences: right claims come to 1e-8 in double precision, wrong ones to 0.028 and more.
 _TOLERANCE = 0.01
 _TOLERANCE_OF_HALF_PRECISION = 0.05  # right ones 2e-3 under bf16 autocast
@@ -43,8 +45,9 @@ class Verdict:
 class Claim:
     """A criterion or callable of a layer's outputs and a target, said to be the loss that is trained with.
 
-    It is compared with the loss when an epoch begins, when other operations lie between the outputs and the loss than
-    before, and every 1,000 steps: a comparison reads the device, and costs a second derivative of what lies between.
+    It is compared with the loss when an epoch begins, when other operations or other constants lie between the outputs
+    and the loss than before, and every 1,000 steps: a comparison reads the device, and costs a second derivative of
+    what lies between. Constants that change and do not matter, as those of mixup, are let be after some comparisons.
 
     Args:
         criterion: a criterion of ``torch.nn`` with a closed form, or a callable ``loss(outputs, target)``.
@@ -60,8 +63,8 @@ class Claim:
     def look_again(self) -> None:
         """Compare with the next loss, whatever it is."""
         self.verified = False
-        self._between: list[str] | None = None
-        self._steps = 0
+        self._seen: list[tuple[str, object]] = []
+        self._steps = self._changes = 0
 
     def check(self, loss: Tensor, outputs: Sequence[Tensor], target: Target) -> Verdict:
         """Compare with a loss, if it is time.
@@ -75,18 +78,31 @@ class Claim:
             The verdict; of the last comparison, if there was none now.
         """
         # Copies are ours: what a layer hands on is one as long as it is not known whether it is changed in place.
-        names = (node.name() for node in nodes_between(loss, outputs))
-        between = sorted(name for name in names if name != "CloneBackward0")
+        nodes = [node for node in nodes_between(loss, outputs) if node.name() != "CloneBackward0"]
+        seen = sorted(((node.name(), _constant(node)) for node in nodes), key=repr)
+        if self._changes >= _CHANGES:
+            seen = [(name, None) for name, _ in seen]
         self._steps += 1
-        if self.verified and between == self._between and self._steps < _EVERY:
+        if self.verified and seen == self._seen and self._steps < _EVERY:
             return Verdict(True)
+        if self.verified and [name for name, _ in seen] == [name for name, _ in self._seen]:
+            self._changes += 1
         verdict = check_claim(loss, outputs, target, self.criterion)
         self.verified = verdict.holds is True
-        self._between, self._steps = between, 0
+        self._seen, self._steps = seen, 0
         return verdict
 
 
-@ordinary()
+def _constant(node: Any) -> object:
+    """Return the number that an operation multiplies with or divides by, if it is at hand without a wait."""
+    if not node.name().startswith(("Mul", "Div")):
+        return None
+    value = getattr(node, "_saved_other", None)
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.ndim == 0 and value.device.type == "cpu" else None
+    return value
+
+
 def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criterion: Criterion) -> Verdict:
     r"""Compare the curvature of a loss at some outputs with that of a criterion of each of them and a target.
 
@@ -233,7 +249,8 @@ def _judge(found: Tensor, expected: Tensor, size: Tensor | None, tolerance: floa
     factor = float((found * expected).sum() / expected.square().sum().clamp(min=torch.finfo(found.dtype).tiny))
     if float((found - factor * expected).norm()) <= tolerance * has:
         return Verdict(False, f"its curvature there is {factor:.4g} times that of the named loss")
-    silent = (found.abs().amax(dim=1) == 0) & (expected.abs().amax(dim=1) > 0)
+    shares = expected.abs().amax(dim=1)
+    silent = (found.abs().amax(dim=1) == 0) & (shares > _FLAT * shares.max())
     if bool(silent.any()):
         count = f"{int(silent.sum())} of {len(silent)}"
         return Verdict(False, f"{count} rows have no share in it (masked, shifted or left out)")

@@ -28,7 +28,7 @@ from lightning_relflat.functional._errors import independent, missing, moments
 from lightning_relflat.functional._linear_map import LayerUse, as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
-from lightning_relflat.functional._recognised import Recognised, recognise
+from lightning_relflat.functional._recognised import Recognised, mean_divisor, recognise
 from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.criteria import has_closed_form, owned_criterion
@@ -140,6 +140,7 @@ class Probes:
     Attributes:
         batches: numbers the probes.
         before: how many batches there were since sums began.
+        exact: whether the losses since sums began are recognised; ``None`` as long as none was looked at.
 
     Raises:
         ValueError: if ``probes`` is no integer of at least 2 nor ``None``, or ``seed`` none of at least 0.
@@ -153,6 +154,7 @@ class Probes:
         self.seed = check_count("seed", seed, at_least=0)
         self.batches = self.before = 0
         self.looker = Looker()
+        self.exact: bool | None = None
 
     @property
     def flat(self) -> bool:
@@ -162,6 +164,7 @@ class Probes:
     def begin(self) -> None:
         """Begin new sums; how rows meet is looked for anew."""
         self.before = 0
+        self.exact = None
         self.looker.look_again()
 
     def sums(self, loss: Tensor, uses: Sequence[LayerUse], mode: object = None) -> Tensor | None:
@@ -214,7 +217,7 @@ def sums_of_loss(
 ) -> Tensor | None:
     """Return the sums of a batch, from its loss.
 
-    A batch weighs what a recognised mean divides by, else as much as its number of samples.
+    A batch weighs what the mean of a cross-entropy divides by, else as much as its number of samples.
 
     Args:
         loss: the loss, in its graph.
@@ -227,7 +230,9 @@ def sums_of_loss(
         The sums; ``None`` if the loss does not depend on the passes.
     """
     probes.batches += 1
-    recognised = recognise_passes(loss, records)
+    # A loss that was once not recognised is not looked at again before the next epoch: walking its graph takes time.
+    recognised = None if probes.exact is False else recognise_passes(loss, records)
+    probes.exact = recognised is not None
     if recognised is not None:
         with torch.no_grad():
             kappa = torch.stack([part.double().sum() for part in exact_parts(recognised, records)]).sum()
@@ -239,8 +244,9 @@ def sums_of_loss(
         found = probes.sums(loss, uses, mode)
     if found is None:
         return None
+    divisor = mean_divisor(loss, [record.outputs for record in records])
     samples = 1 if features.ndim == 1 else len(features)
-    return weighted(found, found.new_full((), float(samples)))
+    return weighted(found, found.new_full((), float(samples)) if divisor is None else divisor)
 
 
 def sums_of_criterion(

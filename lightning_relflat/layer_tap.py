@@ -142,7 +142,7 @@ class LayerTap:
         """Put the hooks on, forget what was recorded and begin to record."""
         self.attach()
         self.recording = True
-        if self._own_behind is not None and self._looking and not self.copies:
+        if self._own_behind is not None and (self._looking or self.opens) and not self.copies:
             self._mode.enter_context(self._own_behind)
 
     def stop(self) -> None:
@@ -163,6 +163,14 @@ class LayerTap:
         self._looking = True  # whether it is not yet known if there is anything to write out
         self._recognises = True  # whether it is not yet known that the loss is not recognised
         self._looker.look_again()
+
+    def has_measured(self, *, exact: bool) -> None:
+        """Take notice that κ was taken elsewhere, so that what need not be looked at is let be until the next look.
+
+        Args:
+            exact: whether the loss was recognised.
+        """
+        self._looking = not exact and self.behind is not None and self.behind.rewrote
 
     def take(self, loss: Tensor | None = None) -> list[LayerRecord]:
         """Hand out what was recorded since the last time, in order, and forget it.
@@ -304,6 +312,7 @@ class LayerTap:
             recognised = recognise_passes(loss, mine) if self._recognises else None
             self.exact = recognised is not None
             if recognised is not None:
+                self.has_measured(exact=True)
                 exact = exact_parts(
                     recognised,
                     mine,
@@ -312,6 +321,7 @@ class LayerTap:
                     normalize_features=normalize_features,
                 )
                 return torch.stack([part.sum() for part in exact]).sum()
+            self._looking |= self._recognises
             self._recognises = False
             gated = False
             if behind is not None:
@@ -355,7 +365,7 @@ class LayerTap:
         Args:
             record: the record.
         """
-        if self.calls is not None:
+        if self.calls is not None and not torch.compiler.is_compiling():
             self._originals.append(record.outputs if record.handed is None else record.handed)
             self.calls.track(self._originals[-1])
         self._records.append(record.copied() if self.copies else record)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_relflat import FAM, FlatnessMonitor
+from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor
 from lightning_relflat.functional import layer_flatness
 from lightning_relflat.functional._weights import adapted_weight
 from lightning_relflat.layer_tap import LayerTap
@@ -192,6 +192,26 @@ def test_monitored(layer: str | None) -> None:
     [result] = trainer.validate(net, make_loader([5, 3]), verbose=False)
     inputs, target = (torch.cat(parts) for parts in zip(*make_batches([5, 3]), strict=True))
     assert result["val/relative_flatness"] == pytest.approx(by_hand(net.eval(), [inputs, target]).item())
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "own"])
+def test_the_other_monitors_see_one_layer_too(name: str) -> None:
+    net = Net().double()
+    if name == "own":
+        net.head = OwnLoRA(net.head).double()  # type: ignore[assignment]
+    else:
+        adapted(name, net)
+    layers, sharpest = LayersMonitor(), SharpestMonitor(8)
+    trainer = make_trainer(precision="64-true", callbacks=[layers, sharpest])
+    [result] = trainer.validate(net, make_loader([5, 3]), verbose=False)
+    assert layers.values["val"][0] == ["body", "head"]
+    batch = [torch.cat(parts) for parts in zip(*make_batches([5, 3]), strict=True)]
+    expected = by_hand(net.eval(), batch).item()
+    assert result["val/layer_flatness/head"] == pytest.approx(expected)
+    for sample in sharpest.samples["val"]:
+        index = slice(sample.index, sample.index + 1)
+        assert sample.part == pytest.approx(by_hand(net, [part[index] for part in batch]).item())
+    assert sum(sample.part for sample in sharpest.samples["val"]) / 8 == pytest.approx(expected)
 
 
 def test_no_part_of_an_adapted_layer_can_be_named() -> None:

@@ -36,7 +36,8 @@ def test_training_step(tmp_path: Path) -> None:
     case = {"body": "mlp", "classes": 3, "batch_size": 4, "steps": 10}
     found = run("training_step", tmp_path, cases=[case], memory=False)["mlp, 3 classes, batch 4"]
     assert set(found) == {
-        "plain", "FAM, named loss", "FAM, probe", "FAM, every 10th step", "FAM, hidden layer", "SAM", "published FAM"
+        "plain", "FAM, named loss", "FAM, unnamed loss", "FAM, probe", "FAM, every 10th step", "FAM, hidden layer",
+        "SAM", "published FAM"
     }  # fmt: skip
     assert found["plain"]["ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0, "runs": 10}
     for name, entry in found.items():

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_relflat import FAM
+from lightning_relflat import FAM, FlatnessMonitor, claims
 from lightning_relflat.claims import check_claim
 from tests.callbacks.test_fam import assert_same_weights, definition, train_by_hand
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
@@ -151,16 +152,96 @@ def test_fam_refuses_before_the_optimizer_moves(base: type[Net], change: Callabl
     assert not net.head._forward_hooks
 
 
-def test_a_loss_that_changes_is_refused_in_the_next_epoch() -> None:
+CHANGED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a factor": lambda z, y: 0.5 * F.cross_entropy(z, y),
+    "another operation": lambda z, y: F.cross_entropy(z, y).square(),
+    "another criterion": lambda z, y: F.multi_margin_loss(z, y),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FAM("head", 0.1, loss="cross_entropy"),
+        lambda: FAM("head", 0.1, loss=lambda z, y: F.cross_entropy(z, y)),
+        lambda: FlatnessMonitor("head", "cross_entropy"),
+        lambda: FlatnessMonitor("head", F.cross_entropy),
+    ],
+    ids=["FAM", "FAM, callable", "monitor", "monitor, callable"],
+)
+def test_a_loss_that_changes_within_an_epoch_is_refused_at_once(changed: str, make: Callable[[], Callback]) -> None:
     class Changing(Net):
-        def loss(self, batch: Batch) -> Tensor:
-            return super().loss(batch) * (0.5 if self.current_epoch else 1.0)
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            found = CHANGED[changed] if batch_idx == 2 else lambda z, y: 1.0 * F.cross_entropy(z, y)
+            return found(self(batch[0]), batch[1])
 
     net = Changing().double()
+    trainer = make_trainer(precision="64-true", callbacks=[make()])
+    with pytest.raises(RuntimeError, match="the loss that is trained with is not"):
+        trainer.fit(net, make_loader([5, 4, 6, 3]))
+    assert trainer.global_step == 2
+
+
+def test_class_weights_that_appear_are_refused_in_the_next_epoch() -> None:
+    class Changing(Net):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            weight = torch.tensor([1.0, 5.0, 0.2]).double() if self.current_epoch else None
+            return F.cross_entropy(self(batch[0]), batch[1], weight=weight)
+
     trainer = make_trainer(precision="64-true", max_epochs=2, callbacks=[FAM("head", 0.1, loss="cross_entropy")])
-    with pytest.raises(RuntimeError, match=r"0\.5 times"):
-        trainer.fit(net, make_loader([5, 4]))
+    with pytest.raises(RuntimeError, match="differs by"):
+        trainer.fit(Changing().double(), make_loader([5, 4]))
     assert trainer.current_epoch == 1
+
+
+def test_comparisons_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def counting(*args: Any) -> Any:
+        seen.append(args)
+        return check_claim(*args)
+
+    monkeypatch.setattr(claims, "check_claim", counting)
+
+    class Mixed(Net):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            outputs, share = self(batch[0]), 1 / (batch_idx + 2)
+            return share * F.cross_entropy(outputs, batch[1]) + (1 - share) * F.cross_entropy(outputs, batch[1].flip(0))
+
+    for kind, count in ((Net, 2), (Mixed, 20)):  # constants that change and do not matter are let be
+        seen.clear()
+        fam = FAM("head", 0.1, loss="cross_entropy")
+        make_trainer(precision="64-true", max_epochs=2, callbacks=[fam]).fit(kind().double(), make_loader([5] * 30))
+        assert len(seen) == count
+
+
+@pytest.mark.parametrize("case", HOLDS)
+def test_a_callable_that_holds(case: str) -> None:
+    outputs, target = outputs_and_target()
+    verdict = check_claim(HOLDS[case](outputs, target), [outputs], target, lambda z, y: F.cross_entropy(z, y))
+    assert verdict.holds is True
+
+
+@pytest.mark.parametrize("case", FAILS)
+def test_a_callable_that_does_not(case: str) -> None:
+    outputs, target = outputs_and_target()
+    verdict = check_claim(FAILS[case][0](outputs, target), [outputs], target, lambda z, y: F.cross_entropy(z, y))
+    assert verdict.holds is False
+
+
+def test_fam_with_a_callable_is_that_of_the_loss() -> None:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return focal(z, y)
+
+    nets = []
+    for named in (None, loss):
+        torch.manual_seed(0)
+        net = Net(criterion=focal).double()
+        fam = FAM("head", 0.3, loss=named, probes=None)
+        make_trainer(precision="64-true", callbacks=[fam]).fit(net, make_loader([5, 4, 6]))
+        nets.append(net)
+    assert_same_weights(nets[0], nets[1])
 
 
 def test_a_pass_that_the_loss_does_not_depend_on_does_not_count() -> None:

@@ -9,13 +9,14 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_relflat._calls import CriterionCalls
-from lightning_relflat.callbacks._base import LightningModule, Target, find_target
+from lightning_relflat.callbacks._base import LightningModule, Target, find_target, show
 from lightning_relflat.callbacks._claim import has_value, refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._measurable import Measurable
+from lightning_relflat.callbacks._refusals import did_not_run_in, no_loss_shown
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.claims import Claim
 from lightning_relflat.curvature import Loss, read_loss
-from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
+from lightning_relflat.layer_tap import LayerRecord, LayerTap
 from lightning_relflat.linear_layers import describe
 
 
@@ -146,7 +147,7 @@ class LayerMeter:
         mine = [record for record in self._open if record.is_in(loss)]
         if not mine and self.module.automatic_optimization:
             if not self._open and not self.tap.pending:
-                raise RuntimeError(f"{self._who!r}: {self.nothing('`training_step`')}")
+                raise RuntimeError(f"{self._who!r}: {did_not_run_in(self.tap, '`training_step`')}")
             layer = "any linear layer" if self.tap.name is None else f"layer {self.tap.name!r}"
             raise RuntimeError(
                 f"{self._who!r}: the loss of `training_step` does not depend on the outputs of {layer}, so that there "
@@ -252,20 +253,6 @@ class LayerMeter:
         self.layer, self.name = layer, name
         rank_zero_info(f"{self._who!r}: measured at layer {describe(name, layer)}.")
 
-    def nothing(self, where: str) -> str:
-        """Say why there is nothing to measure.
-
-        Args:
-            where: in what there is not.
-
-        Returns:
-            The message.
-        """
-        return (
-            f"{did_not_run(self.tap)} in {where}, so that there is nothing to measure. Is it used in the module's "
-            "step? If the module was compiled and had run before, call `torch._dynamo.reset()` first."
-        )
-
     def absent(self, stage: Stage) -> str | None:
         """Say why there was nothing to measure in a whole epoch.
 
@@ -281,15 +268,18 @@ class LayerMeter:
         assert self.module is not None
         if stage not in self._stepped:
             return None
-        if stage not in self._ran:
-            if self.module.trainer.state.fn != "fit":
-                raise RuntimeError(f"{self._who!r}: {self.nothing(f'any {stage} batch')}")
-            return self.nothing(f"any {stage} batch")
-        name = "any linear layer" if self.tap.name is None else f"layer {self.tap.name!r}"
-        which = "several losses that depend" if self.ambiguous else "no loss that depends"
+        if stage != "train" and stage not in self._ran and self.module.trainer.state.fn != "fit":
+            raise RuntimeError(f"{self._who!r}: {did_not_run_in(self.tap, f'any {stage} batch')}")
+        return no_loss_shown(self.tap, stage, ran=stage in self._ran, several=self.ambiguous)
+
+    def unverified(self) -> str | None:
+        """Say outside of ``fit`` that nothing has shown the loss that was named; ``None`` if that is not so."""
+        assert self.module is not None
+        if self.claim is None or self.claim.verified or self.module.trainer.state.fn == "fit":
+            return None
         return (
-            f"{which} on {name} {'were' if self.ambiguous else 'was'} shown by the steps of {stage}, so that nothing "
-            "was measured there. Return the loss from the step or log it, or name it: `loss=`."
+            f"that {show(self.claim.criterion)} of the layer's outputs is the loss that the module trains with has not "
+            "been verified, because no step has shown that loss. Return it from the step, or measure within `fit`."
         )
 
     def _forget_run(self) -> None:

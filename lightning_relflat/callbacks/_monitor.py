@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -20,6 +21,7 @@ from lightning_relflat.callbacks._base import (
 )
 from lightning_relflat.callbacks._step import Stage, Step, StepWatcher
 from lightning_relflat.functional._checks import check_count
+from lightning_relflat.functional._graph import NAME_IT
 
 
 class Monitor(Callback):
@@ -237,6 +239,15 @@ class Monitor(Callback):
         if message is not None and what not in self._told:
             self._told.add(what)
             (rank_zero_warn if warns else rank_zero_info)(f"{self!r}: {message}")
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Say of an error who raises it, and how to do without."""
+        try:
+            yield
+        except RuntimeError as error:
+            message = str(error) if hasattr(self, "loss") else str(error).replace(NAME_IT, "")
+            raise RuntimeError(f"{self!r}: {message} `stages` says where to measure.") from error
 
     def _attach(self, trainer: Trainer, module: LightningModule) -> None:
         if self._module is None:

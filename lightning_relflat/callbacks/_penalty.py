@@ -110,9 +110,8 @@ class Penalty:
 
     def close(self) -> None:
         """Leave nothing behind."""
-        for tap in (self._tap, self._rehearsal):
-            if tap is not None:
-                tap.close()
+        for tap in filter(None, (self._tap, self._rehearsal)):
+            tap.close()
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -291,7 +290,7 @@ class Penalty:
         target = find_target(self._evaluation and self._evaluation.batch, self._fam.target)
         # Where outputs are very many, a second derivative of them would not fit beside them.
         if not any(record.late for record in records):
-            refuse_false_claim(self._fam, self._tap.name, claim, loss, records, target)
+            refuse_false_claim(self._fam, (self._listening or self._tap).name, claim, loss, records, target)
         return target
 
     def _warn(self, what: str) -> None:

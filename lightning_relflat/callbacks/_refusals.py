@@ -9,6 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_relflat.callbacks._base import Trainer
+from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.max_norm import MaxNorm
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
 
@@ -37,6 +38,47 @@ def nothing_to_penalise(tap: LayerTap, records: Sequence[LayerRecord], *, throug
         return None
     return f"there is nothing to penalise, because the weight of layer {tap.name!r} is frozen" + (
         " and so is all before it." if through_hessian else " and through_hessian=False."
+    )
+
+
+def did_not_run_in(tap: LayerTap, where: str) -> str:
+    """Say that a layer did not run.
+
+    Args:
+        tap: the tap that listens to it.
+        where: in what it did not.
+
+    Returns:
+        The message.
+    """
+    how = " with gradients" if where == "`training_step`" else ""
+    return (
+        f"{did_not_run(tap)}{how} in {where}, so that there is nothing to measure. Is it used in the module's step? If "
+        "the module was compiled and had run before, call `torch._dynamo.reset()` first."
+    )
+
+
+def no_loss_shown(tap: LayerTap, stage: Stage, *, ran: bool, several: bool) -> str:
+    """Say why nothing was measured in an epoch.
+
+    Args:
+        tap: the tap that listens to the layer.
+        stage: the epoch's stage.
+        ran: whether the layer ran in it.
+        several: whether there were several losses, of which none was the whole.
+
+    Returns:
+        The message.
+    """
+    if stage == "train":
+        return "no loss that depends on the layer went through `self.manual_backward`, so that nothing was measured."
+    if not ran:
+        return did_not_run_in(tap, f"any {stage} batch")
+    name = "any linear layer" if tap.name is None else f"layer {tap.name!r}"
+    which = "several losses that depend" if several else "no loss that depends"
+    return (
+        f"{which} on {name} {'were' if several else 'was'} shown by the steps of {stage}, so that nothing was measured "
+        "there. Return the loss from the step or log it, or name it: `loss=`."
     )
 
 

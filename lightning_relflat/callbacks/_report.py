@@ -75,6 +75,7 @@ class Reports:
     """The reports of a monitor, one for each stage and data loader.
 
     Args:
+        who: the monitor, for messages.
         parts: what they hold besides what they always do; ``None`` for no reports.
         meter: where the batches come from.
 
@@ -85,7 +86,8 @@ class Reports:
         ValueError: if a loss was named that has no closed form, or no classes where they are needed.
     """
 
-    def __init__(self, parts: tuple[Part, ...] | None, meter: LayerMeter) -> None:
+    def __init__(self, who: object, parts: tuple[Part, ...] | None, meter: LayerMeter) -> None:
+        self._who = who
         self.parts = parts
         self.values: dict[str, dict[str, Tensor]] = {}
         self._meter = meter
@@ -115,6 +117,8 @@ class Reports:
             stage: its stage.
         """
         self._updated = {key for key in self._updated if key[0] != stage}
+        for key in [key for key in self.values if key.partition("/")[0] == stage]:  # of an earlier run's loaders, too
+            del self.values[key]
         for (of_stage, _), metric in self._metrics.items():
             if of_stage == stage:
                 metric.reset()
@@ -136,8 +140,8 @@ class Reports:
             if not self._said:
                 self._said = True
                 rank_zero_warn(
-                    f"The step of {stage} shows no criterion with a closed form of the layer's outputs, so that there "
-                    "is no report on it. Name the loss: `loss=`."
+                    f"{self._who!r}: the step of {stage} shows no criterion with a closed form of the layer's outputs, "
+                    "so that there is no report on it. Name the loss: `loss=`."
                 )
             return
         criterion, target = found.called
@@ -184,11 +188,10 @@ class Reports:
             logged |= {f"neural_collapse/{name}": found[name] for name in NEURAL_COLLAPSE}
         return logged
 
-    def warn(self, who: object, stage: Stage) -> None:
+    def warn(self, stage: Stage) -> None:
         """Say once that κ means little where most samples are saturated, most features dead, or most rows zero.
 
         Args:
-            who: the monitor.
             stage: on which data.
         """
         reasons = {
@@ -201,7 +204,7 @@ class Reports:
             if found and not self._warned and name.startswith(stage):
                 self._warned = True
                 rank_zero_warn(
-                    f"{who!r}: relative flatness on {stage} data says little about the solution, because "
+                    f"{self._who!r}: relative flatness on {stage} data says little about the solution, because "
                     f"{' and '.join(found)}."
                 )
 

@@ -60,29 +60,35 @@ class FlatnessFigures(Callback):
         self._gallery = Gallery()
         self._points: list[tuple[float, float]] = []
         self._validated = self._loaded = False
+        self._undrawn = self._curve_due = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the curve, unless a checkpoint holds one."""
         if not self._loaded:
             self._points = []
         self._validated = self._loaded = False
+        self._undrawn = self._curve_due = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last epoch's gap; its training values were not there before."""
         self._note_gap(trainer)
+        if self._curve_due:
+            self._draw_curve(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the last epoch's gap, and draw."""
+        """Note the last epoch's gap, and draw what the last validation has not drawn."""
         self._note_gap(trainer)
-        self._draw(trainer, "val")
+        self._draw_curve(trainer)
+        if self._undrawn:
+            self._draw(trainer, "val")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, if it is time."""
         if trainer.sanity_checking:
             return
-        self._validated = True
-        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if trainer.state.fn != "fit" or due:
+        self._validated = self._undrawn = True
+        self._curve_due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if trainer.state.fn != "fit" or self._curve_due:
             self._draw(trainer, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,11 +106,15 @@ class FlatnessFigures(Callback):
 
     def _draw(self, trainer: Trainer, stage: Stage) -> None:
         """Draw what there is of a stage."""
-        if not trainer.is_global_zero:
-            return
-        for label, figure in self._figures(trainer, stage):
-            self._gallery.show(trainer, label, figure)
-        if self._points and stage == "val" and self.gap is not None:
+        self._undrawn = False
+        if trainer.is_global_zero:
+            for label, figure in self._figures(trainer, stage):
+                self._gallery.show(trainer, label, figure)
+
+    def _draw_curve(self, trainer: Trainer) -> None:
+        """Draw κ against the gap, as far as the epochs have gone."""
+        self._curve_due = False
+        if trainer.is_global_zero and self._points and self.gap is not None:
             gaps, values = zip(*self._points, strict=True)
             figure = curve_of_gaps(gaps, values, f"{self.gap[1]} − {self.gap[0]}", self.flatness)
             self._gallery.show(trainer, "val/flatness_and_gap", figure)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer, labelled, show
+from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer, labelled
 from lightning_relflat.callbacks._layer_meter import LayerMeter
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import Monitor
@@ -45,7 +45,9 @@ class FlatnessMonitor(Monitor):
             Or a criterion, by name or as an object, or a callable ``loss(outputs, target)``, of the outputs of a linear
             layer and the batch's target alone. That is compared with the loss of the training step when an epoch
             begins, when other operations lead from the outputs to the loss, and every 1,000 steps. In ``validate`` and
-            ``test`` alone a warning says that it was not, unless the step shows a loss of that value.
+            ``test`` alone a warning says that it was not, unless the step shows a loss of that value. Batches of the
+            step's own loss are averaged, by what a cross-entropy's mean divides by or else by their samples; those of a
+            named loss that sums are added.
         target: where a named loss finds its target in the batch: an index, a key, a path of them, a callable on the
             batch, or ``None`` if it needs none.
         report: whether to log too, over validation and test data, what κ is made of, its neighbours and the signs that
@@ -110,7 +112,7 @@ class FlatnessMonitor(Monitor):
         self.probes, self.seed = probes, seed
         self.prog_bar = check_flag("prog_bar", prog_bar)
         self._meter = LayerMeter(self, layer, loss, self.target, linear=loss is not None or report is not False)
-        self._reports = Reports(check_parts(report), self._meter)
+        self._reports = Reports(self, check_parts(report), self._meter)
         self.reports = self._reports.values
         self._metrics: dict[tuple[Stage, int], FlatnessSums] = {}
         self._sums: list[Tensor] = []  # of the batch
@@ -199,9 +201,11 @@ class FlatnessMonitor(Monitor):
         self._meter.end()
 
     def _measure(self, found: Measurable) -> None:
-        sums = found.sums(self._probes, self._meter.tap.behind, self._module)
+        with self.speaking():
+            sums = found.sums(self._probes, self._meter.tap.behind, self._module)
         if sums is not None:
             self._sums.append(sums)
+        self._meter.tap.has_measured(exact=self._probes.exact is True)
         if self._probes.flat:
             self.say("flat", "κ is 0, because the loss is piecewise linear in the layer's outputs.")
 
@@ -254,15 +258,8 @@ class FlatnessMonitor(Monitor):
 
     def end_stage(self, stage: Stage) -> None:
         """Warn where the values mean little, or rest on a loss that nothing has shown."""
-        self._reports.warn(self, stage)
-        claim = self._meter.claim
-        assert self._module is not None
-        if claim is not None and not claim.verified and self._module.trainer.state.fn != "fit":
-            self.say(
-                "unverified",
-                f"that {show(claim.criterion)} of the layer's outputs is the loss that the module trains with has not "
-                "been verified, because no step has shown that loss. Return it from the step, or measure within `fit`.",
-            )
+        self._reports.warn(stage)
+        self.say("unverified", self._meter.unverified())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind but what a checkpoint may want; `teardown` is not called after an exception."""
@@ -295,6 +292,6 @@ class FlatnessMonitor(Monitor):
 
     def _new_metric(self, **kwargs: Any) -> FlatnessSums:
         assert self._module is not None
-        claim = self._meter.claim
-        mean = claim is None or getattr(claim.criterion, "reduction", "mean") != "sum"
+        criterion = None if self._meter.claim is None else self._meter.claim.criterion
+        mean = getattr(criterion, "reduction", "mean") != "sum"
         return FlatnessSums(mean=mean, **kwargs).to(self._module.device)

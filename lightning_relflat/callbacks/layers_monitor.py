@@ -18,6 +18,7 @@ from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.curvature import exact_parts, recognise_passes
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.functional._linear_map import as_use
+from lightning_relflat.functional._recognised import mean_divisor
 from lightning_relflat.layer_tap import LayerTap
 from lightning_relflat.linear_layers import linear_layers
 from lightning_relflat.metrics.layers_flatness import LayersFlatness
@@ -154,6 +155,8 @@ class LayersMonitor(Monitor):
             )
             return
         uses, exact = [], {}
+        divisor = mean_divisor(loss, [record.outputs for found in records.values() for record in found])
+        weight: Tensor | float = _samples(records) if divisor is None else divisor
         for number, tap in enumerate(self._taps.values()):
             mine = [record for record in tap.take(loss) if record.is_in(loss)]
             recognised = recognise_passes(loss, mine)
@@ -161,12 +164,13 @@ class LayersMonitor(Monitor):
                 with torch.no_grad():
                     parts = [part.double().sum() for part in exact_parts(recognised, mine)]
                 exact[number] = torch.stack(parts).sum()
+                weight = recognised.total.double()  # the loss is one, and so is what it divides by
                 mine = []
             uses.append([as_use(record.layer, record.features, record.outputs, record.weight) for record in mine])
         assert self._module is not None
         metric = self._metric(step.stage, self._loader)
-        with self._behind.curvature(), staying_whole(self._module):
-            metric.update(loss, uses, _samples(records), self._module.training, exact)
+        with self.speaking(), self._behind.curvature(), staying_whole(self._module):
+            metric.update(loss, uses, weight, self._module.training, exact)
 
     def end(self) -> None:
         """Stop listening."""
@@ -177,6 +181,7 @@ class LayersMonitor(Monitor):
     def begin_epoch(self, stage: Stage, loaders: int) -> None:
         """Begin the sums of an epoch."""
         assert self._module is not None
+        self.values = {key: found for key, found in self.values.items() if key.partition("/")[0] != stage}
         for loader in range(loaders):
             metric = self._metric(stage, loader)
             metric.reset()

@@ -60,7 +60,8 @@ class SharpestMonitor(Monitor):
     Raises:
         ValueError: if an argument is not what it should be; before the first batch if there is no such layer, or a
             loader whose samples are not known, because it shuffles or has no indices.
-        RuntimeError: if the loss has no closed form at the layer, or the layer runs several times in a step.
+        RuntimeError: if the loss has no closed form at the layer, the layer runs several times in a step, or what
+            enters it does not come sample by sample.
 
     Example:
         >>> from lightning_relflat import SharpestMonitor
@@ -99,6 +100,8 @@ class SharpestMonitor(Monitor):
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the layer."""
         self._metrics = {}
+        if trainer.state.fn == "fit":
+            self.samples = {}
         self._meter.attach(module)
 
     def detach(self) -> None:
@@ -158,6 +161,12 @@ class SharpestMonitor(Monitor):
             indices = list(next(self._orders[self._loader]))
             if found is not None:
                 parts = self._parts(found)
+                if len(parts) != len(indices):
+                    raise RuntimeError(
+                        f"{self!r}: what enters layer {self._meter.tap.name!r} has {len(parts)} rows in a batch of "
+                        f"{len(indices)} samples, so that it is not known which row is whose. Hand the layer its "
+                        "samples along the first dimension."
+                    )
                 self._metric(step.stage, self._loader).update(parts, torch.tensor(indices, device=parts.device))
 
     def pause(self, paused: bool) -> None:
@@ -172,12 +181,21 @@ class SharpestMonitor(Monitor):
         """Ask the loaders for their order before the first batch."""
         assert self._module is not None
         self._orders = [iter(_known_order(loader)) for loader in loaders_of(self._module.trainer, stage)]
+        # Numbers of an earlier run may be those of other loaders.
+        self.samples = {key: found for key, found in self.samples.items() if key.partition("/")[0] != stage}
         for loader in range(loaders):
             self._metric(stage, loader).reset()
 
     def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
         """Find the samples of all processes."""
         parts, indices = computed(self._metric(stage, loader)).tolist()
+        if self._meter.missed:
+            self.say(
+                "missed", f"batches were left out ({self._meter.missed} so far): their loss was another than before."
+            )
+        if not parts:
+            self.say(f"absent from {stage}", self._meter.absent(stage))
+            return {}
         self.samples[f"{stage}{behind}"] = [
             SharpSample(int(index), part) for index, part in zip(indices, parts, strict=True)
         ]
@@ -206,7 +224,8 @@ class SharpestMonitor(Monitor):
                         "layer, or name the criterion: `loss=`."
                     )
                 [parts] = exact_parts(recognised, found.records)
-                parts = parts * recognised.total
+                if found.called is None or getattr(found.called[0], "reduction", "mean") != "sum":
+                    parts = parts * recognised.total
         return parts.double().reshape(len(record.features), -1).sum(dim=1)
 
     def _metric(self, stage: Stage, loader: int) -> SharpestParts:

@@ -336,11 +336,14 @@ def _following(node: Node) -> Iterator[Node]:
             yield following
 
 
+# Of those who take such an argument.
+NAME_IT = " If the loss has a closed form at the layer, name it: `loss=`."
+
+
 def _not_twice(reason: str) -> RuntimeError:
     return RuntimeError(
         "What comes between the layer and the loss cannot be differentiated twice, as compiled functions and some of "
-        f"PyTorch's own operations cannot ({reason}). Take a layer behind it, leave it out or uncompiled, or, if the "
-        "loss has a closed form at the layer, name it: `loss=`."
+        f"PyTorch's own operations cannot ({reason}). Take a layer behind it, or leave it out or uncompiled.{NAME_IT}"
     )
 
 

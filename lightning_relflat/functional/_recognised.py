@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -275,13 +275,33 @@ _CRITERIA: dict[str, tuple[Kind, _Act]] = {
 
 def _total(plan: _Plan, shares: Sequence[Tensor]) -> Tensor:
     """Return what the mean over rows divides by."""
-    means = [node for node in plan.above if node.name().startswith("NllLoss") and node._saved_reduction == 1]  # type: ignore[attr-defined]
-    if len(means) == 1:
-        total: Tensor = means[0]._saved_total_weight  # type: ignore[attr-defined]
-        return total.detach()
+    total = _divisor(plan.above)
+    if total is not None:
+        return total
     # A row counts with any of its outputs: a loss may leave some of them out.
     counted = [share != 0 if plan.kind == "softmax" else (share != 0).any(dim=-1) for share in shares]
     return torch.stack([rows.sum() for rows in counted]).sum()
+
+
+def mean_divisor(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor | None:
+    """Return what PyTorch's own cross-entropy, if one lies between some outputs and a loss, has divided its mean by.
+
+    Args:
+        loss: the loss.
+        outputs: what left a layer, hidden or last.
+
+    Returns:
+        The sum of the weights of the targets that it does not ignore; ``None`` if there is none, or several.
+    """
+    return _divisor(nodes_between(loss, outputs))
+
+
+def _divisor(nodes: Iterable[Any]) -> Tensor | None:
+    means = [node for node in nodes if node.name().startswith("NllLoss") and node._saved_reduction == 1]
+    if len(means) != 1:
+        return None
+    total: Tensor = means[0]._saved_total_weight
+    return total.detach()
 
 
 def _is_linear(node: Node, inner: Sequence[tuple[int, Node, int]]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_relflat import FlatnessMonitor
+from lightning_relflat import FlatnessFigures, FlatnessMonitor, SharpestMonitor
 from tests.models import Net, make_batches, make_trainer
 
 SAMPLES = 11
@@ -18,10 +18,10 @@ SAMPLES = 11
 def main(folder: str, world: int) -> None:
     torch.manual_seed(0)
     net = Net().double()
-    callback = FlatnessMonitor("head", sharpest=5, report=["classes"], figures=True)
+    callback = SharpestMonitor(5)
     trainer = make_trainer(
         precision="64-true",
-        callbacks=[callback],
+        callbacks=[callback, FlatnessMonitor(report=["classes"]), FlatnessFigures()],
         devices=world,
         strategy=DDPStrategy(process_group_backend="gloo") if world > 1 else "auto",
         default_root_dir=folder,
@@ -29,7 +29,11 @@ def main(folder: str, world: int) -> None:
     # Lightning gives every process a share, and repeats samples to make the shares even.
     loader = DataLoader(TensorDataset(*make_batches([SAMPLES])[0]), batch_size=2)
     trainer.validate(net, loader, verbose=False)
-    torch.save(callback.sharpest_samples["val"], Path(folder) / f"{world}-{trainer.global_rank}.pt")
+    found = callback.samples["val"]
+    torch.save(
+        ([sample.index for sample in found], [sample.part for sample in found]),
+        Path(folder) / f"{world}-{trainer.global_rank}.pt",
+    )
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

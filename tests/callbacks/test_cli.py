@@ -9,11 +9,13 @@ import pytest
 import torch
 import yaml
 
-from lightning_relflat import FAM, FlatnessMonitor
+from lightning_relflat import FAM, FlatnessFigures, FlatnessMonitor, LayersMonitor, SharpestMonitor
 from tests.callbacks.test_fam import SIZES, assert_same_weights, train_by_hand, twins
 from tests.callbacks.test_flatness_monitor import of_union
 from tests.models import Batch, Net, make_batches, make_loader
 from tests.oracles import kappa
+
+OURS = FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor, FlatnessFigures
 
 
 class PlainNet(Net):
@@ -40,38 +42,61 @@ trainer:
       init_args:
         loss: mse
         target: label
+        stages: [val, test]
+        report: [eigenvalues]
+        every_n_epochs: 2
+        name: mine
+    - class_path: lightning_relflat.LayersMonitor
+      init_args:
+        layers: ["body", "he*"]
+        probes: 4
+    - class_path: SharpestMonitor
+      init_args:
+        k: 5
+        loss:
+          class_path: torch.nn.CrossEntropyLoss
+          init_args:
+            label_smoothing: 0.2
+        target: [1, label]
+    - class_path: FlatnessFigures
+      init_args:
+        gap: [train_loss, val_loss]
+        every_n_epochs: 3
 """
 
 
-def build(*args: str) -> tuple[FAM, FlatnessMonitor]:
+def build(*args: str) -> list[Any]:
     from lightning.pytorch.cli import LightningCLI  # Lightning 2.4 warns of the present jsonargparse as it is imported
 
     cli = LightningCLI(PlainNet, args=list(args), run=False, save_config_callback=None)
-    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    [fam] = [callback for callback in callbacks if isinstance(callback, FAM)]
-    [monitor] = [callback for callback in callbacks if isinstance(callback, FlatnessMonitor)]
-    return fam, monitor
+    return [callback for callback in cli.trainer.callbacks if isinstance(callback, OURS)]  # type: ignore[attr-defined]
 
 
-def check(fam: FAM, monitor: FlatnessMonitor) -> None:
+def check(callbacks: list[Any]) -> None:
+    fam, monitor, layers, sharpest, figures = callbacks
     assert (fam.layer, fam.coefficient, fam.warmup_steps, fam.stop_epoch) == ("head", -0.5, 10, 3)
     assert isinstance(fam.criterion, torch.nn.CrossEntropyLoss)
     assert fam.criterion.label_smoothing == 0.1
-    assert isinstance(monitor.metric.loss, torch.nn.MSELoss)
-    assert (monitor.layer, monitor.target) == (None, "label")
+    assert (monitor.layer, monitor.loss, monitor.target, monitor.report) == (None, "mse", "label", ["eigenvalues"])
+    assert (monitor.stages, monitor.every_n_epochs, monitor.name) == (("val", "test"), 2, "mine")
+    assert (layers.layers, layers.probes, layers.stages) == (["body", "he*"], 4, ("val", "test"))
+    assert (sharpest.k, sharpest.target) == (5, (1, "label"))
+    assert sharpest.loss.label_smoothing == 0.2
+    assert (figures.gap, figures.every_n_epochs) == (("train_loss", "val_loss"), 3)
+    assert list(map(type, callbacks)) == list(OURS)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_from_yaml_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CALLBACKS)
-    check(*build("--config", str(config)))
+    check(build("--config", str(config)))
     with pytest.raises(SystemExit):
         build("--config", str(config), "--print_config")
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["trainer"]["callbacks"][0]["init_args"]["coefficient"] == -0.5
     config.write_text(printed)
-    check(*build("--config", str(config)))
+    check(build("--config", str(config)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -116,10 +141,27 @@ trainer:
           data: [0.5, 1.0, 2.0]
       target: 1
       every_n_steps: null
+      stages: [train, val]
+      report: [classes, eigenvalues]
+    - _target_: lightning_relflat.LayersMonitor
+      layers: [head, "bo*"]
+      stages: [val]
+    - _target_: lightning_relflat.SharpestMonitor
+      k: 3
+      stages: [val]
+    - _target_: lightning_relflat.FlatnessFigures
+      gap: [train/relative_flatness, val/relative_flatness]
 flag: true
 """
 
 
+@pytest.fixture
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.filterwarnings("ignore:There is no logger")
 @pytest.mark.parametrize("convert", ["none", "partial", "object", "all"])
 @pytest.mark.parametrize("plain", [True, False], ids=["dict", "node"])
 def test_hydra_builds_a_trainer_that_trains(plain: bool, convert: str) -> None:
@@ -136,6 +178,8 @@ def test_hydra_builds_a_trainer_that_trains(plain: bool, convert: str) -> None:
     check_training(trainer)
 
 
+@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.filterwarnings("ignore:There is no logger")
 def test_hydra_builds_trainer_and_callbacks_at_once() -> None:
     pytest.importorskip("hydra")
     from hydra.utils import instantiate
@@ -160,7 +204,10 @@ def check_training(trainer: Any) -> None:
     train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3)
     assert_same_weights(net, twin)
     [result] = trainer.validate(net, make_loader([5, 2], seed=2), verbose=False)
-    assert result["val/relative_flatness"] == pytest.approx(of_union(twin, make_batches([5, 2], seed=2)), rel=1e-6)
+    expected = of_union(twin, make_batches([5, 2], seed=2))
+    assert result["val/relative_flatness"] == pytest.approx(expected, rel=1e-6)
+    assert result["val/layer_flatness/head"] == pytest.approx(expected, rel=1e-6)
+    assert {"val/class_flatness/2", "val/flatness/hessian_eigenvalue", "val/layer_flatness/body"} <= set(result)
 
 
 @pytest.mark.parametrize(("written", "value"), [("1e-1", 0.1), ("-5E-1", -0.5), ("1", 1.0), ("0", 0.0), ("2.5", 2.5)])
@@ -174,7 +221,7 @@ def test_numbers_as_hydra_reads_them(written: str, value: float) -> None:
     assert type(fam.coefficient) is float
 
 
-NO_LOSS = r"`loss` to be one of 'cross_entropy', .* but got \{'label_smoothing': 0\.1\}"
+NO_LOSS = r"`loss` to be one of 'cross_entropy', .* but got (\{'label_smoothing': 0\.1\}|a DictConfig)"
 
 
 @pytest.mark.parametrize(
@@ -203,6 +250,13 @@ NO_LOSS = r"`loss` to be one of 'cross_entropy', .* but got \{'label_smoothing':
             NO_LOSS,
         ),
         ("FlatnessMonitor", "probes: 1", "`probes` to be an integer of at least 2, or None, but got 1"),
+        ("FlatnessMonitor", "stages: val", r"`stages` to be some of 'train', 'val' and 'test', .* but got 'val'"),
+        ("FlatnessMonitor", "stages: [fit]", r"`stages` to be some of 'train', 'val' and 'test', .* but got \['fit'\]"),
+        ("FlatnessMonitor", "every_n_epochs: 0.5", r"`every_n_epochs` to be an integer of at least 1, but got 0\.5"),
+        ("FlatnessMonitor", "report: [pairs]", r"`report` to be True, False or some of .* but got \['pairs'\]"),
+        ("LayersMonitor", "layers: [3]", r"`layers` to be one or more patterns of names, but got \[3\]"),
+        ("SharpestMonitor", "k: many", "`k` to be an integer of at least 1, but got 'many'"),
+        ("FlatnessFigures", "gap: [train_loss]", "`gap` to be the names of two logged metrics, or None, but got"),
         ("FlatnessMonitor", "every_n_steps: 0", "`every_n_steps` to be an integer of at least 1, but got 0"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
 from tests.callbacks.test_fam import assert_same_weights, assert_untouched, definition, fixed_probe, twins
@@ -179,8 +180,20 @@ def test_the_sanity_check_leaves_no_trace() -> None:
     assert values_of(trainer)["val/relative_flatness"] == pytest.approx(of_union(net, VAL_BATCHES), rel=1e-6)
 
 
+def log_cosh(outputs: Tensor, target: Tensor) -> Tensor:
+    """A loss without a closed form."""
+    return (outputs - F.one_hot(target, 3)).cosh().log().sum(dim=1).mean()
+
+
+class Shown(Net):
+    """Returns its validation loss, which no criterion of PyTorch's may be."""
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.loss(batch)
+
+
 @pytest.mark.parametrize("interval", [0.5, 1, 3])
-@pytest.mark.parametrize("probing", [False, True], ids=["named", "probes"])
+@pytest.mark.parametrize("probing", [False, True], ids=["exact", "probes"])
 def test_validation_in_the_middle_of_the_epoch(interval: Any, probing: bool) -> None:
     class Note(Callback):
         def __init__(self) -> None:
@@ -190,11 +203,10 @@ def test_validation_in_the_middle_of_the_epoch(interval: Any, probing: bool) -> 
             self.values.append(trainer.callback_metrics["val/relative_flatness"].item())
 
     note = Note()
-    net, twin = twins()
-    form: dict[str, Any] = {} if probing else {"loss": "cross_entropy"}
+    net, twin = twins(Shown, criterion=log_cosh if probing else F.cross_entropy)
     trainer = make_trainer(
         precision="64-true",
-        callbacks=[FAM("head", 0.3, **form), FlatnessMonitor("head"), note],
+        callbacks=[FAM("head", 0.3), FlatnessMonitor("head", probes=None), note],
         val_check_interval=interval,
         max_epochs=2,
     )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_relflat import FAM, MaxNorm
+from lightning_relflat.callbacks._penalty import Penalty
 from lightning_relflat.callbacks.coefficients import LossRatio
 from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, fixed_probe, train, twins
 from tests.models import Batch, ManualNet, Net, Resumable, focal, make_batches, make_loader, make_trainer
@@ -161,18 +162,21 @@ def test_a_line_search_keeps_one_coefficient() -> None:
     assert len({values[0] for values in net.seen.values()}) > 2
 
 
-def test_the_scale_of_kappa_does_not_matter() -> None:
-    class Scaled(FAM):
-        def _kappa(self, loss: Tensor) -> Any:
-            kappa = super()._kappa(loss)
-            assert kappa is not None
-            return 1000 * kappa
+def test_the_scale_of_kappa_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Penalty._kappa
+
+    def scaled(self: Penalty, loss: Tensor) -> Any:
+        kappa = of(self, loss)
+        assert kappa is not None
+        return 1000 * kappa
 
     nets = []
-    for kind in (FAM, Scaled):
+    for changed in (False, True):
+        if changed:
+            monkeypatch.setattr(Penalty, "_kappa", scaled)
         torch.manual_seed(0)
         net = Net(lr=0.1).double()
-        fit(net, kind("head", 0.2, loss="cross_entropy", relative=True), make_batches(SIZES), max_epochs=3)
+        fit(net, FAM("head", 0.2, loss="cross_entropy", relative=True), make_batches(SIZES), max_epochs=3)
         nets.append(net)
     assert_same_weights(nets[0], nets[1])
 

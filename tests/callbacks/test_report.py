@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_relflat import FlatnessMonitor
-from lightning_relflat.callbacks._report import ALWAYS, EIGENVALUES, NEURAL_COLLAPSE, new_report
+from lightning_relflat.functional import neural_collapse
 from lightning_relflat.functional.flatness_report import flatness_report
+from lightning_relflat.functional.relative_flatness import relative_flatness
 from tests.models import Net, make_batches, make_loader, make_trainer
 from tests.oracles import weight_trace
 
@@ -46,13 +47,13 @@ def test_values_of_validation_and_test() -> None:
 
 
 def test_several_loaders_and_monitors() -> None:
-    monitors = [FlatnessMonitor("head", report=True), FlatnessMonitor("body", "mse", target=None)]
+    monitors = [FlatnessMonitor("body"), FlatnessMonitor("head", report=True, name="head")]
     trainer = make_trainer(precision="64-true", callbacks=monitors)
     loaders = [make_loader([5], seed=2), make_loader([3, 6], seed=3)]
     net = Net().double()
     results = trainer.validate(net, loaders, verbose=False)
     for k, sizes in enumerate(([5], [3, 6])):
-        value = results[k][f"val/flatness/standardized/head/dataloader_idx_{k}"]
+        value = results[k][f"val/head/flatness/standardized/dataloader_idx_{k}"]
         assert value == pytest.approx(expected(net, sizes, seed=2 + k)["standardized"])
 
 
@@ -96,26 +97,119 @@ def test_without_a_report_nothing_is_said() -> None:
     assert set(result) == {"val/relative_flatness"}
 
 
+def test_values_of_classes() -> None:
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", report=["classes"])])
+    net = Net().double()
+    loader = make_loader([6, 5], seed=2)
+    [result] = trainer.validate(net, loader, verbose=False)
+    inputs, target = loader.dataset[:]
+    features = net.features(inputs).detach()
+    for number in range(3):
+        own = target == number
+        part = relative_flatness(
+            features[own], net.head.weight, net.head(features[own]), target[own], loss="cross_entropy"
+        )
+        assert result[f"val/class_flatness/{number}"] == pytest.approx(part.item())
+    whole = flatness_report(features, net.head.weight, net.head(features), target, loss="cross_entropy")
+    assert result["val/flatness/layer_trace"] == pytest.approx(whole["layer_trace"].item())
+
+
+def test_eigenvalues_and_neural_collapse() -> None:
+    parts: Any = ["eigenvalues", "neural_collapse"]
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", report=parts)])
+    net = Net().double()
+    loader = make_loader([6, 5], seed=2)
+    [result] = trainer.validate(net, loader, verbose=False)
+    inputs, target = loader.dataset[:]
+    features, bias = net.features(inputs).detach(), net.head.bias.detach()
+    hessian: Any = torch.autograd.functional.hessian(
+        lambda weight: F.cross_entropy(F.linear(features, weight, bias), target), net.head.weight.detach()
+    )
+    largest = torch.linalg.eigvalsh(hessian.reshape(18, 18))[-1].item()
+    square = net.head.weight.square().sum().item()
+    assert result["val/flatness/hessian_eigenvalue"] == pytest.approx(largest)
+    assert result["val/flatness/layer_eigenvalue_upper"] == pytest.approx(square * largest)
+    report = flatness_report(
+        features, net.head.weight, net.head(features), target, loss="cross_entropy", eigenvalues=True
+    )
+    entries = {name for name in report if "eigenvalue" in name}
+    assert len(entries) == 6
+    assert {name: result[f"val/flatness/{name}"] for name in entries} == {
+        name: pytest.approx(report[name].item(), rel=1e-10) for name in entries
+    }
+    collapse = neural_collapse(features, target, num_classes=3, weight=net.head.weight.detach())
+    found = {name.rpartition("/")[2]: value for name, value in result.items() if "neural_collapse" in name}
+    assert found == {name: pytest.approx(value.item()) for name, value in collapse.items()}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"layer": None}, {"layer": "head", "loss": lambda z, y: F.cross_entropy(z, y)}],
-    ids=["no name", "no closed form"],
+    ("options", "message"),
+    [
+        ({"report": 1}, "`report` to be True, False or some of 'classes'"),
+        ({"report": ["pairs"]}, "`report` to be True, False or some of 'classes'"),
+        ({"report": "classes"}, "`report` to be True, False or some of 'classes'"),
+        (
+            {"report": True, "loss": lambda z, y: F.cross_entropy(z, y)},
+            "`report` to be given with a loss with a closed",
+        ),
+        ({"report": ["classes"], "loss": "mse"}, "the loss to be a cross-entropy, because 'classes' in"),
+        ({"report": ["neural_collapse"], "loss": nn.MSELoss()}, "to be a cross-entropy, because 'neural_collapse' in"),
+    ],
 )
-def test_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="`report` to be given with the name of a layer and a loss with a closed form"):
-        FlatnessMonitor(report=True, **options)
-    with pytest.raises(ValueError, match="`report` to be True, False or some of"):
-        FlatnessMonitor("head", nn.CrossEntropyLoss(), report=1)  # type: ignore[arg-type]
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlatnessMonitor("head", **options)
 
 
-def test_every_name_is_that_of_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_of_a_step_without_classes_are_refused() -> None:
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", report=["classes"])])
+    net = Net(lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z))).double()
+    with pytest.raises(ValueError, match="the loss to be a cross-entropy, because 'classes' in"):
+        trainer.validate(net, make_loader([4]), verbose=False)
+
+
+def test_a_step_without_a_criterion_has_no_report_and_says_so() -> None:
+    class Focal(Net):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return self(batch[0]).softmax(dim=1).square().mean()
+
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", report=True)], max_epochs=2)
+    with pytest.warns(UserWarning, match="shows no criterion with a closed form") as caught:
+        trainer.fit(Focal().double(), make_loader([4]), make_loader([4]))
+    assert sum("no report" in str(warning.message) for warning in caught) == 1
+    assert "val/relative_flatness" in trainer.callback_metrics
+    assert not any("/flatness/" in name for name in trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("layer", ["head", None])
+def test_too_many_pairs_are_refused_before_the_first_batch_of_a_named_layer(layer: str | None) -> None:
+    net = Net().double()
+    net.head = nn.Linear(6, 65).double()
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor(layer, report=["neuron_pairs"])])
+    with pytest.raises(ValueError, match="at most 64 outputs, but got a layer of 65"):
+        trainer.validate(net, make_loader([4]), verbose=False)
+
+
+def test_every_name_is_that_of_its_entry() -> None:
     # Bounds and estimates of an eigenvalue may be equal, so that values alone cannot tell them apart.
-    whole, entries = new_report("cross_entropy", nn.Linear(3, 2), ["classes", "eigenvalues", "neural_collapse"], "/x")
-    values = {name: torch.tensor(float(k)) for k, name in enumerate((*ALWAYS, *EIGENVALUES, *NEURAL_COLLAPSE))}
-    monkeypatch.setattr(whole, "compute", lambda: values | {"per_class": torch.tensor([100.0, 101.0])})
-    for entry in entries.values():
-        entry.update()
-    found = {name: entry.compute().item() for name, entry in entries.items()}
-    groups = {name: "neural_collapse" if name in NEURAL_COLLAPSE else "flatness" for name in values}
-    expected = {f"{group}/{name}/x": values[name].item() for name, group in groups.items()}
-    assert found == expected | {"class_flatness/0/x": 100.0, "class_flatness/1/x": 101.0}
+    monitor = FlatnessMonitor("head", report=["classes", "eigenvalues", "neural_collapse", "neuron_pairs"])
+    trainer = make_trainer(precision="64-true", callbacks=[monitor])
+    [result] = trainer.validate(Net().double(), make_loader(SIZES), verbose=False)
+    report = {name: value for name, value in monitor.reports["val"].items() if value.ndim == 0}
+    groups = {name: name.startswith(("nc", "cdnv")) for name in report}
+    expected = {
+        f"val/{'neural_collapse' if of else 'flatness'}/{name}": float(report[name]) for name, of in groups.items()
+    }
+    expected["val/relative_flatness"] = expected.pop("val/flatness/relative_flatness")
+    classes = monitor.reports["val"]["per_class"].tolist()
+    assert result == pytest.approx(expected | {f"val/class_flatness/{k}": value for k, value in enumerate(classes)})
+    assert monitor.reports["val"]["neuron_pairs"].shape == (3, 3)
+
+
+def test_reports_are_those_of_the_last_loaders() -> None:
+    monitor, net = FlatnessMonitor(report=True), Net().double()
+    trainer = make_trainer(precision="64-true", callbacks=[monitor])
+    trainer.fit(net, make_loader([3]), make_loader([4]))
+    trainer.validate(net, [make_loader([4]), make_loader([3])], verbose=False)
+    trainer.test(net, make_loader([2]), verbose=False)
+    assert set(monitor.reports) == {"val/dataloader_idx_0", "val/dataloader_idx_1", "test"}

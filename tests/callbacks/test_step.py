@@ -29,6 +29,9 @@ class Constant:
     def pause(self, paused: bool) -> None:
         self.events.append(f"pause {paused}")
 
+    def evaluated(self, step: Step) -> None:
+        self.events.append("evaluated")
+
     def end(self) -> None:
         self.events.append("end")
 

@@ -151,37 +151,6 @@ def test_padding_is_no_part_of_it() -> None:
     assert accumulated(RelativeFlatness(), [(features, weight, outputs, target)]) == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("kind", [nn.MSELoss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss])
-def test_the_loss_of_one_output_takes_targets_without_its_dimension(kind: type[nn.Module], reduction: str) -> None:
-    criterion: Any = kind(reduction=reduction)
-    outputs, target = torch.randn(7, 1, requires_grad=True), torch.rand(7)
-    loss, total = RelativeFlatness(criterion).loss_of(outputs, target)
-    torch.testing.assert_close(loss, criterion(outputs[:, 0], target))
-    assert total == 7
-    expected = torch.autograd.grad(criterion(outputs[:, 0], target), outputs)
-    torch.testing.assert_close(torch.autograd.grad(loss, outputs), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_loss_has_class_weights_in_the_type_of_the_outputs(dtype: torch.dtype) -> None:
-    """As under ``precision="64-true"`` and ``"bf16-true"``, whose modules' outputs have it."""
-    criterion = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0, 0.25]))
-    outputs, target = torch.randn(5, CLASSES).to(dtype), torch.tensor([0, 1, 2, 3, -100])
-    loss, total = RelativeFlatness(criterion).loss_of(outputs, target)
-    torch.testing.assert_close(loss.float(), criterion(outputs.float(), target))
-    assert total == 3.75
-
-
-@pytest.mark.parametrize("tokens", [CLASSES - 1, CLASSES])
-def test_the_loss_has_the_probabilities_of_tokens_where_pytorch_has_them(tokens: int) -> None:
-    outputs, target = torch.randn(2, tokens, CLASSES), torch.rand(2, tokens, CLASSES).softmax(dim=-1)
-    loss, _ = RelativeFlatness().loss_of(outputs, target)
-    torch.testing.assert_close(loss, F.cross_entropy(outputs.flatten(0, 1), target.flatten(0, 1)))
-    loss, _ = RelativeFlatness(class_dim=1).loss_of(outputs.movedim(-1, 1), target.movedim(-1, 1))
-    torch.testing.assert_close(loss, F.cross_entropy(outputs.flatten(0, 1), target.flatten(0, 1)))
-
-
 def test_a_class_is_no_loss() -> None:
     with pytest.raises(ValueError, match=r"Expected argument `loss` to be one of .* but got <class .*MSELoss"):
         RelativeFlatness(nn.MSELoss)  # type: ignore[arg-type]

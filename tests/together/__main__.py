@@ -35,15 +35,18 @@ def main() -> int:
         cases = [parsed(given.case)]
     found: Counter[str] = Counter()
     start = time.monotonic()
-    for case, verdict in _judged(itertools.islice(cases, given.limit), given.processes):
-        found[verdict.kind] += 1
-        if verdict.kind == "refused":
-            found[f"refused: {verdict.reason.splitlines()[0][:120]}"] += 1
-        if verdict.kind == "wrong" or given.case is not None:
-            print(f"{verdict.kind}: {verdict.reason}\n    {described(case)}", flush=True)
-    print(f"{sum(found[kind] for kind in ('right', 'refused', 'wrong'))} cases in {time.monotonic() - start:.0f} s:")
-    for kind, count in sorted(found.items()):
-        print(f"{count:5} {kind}")
+    try:
+        for case, verdict in _judged(itertools.islice(cases, given.limit), given.processes):
+            found[verdict.kind] += 1
+            if verdict.kind == "refused":
+                found[f"refused: {verdict.reason.splitlines()[0][:120]}"] += 1
+            if verdict.kind == "wrong" or given.case is not None:
+                print(f"{verdict.kind}: {verdict.reason}\n    {described(case)}", flush=True)
+    finally:  # also of a run that is broken off
+        count = sum(found[kind] for kind in ("right", "refused", "wrong"))
+        print(f"{count} cases in {time.monotonic() - start:.0f} s:")
+        for kind, number in sorted(found.items()):
+            print(f"{number:5} {kind}")
     return int(found["wrong"] > 0)
 
 

@@ -180,7 +180,11 @@ class Loop:
             if index % every == 0:
                 self.optimizer.zero_grad()
             divisor = len(self.shares) * (1 if self.case["optimization"] == "manual" else every)
-            measured.extend(self._backward(batches[index], coefficient, divisor) for batches in self.shares)
+            before = [buffer.clone() for buffer in self.net.buffers()]
+            for batches in reversed(self.shares):  # rank 0 comes last, because its buffers are the ones that stay
+                for buffer, old in zip(self.net.buffers(), before, strict=True):
+                    buffer.copy_(old)  # each process has its own
+                measured.append(self._backward(batches[index], coefficient, divisor))
             if due:
                 self._clip()
             loss, kappa = measured[-1]

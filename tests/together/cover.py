@@ -14,7 +14,12 @@ _TRIES = 200
 
 
 def covering(
-    factors: Mapping[str, Sequence[str]], ways: int, *, possible: Callable[[Case], bool], seed: int
+    factors: Mapping[str, Sequence[str]],
+    ways: int,
+    *,
+    possible: Callable[[Case], bool],
+    seed: int,
+    dear: Sequence[str] = (),
 ) -> Iterator[Case]:
     """Yield cases until every combination of levels of ``ways`` factors has occurred that can occur.
 
@@ -25,6 +30,7 @@ def covering(
         ways: of how many factors the levels are combined.
         possible: whether a case can be.
         seed: where the random numbers begin.
+        dear: factors that stay at their first level where nothing is lost by it.
     """
     generator = random.Random(seed)
     groups = list(combinations(factors, ways))
@@ -42,7 +48,15 @@ def covering(
         if not candidates:
             del missing[first]  # no case has been found in which it occurs
             continue
-        best = max(candidates, key=lambda case: sum(part in missing for part in _parts(case, groups)))
+
+        def gain(case: Case) -> int:
+            return sum(part in missing for part in _parts(case, groups))
+
+        best = max(candidates, key=gain)
+        for name in dear:
+            cheaper = best | {name: factors[name][0]}
+            if possible(cheaper) and gain(cheaper) == gain(best):
+                best = cheaper
         for part in _parts(best, groups):
             missing.pop(part, None)
         yield best

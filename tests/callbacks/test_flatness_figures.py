@@ -1,4 +1,4 @@
-"""The monitor's values and pictures reach real dashboards, and are read back with the loggers' own readers."""
+"""The monitors' values and pictures reach real dashboards, and are read back with the loggers' own readers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,12 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_relflat import FlatnessMonitor
+from lightning_relflat import FlatnessFigures, FlatnessMonitor, LayersMonitor, SharpestMonitor
 from lightning_relflat.callbacks._figures import Gallery, image_in, label_in, sample_grid
-from lightning_relflat.functional import flatness_report, neural_collapse
-from lightning_relflat.functional.relative_flatness import relative_flatness
-from tests.callbacks import sharpest_in_processes
+from lightning_relflat.functional import flatness_report
 from tests.models import Batch, Net, make_loader, make_trainer
-from tests.processes import run
 
 # What other packages' own code is warned of.
 pytestmark = pytest.mark.filterwarnings(
@@ -37,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+GAP = "train_loss", "val_loss"
 PICTURES = ["class_flatness", "flatness_and_gap", "layer_flatness", "neuron_pairs", "sharpest_samples"]
 
 
@@ -52,23 +49,15 @@ class Logged(Net):
         self.log("val_loss", self.loss(batch))
 
 
-def monitor(**options: Any) -> FlatnessMonitor:
-    everything: dict[str, Any] = {
-        "report": ["classes", "neuron_pairs"],
-        "layers": "*",
-        "sharpest": 3,
-        "figures": True,
-        "gap": ("train_loss", "val_loss"),
-    }
-    return FlatnessMonitor("head", **everything | options)
+def all_monitors(sharpest: int = 3) -> list[Any]:
+    return [FlatnessMonitor("head", report=["classes", "neuron_pairs"]), LayersMonitor(), SharpestMonitor(sharpest)]
 
 
-def fit(logger: Any, **options: Any) -> tuple[L.Trainer, dict[str, float]]:
+def fit(logger: Any, every_n_epochs: int | None = 1) -> tuple[L.Trainer, dict[str, float]]:
     """Train for two epochs; return the last values, which are tested elsewhere."""
     torch.manual_seed(0)
-    trainer = make_trainer(
-        precision="64-true", callbacks=[monitor(**options)], max_epochs=2, logger=logger, log_every_n_steps=1
-    )
+    callbacks = [*all_monitors(), FlatnessFigures(every_n_epochs=every_n_epochs, gap=GAP)]
+    trainer = make_trainer(precision="64-true", callbacks=callbacks, max_epochs=2, logger=logger, log_every_n_steps=1)
     trainer.fit(Logged().double(), make_loader([6, 4]), make_loader([5, 4], seed=2))
     values = {name: value.item() for name, value in trainer.callback_metrics.items() if "flatness" in name}
     assert {"train/relative_flatness", "val/relative_flatness", "val/class_flatness/2", "val/network_flatness"} <= set(
@@ -110,7 +99,8 @@ def test_csv_gets_files_and_a_warning_once(tmp_path: Path) -> None:
 
 
 def test_no_logger_gets_files_and_a_warning(tmp_path: Path) -> None:
-    trainer = make_trainer(precision="64-true", callbacks=[monitor(gap=None)], default_root_dir=tmp_path)
+    callbacks = [*all_monitors(), FlatnessFigures()]
+    trainer = make_trainer(precision="64-true", callbacks=callbacks, default_root_dir=tmp_path)
     with pytest.warns(UserWarning, match="There is no logger"):
         trainer.validate(Logged().double(), make_loader([5, 4]), verbose=False)
     assert len(list((tmp_path / "figures" / "val").rglob("*.png"))) == 4
@@ -119,9 +109,9 @@ def test_no_logger_gets_files_and_a_warning(tmp_path: Path) -> None:
 def test_several_loggers_lose_nothing(tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
     with pytest.warns(UserWarning, match="A logger takes no pictures"):
-        fit(loggers, gap=None)
+        fit(loggers, None)
     assert not list((tmp_path / "tb").rglob("*.png"))
-    assert len(list(Path(loggers[1].log_dir or "").rglob("*.png"))) == 8
+    assert len(list(Path(loggers[1].log_dir or "").rglob("*.png"))) == len(PICTURES)
 
 
 @pytest.mark.parametrize("store", ["sqlite:///{}/store.db", "file:{}/store"], ids=["database", "files"])
@@ -210,68 +200,6 @@ def test_the_curve_is_on_tensorboards_page(tmp_path: Path) -> None:
     assert re.search(r">\s*relative_flatness\s*<|val/relative_flatness", page)
 
 
-def test_sharpest_samples_are_those_of_the_definition(tmp_path: Path) -> None:
-    loader = make_loader([5, 4, 3], seed=2)
-    callback = FlatnessMonitor("head", sharpest=4)
-    net = Net().double()
-    make_trainer(precision="64-true", callbacks=[callback]).validate(net, loader, verbose=False)
-    inputs, target = loader.dataset[:]
-    features = net.features(inputs)
-    parts = relative_flatness(
-        features, net.head.weight, net.head(features), target, loss="cross_entropy", reduction="none"
-    )
-    expected, indices = parts.sort(descending=True)
-    found = callback.sharpest_samples["val"]
-    assert torch.allclose(found[0], expected[:4])
-    assert found[1].tolist() == indices[:4].tolist()
-
-
-def test_sharpest_samples_of_several_loaders_and_test() -> None:
-    callback = FlatnessMonitor("head", sharpest=2)
-    trainer = make_trainer(precision="64-true", callbacks=[callback])
-    net = Net().double()
-    trainer.fit(net, make_loader([3]), make_loader([3, 3], seed=3))
-    # A later validation asks the loaders it is given, not those of the fit.
-    trainer.validate(net, [make_loader([5], seed=2), make_loader([2, 4], seed=3)], verbose=False)
-    trainer.test(net, make_loader([4], seed=4), verbose=False)
-    assert set(callback.sharpest_samples) == {"val", "val/dataloader_idx_0", "val/dataloader_idx_1", "test"}
-    assert callback.sharpest_samples["val/dataloader_idx_1"][1].max() < 6
-
-
-@pytest.mark.ddp
-@pytest.mark.parametrize("world", [2, 3])
-def test_sharpest_samples_of_several_processes(tmp_path: Path, world: int) -> None:
-    with pytest.warns(UserWarning, match="pictures"):
-        sharpest_in_processes.main(str(tmp_path), 1)
-    for picture in tmp_path.rglob("*.png"):
-        picture.unlink()
-    run(tmp_path, ["tests.callbacks.sharpest_in_processes", str(tmp_path), str(world)])
-    expected = torch.load(tmp_path / "1-0.pt")
-    for rank in range(world):
-        assert torch.allclose(torch.load(tmp_path / f"{world}-{rank}.pt"), expected, rtol=1e-12)
-    assert len(list(tmp_path.rglob("*.png"))) == 2
-
-
-def test_shuffled_samples_are_refused_before_the_first_batch() -> None:
-    loader = DataLoader(TensorDataset(*make_loader([6]).dataset[:]), batch_size=2, shuffle=True)
-    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", sharpest=2)])
-    with pytest.raises(ValueError, match="without shuffling"):
-        trainer.validate(Net().double(), loader, verbose=False)
-
-
-class Twice(Net):
-    def forward(self, inputs: Tensor) -> Tensor:
-        super().forward(inputs)
-        outputs: Tensor = super().forward(inputs)
-        return outputs
-
-
-def test_a_layer_that_runs_twice_has_no_sharpest_samples() -> None:
-    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", sharpest=2)])
-    with pytest.raises(RuntimeError, match="runs 2 times"):
-        trainer.validate(Twice().double(), make_loader([4]), verbose=False)
-
-
 class Images(Logged):
     """Takes images of five pixels."""
 
@@ -279,7 +207,7 @@ class Images(Logged):
         return super().features(inputs.flatten(1))
 
 
-def pictures(monkeypatch: pytest.MonkeyPatch, net: Net, data: Dataset[Any], *callbacks: FlatnessMonitor) -> Any:
+def pictures(monkeypatch: pytest.MonkeyPatch, net: Net, data: Dataset[Any], *callbacks: Any) -> Any:
     """Train for two epochs; return the pictures of each name, and the last logged values."""
     shown: dict[str, list[Any]] = {}
     monkeypatch.setattr(Gallery, "show", lambda _, trainer, name, figure: shown.setdefault(name, []).append(figure))
@@ -297,9 +225,10 @@ def labels_and_lengths(axes: Any) -> tuple[list[str], list[float]]:
 
 def test_pictures_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    data, net, callback = make_loader([9]).dataset, Logged().double(), monitor()
-    shown, values = pictures(monkeypatch, net, data, callback)
+    data, net, monitors = make_loader([9]).dataset, Logged().double(), all_monitors()
+    shown, values = pictures(monkeypatch, net, data, *monitors, FlatnessFigures(gap=GAP))
     assert sorted(shown) == [f"val/{name}" for name in PICTURES]
+    assert {len(figures) for figures in shown.values()} == {1}
 
     [axes] = shown["val/class_flatness"][-1].axes
     names, lengths = labels_and_lengths(axes)
@@ -329,9 +258,9 @@ def test_pictures_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 
     [axes] = shown["val/sharpest_samples"][-1].axes
     names, lengths = labels_and_lengths(axes)
-    parts, indices = callback.sharpest_samples["val"].tolist()
-    assert names == [f"sample {index:.0f}" for index in indices]
-    assert lengths == pytest.approx(parts)
+    samples = monitors[2].samples["val"]
+    assert names == [f"sample {sample.index}" for sample in samples]
+    assert lengths == pytest.approx([sample.part for sample in samples])
 
     axes = shown["val/flatness_and_gap"][-1].axes[0]
     [points] = [points for points in axes.collections if len(points.get_offsets()) == 2]
@@ -341,33 +270,98 @@ def test_pictures_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert axes.lines[0].get_xydata()[-1].tolist() == pytest.approx(last)
 
 
-def test_every_monitor_has_a_curve_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    gap = "train_loss", "val_loss"
+def test_names_tell_the_pictures_of_several_monitors_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monitors = [
-        FlatnessMonitor("head", figures=True, gap=gap),
-        FlatnessMonitor("body", lambda outputs, target: outputs.square().mean(), figures=True, gap=gap),
+        FlatnessMonitor("head", report=["classes"]),
+        FlatnessMonitor("head", "cross_entropy", report=["classes"], name="named"),
+        FlatnessMonitor("body", name="body"),
+        LayersMonitor("body", name="first"),
+        SharpestMonitor(1, name="one"),
+        FlatnessFigures(gap=GAP, flatness="val/body/relative_flatness"),
     ]
     shown, values = pictures(monkeypatch, Logged().double(), make_loader([9]).dataset, *monitors)
-    assert len(shown) == 2
-    for layer in ("head", "body"):
-        points = shown[f"val/flatness_and_gap/{layer}"][-1].axes[0].lines[0].get_ydata()
-        assert points[-1] == pytest.approx(values[f"val/relative_flatness/{layer}"])
+    places = (
+        "class_flatness",
+        "named/class_flatness",
+        "first/layer_flatness",
+        "one/sharpest_samples",
+        "flatness_and_gap",
+    )
+    assert set(shown) == {f"val/{place}" for place in places}
+    [axes] = [
+        axes for axes in shown["val/flatness_and_gap"][-1].axes if axes.get_ylabel() == "val/body/relative_flatness"
+    ]
+    assert axes.lines[0].get_ydata()[-1] == pytest.approx(values["val/body/relative_flatness"])
+    assert axes.get_xlabel() == "val_loss − train_loss"
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, [4]), (1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])])
+def test_draws_every_so_often_and_at_the_end_and_nothing_twice(
+    every: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, list[tuple[int, int]]] = {}
+
+    def show(_: Any, trainer: Any, name: str, figure: Any) -> None:
+        lines = figure.axes[0].lines
+        shown.setdefault(name, []).append((trainer.global_step, len(lines[0].get_xydata()) if lines else 0))
+
+    monkeypatch.setattr(Gallery, "show", show)
+    callbacks = [FlatnessMonitor("head", report=["classes"]), FlatnessFigures(every_n_epochs=every, gap=GAP)]
+    trainer = make_trainer(precision="64-true", callbacks=callbacks, max_epochs=4)
+    trainer.fit(Logged().double(), make_loader([4]), make_loader([4]))
+    assert shown == {
+        "val/class_flatness": [(step, 0) for step in expected],
+        "val/flatness_and_gap": [(step, step) for step in expected],  # a point for each epoch
+    }
+    shown.clear()
+    trainer.validate(Logged().double(), make_loader([4]), verbose=False)
+    assert list(shown) == ["val/class_flatness"]
+
+
+def test_a_fit_without_validation_draws_nothing_of_what_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(Gallery, "show", lambda _, trainer, name, figure: shown.append(name))
+    trainer = make_trainer(precision="64-true", callbacks=[*all_monitors(), FlatnessFigures()])
+    net = Logged().double()
+    trainer.validate(net, make_loader([4]), verbose=False)
+    assert len(shown) == 4
+    trainer.fit(net, make_loader([4]))
+    assert len(shown) == 4
+
+
+def test_pictures_of_each_loader_and_of_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, Any] = {}
+    monkeypatch.setattr(Gallery, "show", lambda _, trainer, name, figure: shown.update({name: figure}))
+    monitors = all_monitors(9)
+    trainer = make_trainer(precision="64-true", callbacks=[*monitors, FlatnessFigures()])
+    net = Logged().double()
+    trainer.fit(net, make_loader([4]), make_loader([7]))
+    shown.clear()
+    trainer.validate(net, [make_loader([4], seed=2), make_loader([3], seed=3)], verbose=False)
+    drawn = [f"val/{name}/dataloader_idx_{k}" for name in PICTURES if "gap" not in name for k in (0, 1)]
+    assert sorted(shown) == sorted(drawn)
+    for k, size in enumerate((4, 3)):
+        assert len(shown[f"val/sharpest_samples/dataloader_idx_{k}"].axes[0].patches) == size
+    shown.clear()
+    trainer.test(net, make_loader([4]), verbose=False)
+    assert sorted(shown) == sorted(f"test/{name}" for name in PICTURES if "gap" not in name)
 
 
 def test_samples_are_drawn_with_their_own_image_label_and_part(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     inputs, target = make_loader([9]).dataset[:]
     data = TensorDataset(inputs.reshape(9, 1, 1, 5), target)
-    callback = monitor(report=False, layers=None, gap=None, sharpest=9)
-    shown, _ = pictures(monkeypatch, Images().double(), data, callback)
+    callback = SharpestMonitor(9)
+    shown, _ = pictures(monkeypatch, Images().double(), data, callback, FlatnessFigures())
     places = shown["val/sharpest_samples"][-1].axes
     assert len(places) == 9
-    for axes, part, index in zip(places, *callback.sharpest_samples["val"].tolist(), strict=True):
-        assert axes.get_title() == f"{index:.0f}: {target[int(index)]}\nκ {part:.3g}"
+    for axes, sample in zip(places, callback.samples["val"], strict=True):
+        index = sample.index
+        assert axes.get_title() == f"{index}: {target[index]}\nκ {sample.part:.3g}"
         [image] = axes.images
         assert image.get_array().shape == (1, 5)
         # Black to white, up to its own brightness.
-        assert image.get_array()[0].argsort().tolist() == inputs[int(index)].argsort().tolist()
+        assert image.get_array()[0].argsort().tolist() == inputs[index].argsort().tolist()
         assert image.cmap(0.0)[0] < image.cmap(1.0)[0]
 
 
@@ -390,111 +384,57 @@ def test_a_sample_without_an_image_leaves_bars_of_all() -> None:
     assert labels_and_lengths(axes) == (["sample 7", "sample 2"], [5.0, 4.0])
 
 
-def test_gap_needs_logged_names() -> None:
-    callback = FlatnessMonitor("head", figures=True, gap=("train_loss", "val_loss"))
-    trainer = make_trainer(precision="64-true", callbacks=[callback])
-    with pytest.raises(ValueError, match=r"two logged metrics, of .*'val/relative_flatness', but got \('train_loss'"):
+@pytest.mark.parametrize(
+    "options", [{"gap": ("train_loss", "val_loss")}, {"gap": ("val/relative_flatness",) * 2, "flatness": "flatness"}]
+)
+def test_gap_needs_logged_names(options: dict[str, Any]) -> None:
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head"), FlatnessFigures(**options)])
+    message = r"`gap` and `flatness` to name logged metrics, of .*'val/relative_flatness', but got \("
+    with pytest.raises(ValueError, match=message):
         trainer.fit(Net().double(), make_loader([4]), make_loader([4]))
 
 
 def test_gaps_go_on_after_a_resume(tmp_path: Path) -> None:
-    points = []
+    points: list[Any] = []
     for epochs, checkpoint in ((1, None), (2, tmp_path / "first.ckpt")):
         torch.manual_seed(0)
-        callback = monitor(layers=None, report=False, sharpest=None)
+        figures = FlatnessFigures(gap=GAP)
         trainer = make_trainer(
-            precision="64-true", callbacks=[callback], max_epochs=epochs, default_root_dir=tmp_path, logger=False
+            precision="64-true",
+            callbacks=[FlatnessMonitor("head"), figures],
+            max_epochs=epochs,
+            default_root_dir=tmp_path,
         )
         with pytest.warns(UserWarning, match="pictures"):
             trainer.fit(Logged().double(), make_loader([6]), make_loader([5], seed=2), ckpt_path=checkpoint)
         trainer.save_checkpoint(tmp_path / "first.ckpt")
-        assert callback._curve is not None
-        points.append(callback._curve.points)
+        points.append(figures.state_dict()["gaps"])
     assert len(points[0]) == 1
     assert points[1][:1] == points[0]
     assert len(points[1]) == 2
     values = trainer.callback_metrics
     gap = (values["val_loss"] - values["train_loss"]).item()
     assert points[1][1] == pytest.approx((gap, values["val/relative_flatness"].item()))
-
-
-def test_values_of_classes() -> None:
-    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", report=["classes"])])
-    net = Net().double()
-    loader = make_loader([6, 5], seed=2)
-    [result] = trainer.validate(net, loader, verbose=False)
-    inputs, target = loader.dataset[:]
-    features = net.features(inputs).detach()
-    for number in range(3):
-        own = target == number
-        part = relative_flatness(
-            features[own], net.head.weight, net.head(features[own]), target[own], loss="cross_entropy"
-        )
-        assert result[f"val/class_flatness/{number}"] == pytest.approx(part.item())
-    whole = flatness_report(features, net.head.weight, net.head(features), target, loss="cross_entropy")
-    assert result["val/flatness/layer_trace"] == pytest.approx(whole["layer_trace"].item())
-
-
-def test_eigenvalues_and_neural_collapse() -> None:
-    parts: Any = ["eigenvalues", "neural_collapse"]
-    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", report=parts)])
-    net = Net().double()
-    loader = make_loader([6, 5], seed=2)
-    [result] = trainer.validate(net, loader, verbose=False)
-    inputs, target = loader.dataset[:]
-    features, bias = net.features(inputs).detach(), net.head.bias.detach()
-    hessian = torch.func.hessian(lambda weight: F.cross_entropy(F.linear(features, weight, bias), target))(
-        net.head.weight.detach()
-    )
-    largest = torch.linalg.eigvalsh(hessian.reshape(18, 18))[-1].item()
-    square = net.head.weight.square().sum().item()
-    assert result["val/flatness/hessian_eigenvalue"] == pytest.approx(largest)
-    assert result["val/flatness/layer_eigenvalue_upper"] == pytest.approx(square * largest)
-    report = flatness_report(
-        features, net.head.weight, net.head(features), target, loss="cross_entropy", eigenvalues=True
-    )
-    entries = {name for name in report if "eigenvalue" in name}
-    assert len(entries) == 6
-    assert {name: result[f"val/flatness/{name}"] for name in entries} == {
-        name: pytest.approx(report[name].item(), rel=1e-10) for name in entries
-    }
-    collapse = neural_collapse(features, target, num_classes=3, weight=net.head.weight.detach())
-    found = {name.rpartition("/")[2]: value for name, value in result.items() if "neural_collapse" in name}
-    assert found == {name: pytest.approx(value.item()) for name, value in collapse.items()}
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit_loop.epoch_progress.reset()
+    trainer.fit(Logged().double(), make_loader([6]), make_loader([5], seed=2))
+    assert len(figures.state_dict()["gaps"]) == 3  # of the new fit alone
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"report": ["pairs"]}, "`report` to be True, False or some of 'classes'"),
-        ({"report": "classes"}, "`report` to be True, False or some of 'classes'"),
-        ({"report": ["classes"], "loss": "mse"}, "`loss` to be a cross-entropy, because 'classes'"),
-        ({"report": ["neuron_pairs"]}, "to be given with figures=True"),
-        ({"layers": "*", "target": None, "loss": "mse"}, "`target` to say where the target is"),
-        ({"sharpest": 0}, "`sharpest` to be an integer of at least 1"),
-        ({"sharpest": 3, "loss": torch.nn.functional.cross_entropy}, "`sharpest` to be given with a loss"),
-        ({"figures": True}, "`figures` to be given with something to draw"),
-        ({"figures": 1}, "`figures` to be True or False"),
-        ({"gap": ("train_loss", "val_loss")}, "`gap` to be given with figures=True"),
-        ({"gap": ("train_loss",), "figures": True}, "`gap` to be the names of two logged metrics"),
+        ({"every_n_epochs": 0}, "`every_n_epochs` to be an integer of at least 1, but got 0"),
+        ({"gap": ("train_loss",)}, "`gap` to be the names of two logged metrics, or None, but got"),
+        ({"gap": "train_loss"}, "`gap` to be the names of two logged metrics, or None, but got 'train_loss'"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FlatnessMonitor("head", **options)
-
-
-def test_too_many_pairs_are_refused_before_the_first_batch() -> None:
-    net = Net().double()
-    net.head = torch.nn.Linear(6, 65).double()
-    trainer = make_trainer(
-        precision="64-true", callbacks=[FlatnessMonitor("head", report=["neuron_pairs"], figures=True)]
-    )
-    with pytest.raises(ValueError, match="at most 64 outputs"):
-        trainer.validate(net, make_loader([4]), verbose=False)
+        FlatnessFigures(**options)
 
 
 def test_figures_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-relflat\[figures\]"):
-        FlatnessMonitor("head", report=["classes"], figures=True)
+        FlatnessFigures()

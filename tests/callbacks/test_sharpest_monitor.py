@@ -1,0 +1,222 @@
+"""The monitor of the sharpest samples finds those of the definition, by their numbers in the data set."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_relflat import SharpestMonitor
+from lightning_relflat.callbacks.sharpest_monitor import SharpSample
+from tests.callbacks import sharpest_in_processes
+from tests.models import Batch, Net, make_loader, make_trainer
+from tests.oracles import kappa_of_layer
+from tests.processes import run
+
+SIZES = [5, 4, 3]
+LOSSES: dict[str, Any] = {
+    "cross_entropy": F.cross_entropy,
+    "summed": nn.CrossEntropyLoss(reduction="sum"),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.2),
+    "mse": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z)),
+    "scaled": lambda z, y: 3 * F.cross_entropy(z, y),
+}
+
+
+class Shown(Net):
+    """Returns its validation and test loss."""
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.loss(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.loss(batch)
+
+
+def by_definition(net: Net, data: Any) -> tuple[list[int], list[float]]:
+    """Return the samples' numbers and the κ of each one's own loss, the sharpest first."""
+    twin, (inputs, target) = copy.deepcopy(net).eval(), data[:]
+    parts = [
+        kappa_of_layer(twin.head, lambda i=i: twin.loss([inputs[i : i + 1], target[i : i + 1]])).item()  # type: ignore[misc]
+        for i in range(len(target))
+    ]
+    order = sorted(range(len(parts)), key=parts.__getitem__, reverse=True)
+    return order, [parts[i] for i in order]
+
+
+def check(found: list[SharpSample], net: Net, data: Any) -> None:
+    order, parts = by_definition(net, data)
+    assert [sample.index for sample in found] == order[: len(found)]
+    assert [sample.part for sample in found] == pytest.approx(parts[: len(found)], rel=1e-9)
+
+
+@pytest.mark.parametrize("layer", [None, "head"])
+@pytest.mark.parametrize("criterion", LOSSES.values(), ids=LOSSES)
+def test_they_are_those_of_the_definition(criterion: Any, layer: str | None) -> None:
+    callback, net, loader = SharpestMonitor(4, layer), Shown(criterion).double(), make_loader(SIZES, seed=2)
+    trainer = make_trainer(precision="64-true", callbacks=[callback])
+    trainer.validate(net, loader, verbose=False)
+    assert len(callback.samples["val"]) == 4
+    check(callback.samples["val"], net, loader.dataset)
+    assert not any("sharp" in name for name in trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_named_loss(returned: bool) -> None:
+    callback = SharpestMonitor(20, "head", "cross_entropy")
+    net, loader = (Shown() if returned else Net()).double(), make_loader(SIZES, seed=2)
+    make_trainer(precision="64-true", callbacks=[callback]).fit(net, make_loader([3]), loader)
+    assert len(callback.samples["val"]) == sum(SIZES)
+    check(callback.samples["val"], net, loader.dataset)
+
+
+def test_a_named_loss_that_is_another_is_refused() -> None:
+    trainer = make_trainer(precision="64-true", callbacks=[SharpestMonitor(2, "head", "cross_entropy")])
+    with pytest.raises(RuntimeError, match="times that of the named loss"):
+        trainer.fit(Shown(LOSSES["scaled"]).double(), make_loader([3]), make_loader([4]))
+
+
+def test_several_loaders_and_test() -> None:
+    callback = SharpestMonitor(2)
+    trainer = make_trainer(precision="64-true", callbacks=[callback], num_sanity_val_steps=2)
+    net = Shown().double()
+    trainer.fit(net, make_loader([3]), make_loader([3, 3], seed=3))
+    assert set(callback.samples) == {"val"}
+    check(callback.samples["val"], net, make_loader([3, 3], seed=3).dataset)
+    # A later validation asks the loaders it is given, not those of the fit, whose samples are forgotten.
+    trainer.validate(net, [make_loader([5], seed=2), make_loader([2, 4], seed=3)], verbose=False)
+    trainer.test(net, make_loader([4], seed=4), verbose=False)
+    assert set(callback.samples) == {"val/dataloader_idx_0", "val/dataloader_idx_1", "test"}
+    check(callback.samples["val/dataloader_idx_1"], net, make_loader([2, 4], seed=3).dataset)
+    check(callback.samples["test"], net, make_loader([4], seed=4).dataset)
+
+
+@pytest.mark.parametrize(
+    ("stages", "every", "expected"),
+    [(("val", "test"), 2, [1, 3]), (("val",), 3, [2]), (("test",), 1, [])],
+)
+def test_looks_in_its_epochs_alone(stages: Any, every: int, expected: list[int]) -> None:
+    looked_in: list[int] = []
+
+    class Noting(SharpestMonitor):
+        def _parts(self, found: Any) -> Tensor:
+            looked_in.append(net.current_epoch)
+            return super()._parts(found)
+
+    net, callback = Shown().double(), Noting(2, stages=stages, every_n_epochs=every)
+    trainer = make_trainer(precision="64-true", callbacks=[callback], max_epochs=4)
+    trainer.fit(net, make_loader([3]), make_loader([4]))
+    assert looked_in == expected
+    assert set(callback.samples) == set(stages) & {"val"}
+    trainer.test(net, make_loader([4]), verbose=False)
+    assert set(callback.samples) == set(stages)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world", [2, 3])
+def test_of_several_processes(tmp_path: Path, world: int) -> None:
+    with pytest.warns(UserWarning, match="pictures"):
+        sharpest_in_processes.main(str(tmp_path), 1)
+    for picture in tmp_path.rglob("*.png"):
+        picture.unlink()
+    run(tmp_path, ["tests.callbacks.sharpest_in_processes", str(tmp_path), str(world)])
+    indices, parts = torch.load(tmp_path / "1-0.pt")
+    for rank in range(world):
+        found, values = torch.load(tmp_path / f"{world}-{rank}.pt")
+        assert found == indices
+        assert values == pytest.approx(parts, rel=1e-12)
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*shuffling enabled")
+def test_shuffled_samples_are_refused_before_the_first_batch() -> None:
+    class Never(Shown):
+        def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            raise AssertionError
+
+    data = TensorDataset(*make_loader([6]).dataset[:])
+    for loader in (DataLoader(data, batch_size=2, shuffle=True), [list(data.tensors)]):
+        trainer = make_trainer(precision="64-true", callbacks=[SharpestMonitor(2)])
+        with pytest.raises(ValueError, match="without shuffling"):
+            trainer.validate(Never().double(), loader, verbose=False)
+
+
+class Twice(Shown):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) + super().forward(inputs)
+
+
+class Squared(Shown):
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) ** 2
+
+
+class Flat(Shown):
+    """Gives the head two rows for each sample, in one dimension with the samples."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        features = self.features(batch[0])
+        outputs = self.head(torch.stack([features, 2 * features], dim=1).flatten(0, 1))
+        return F.cross_entropy(outputs, batch[1].repeat_interleave(2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "message"),
+    [
+        (Twice, None, "runs 2 times"),
+        (Squared, None, "not recognised as a criterion with a closed form of the outputs of layer 'head'"),
+        (Shown, "body", "not recognised as a criterion with a closed form of the outputs of layer 'body'"),
+        (Flat, None, "layer 'head' has 8 rows in a batch of 4 samples"),
+    ],
+)
+def test_samples_without_a_part_of_their_own_are_refused(kind: type[Net], layer: str | None, message: str) -> None:
+    net = kind().double()
+    trainer = make_trainer(precision="64-true", callbacks=[SharpestMonitor(2, layer)])
+    with pytest.raises(RuntimeError, match=message):
+        trainer.validate(net, make_loader([4]), verbose=False)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert "validation_step" not in vars(net)
+
+
+class Silent(Net):
+    """Shows no loss."""
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+
+def test_no_samples_are_said_once_and_not_given() -> None:
+    callback = SharpestMonitor(2)
+    trainer = make_trainer(precision="64-true", callbacks=[callback], max_epochs=2)
+    with pytest.warns(UserWarning, match="no loss that depends on") as caught:
+        trainer.fit(Silent().double(), make_loader([3]), make_loader([4]))
+    assert sum("no loss that depends" in str(warning.message) for warning in caught) == 1
+    assert callback.samples == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "`k` to be an integer of at least 1, but got 0"),
+        ({"k": 3, "loss": F.cross_entropy}, "`loss` to be a criterion with a closed form"),
+        ({"k": 3, "loss": "hinge"}, "`loss` to be one of 'cross_entropy'"),
+        ({"k": 3, "stages": ("train",)}, "`stages` to hold 'val' and 'test' alone"),
+        ({"k": 3, "every_n_epochs": 0}, "`every_n_epochs` to be an integer of at least 1"),
+        ({"k": 3, "layer": 3}, "`layer` to be"),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SharpestMonitor(**options)
+
+
+def test_two_need_names() -> None:
+    trainer = make_trainer(precision="64-true", callbacks=[SharpestMonitor(1), SharpestMonitor(2)])
+    with pytest.raises(ValueError, match="`name` to tell several SharpestMonitor callbacks apart"):
+        trainer.validate(Shown().double(), make_loader([4]), verbose=False)
