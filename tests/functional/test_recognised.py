@@ -195,7 +195,7 @@ def test_several_passes(chained: bool) -> None:
         assert (recognised is None) == chained
         if recognised is not None:
             kappa = sum(float(part.detach().sum()) for part in exact_parts(recognised, records))
-            assert kappa == pytest.approx(float(kappa_of_layer(net.head, loss)), rel=1e-10)
+            assert kappa == pytest.approx(float(kappa_of_layer(net.head, loss).detach()), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", ["mixup", "smoothing", "mse", "binary", "a learnt factor"])
