@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.functional._called_batch import Target
-from lightning_relflat.functional._checks import full_precision
+from lightning_relflat.functional._checks import full_precision, ordinary
 from lightning_relflat.functional._graph import nodes_between
 from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
 from lightning_relflat.functional.output_hessian import output_hessian
@@ -103,6 +103,7 @@ def _constant(node: Any) -> object:
     return value
 
 
+@ordinary()
 def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criterion: Criterion) -> Verdict:
     r"""Compare the curvature of a loss at some outputs with that of a criterion of each of them and a target.
 
