@@ -260,6 +260,8 @@ def sums_of_loss(
         The sums; ``None`` if the loss does not depend on the passes.
     """
     probes.batches += 1
+    if not any(record.outputs.numel() for record in records):  # a process may have a batch of no samples
+        return loss.new_zeros(4, dtype=torch.float64)
     recognised = probes.trying.recognise(loss, records)
     probes.exact = recognised is not None
     if recognised is not None:
@@ -369,7 +371,9 @@ def of_one_batch(sums: Sequence[Tensor]) -> Tensor:
         The sums.
     """
     stacked = torch.stack(list(sums))
-    scale = stacked[0, 1] / stacked[:, 1]
+    if len(stacked) == 1:
+        return stacked[0]
+    scale = torch.where(stacked[:, 1] == 0, 1, stacked[0, 1] / stacked[:, 1])
     return (stacked * torch.stack([scale, scale / len(stacked), scale**2, scale**4], dim=1)).sum(dim=0)
 
 

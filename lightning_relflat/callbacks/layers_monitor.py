@@ -146,6 +146,8 @@ class LayersMonitor(Monitor):
         self._within.close()
         records = {name: tap.peek() for name, tap in self._taps.items()}
         loss, several = the_loss(step, [record for found in records.values() for record in found])
+        if not any(record.outputs.numel() for found in records.values() for record in found):
+            return  # no samples
         if loss is None:
             which = "several losses that depend" if several else "no loss that depends"
             self.say(

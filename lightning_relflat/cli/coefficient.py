@@ -192,7 +192,10 @@ def train(coefficient: float, seed: int, config: Namespace) -> tuple[float, floa
         return math.nan, math.nan
     monitor = FlatnessMonitor(config.layer, find_loss(config.loss), target=config.target)
     values = validate(model, data, "val", config, [monitor], **quiet)
-    return values[_loss_name(values, config.monitor)], values["val/relative_flatness"]
+    loss = values[_loss_name(values, config.monitor)]
+    if "val/relative_flatness" not in values:
+        raise InputError("`validation_step` shows no loss that depends on the layer; return it there, or give --loss")
+    return loss, values["val/relative_flatness"]
 
 
 def _loss_name(values: dict[str, float], monitor: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from typing import Any, Literal, get_args
 
 from jsonargparse import ArgumentParser, Namespace
@@ -353,7 +354,10 @@ def validate(
         All that was logged, by names that begin with the part of the data.
     """
     data.part = part
-    [values] = make_trainer(config, callbacks, **kwargs).validate(model, datamodule=data.data, verbose=False)
+    with warnings.catch_warnings():
+        # Whoever asked for the values says in one line that there are none.
+        warnings.filterwarnings("ignore", ".*(so that nothing was measured there|so that it is left out)")
+        [values] = make_trainer(config, callbacks, **kwargs).validate(model, datamodule=data.data, verbose=False)
     return {f"{part}/{re.sub(r'^val(id|idation)?[/_.]', '', name)}": value for name, value in values.items()}
 
 

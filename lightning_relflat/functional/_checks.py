@@ -117,7 +117,7 @@ def said(value: object, depth: int = 2) -> str:
         if depth == 0 or len(value) > _MANY or not isinstance(value, list | tuple):
             return f"a {type(value).__name__} of {len(value)}"
         parts = ", ".join(said(entry, depth - 1) for entry in value)
-        return f"[{parts}]" if isinstance(value, list) else f"tuple({parts})"
+        return f"[{parts}]" if isinstance(value, list) else f"({parts}{',' * (len(value) == 1)})"
     if isinstance(value, str | int | float | complex | type | nn.Module) or value is None or callable(value):
         text = repr(value)
         return text if len(text) <= _LONG else f"{text[:_LONG]}…"

@@ -219,3 +219,27 @@ def test_nothing_is_left_behind_where_a_step_fails() -> None:
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
     assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("loss", [None, "cross_entropy"])
+@pytest.mark.parametrize("fitting", [True, False])
+@pytest.mark.filterwarnings("ignore:.*has not been verified")
+def test_a_batch_without_samples_is_no_matter(loss: str | None, fitting: bool) -> None:
+    net = Shows().double()
+    monitors: list[Any] = [
+        FlatnessMonitor("head", loss),
+        FlatnessMonitor("body", probes=None, name="body"),
+        LayersMonitor(),
+    ]
+    trainer = make_trainer(precision="64-true", callbacks=monitors, num_sanity_val_steps=2)
+    sizes = [5, 0, 3]
+    if fitting:
+        trainer.fit(net, make_loader([4, 3]), make_loader(sizes, seed=2))
+    else:
+        trainer.validate(net, make_loader(sizes, seed=2), verbose=False)
+    values = trainer.callback_metrics
+    batches = make_batches(sizes, seed=2)
+    assert float(values["val/relative_flatness"]) == pytest.approx(truth(net, "head", batches), rel=1e-9)
+    assert float(values["val/body/relative_flatness"]) == pytest.approx(truth(net, "body", batches), rel=1e-9)
+    assert float(values["val/layer_flatness/head"]) == pytest.approx(truth(net, "head", batches), rel=1e-9)
+    assert all(bool(value.isfinite()) for value in values.values())

@@ -523,7 +523,7 @@ def test_two_penalties_on_one_layer(late: list[bool], monkeypatch: pytest.Monkey
     trained = []
     for few in (0, 1 << 30):
         monkeypatch.setattr(fused, "_FEW", few)
-        other = FAM(None, 0.2, loss="cross_entropy", temperature=2.0)
+        other = FAM(None, 0.2, loss="cross_entropy", temperature=2.0, name="other")
         trained.append(fitted(Wide(), FAM("head", 0.3, loss="cross_entropy"), other))
     for one, other_one in zip(*trained, strict=True):
         torch.testing.assert_close(one, other_one, rtol=1e-10, atol=1e-12)

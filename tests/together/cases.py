@@ -88,7 +88,7 @@ _IMPOSSIBLE: dict[str, Callable[[Case], bool]] = {
 
 # What may be refused, in these words; else it is right.
 _REFUSED: dict[str, Callable[[Case], bool]] = {
-    r"cannot be differentiated twice, as compiled functions .* name it: `loss=`": lambda c: (
+    r"cannot be differentiated twice, as compiled functions .* (name it: `loss=`|`stages` says where)": lambda c: (
         (c["form"] == "exact" and c["compiled"] == "module")
         or (c["monitor"] == "layers" and c["compiled"] != "nothing")
     ),
