@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_relflat import FlatnessMonitor, LayersMonitor, SharpestMonitor
 from tests.models import Batch, Net, focal, make_batches, make_loader, make_trainer
@@ -232,13 +233,13 @@ def test_a_batch_without_samples_is_no_matter(loss: str | None, fitting: bool) -
         LayersMonitor(),
     ]
     trainer = make_trainer(precision="64-true", callbacks=monitors, num_sanity_val_steps=2)
-    sizes = [5, 0, 3]
+    batches = make_batches([5, 0, 3], seed=2)
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     if fitting:
-        trainer.fit(net, make_loader([4, 3]), make_loader(sizes, seed=2))
+        trainer.fit(net, make_loader([4, 3]), loader)
     else:
-        trainer.validate(net, make_loader(sizes, seed=2), verbose=False)
+        trainer.validate(net, loader, verbose=False)
     values = trainer.callback_metrics
-    batches = make_batches(sizes, seed=2)
     assert float(values["val/relative_flatness"]) == pytest.approx(truth(net, "head", batches), rel=1e-9)
     assert float(values["val/body/relative_flatness"]) == pytest.approx(truth(net, "body", batches), rel=1e-9)
     assert float(values["val/layer_flatness/head"]) == pytest.approx(truth(net, "head", batches), rel=1e-9)
