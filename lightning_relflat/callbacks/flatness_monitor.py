@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer, labelled
-from lightning_relflat.callbacks._layer_meter import LayerMeter
+from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, labelled
 from lightning_relflat.callbacks._measurable import Measurable
-from lightning_relflat.callbacks._monitor import Monitor
+from lightning_relflat.callbacks._one_layer import OneLayerMonitor
 from lightning_relflat.callbacks._report import Part, Reports, check_parts
 from lightning_relflat.callbacks._step import Stage, Step
 from lightning_relflat.curvature import Loss, Probes, of_one_batch
@@ -19,7 +17,7 @@ from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.metrics.flatness_sums import FlatnessSums
 
 
-class FlatnessMonitor(Monitor):
+class FlatnessMonitor(OneLayerMonitor):
     r"""Logs the relative flatness κ of a layer over training, validation and test data.
 
     Logged once per epoch: ``train/relative_flatness``, ``val/relative_flatness`` and ``test/relative_flatness``, over
@@ -100,10 +98,15 @@ class FlatnessMonitor(Monitor):
         prog_bar: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__(stages, every_n_epochs, name)
-        self.layer = check_layer(layer)
-        self.loss = loss
-        self.target: Target = check_key(target)
+        super().__init__(
+            layer,
+            loss,
+            target,
+            linear=loss is not None or report is not False,
+            stages=stages,
+            every_n_epochs=every_n_epochs,
+            name=name,
+        )
         self.report = report
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps, at_least=1)
@@ -111,103 +114,43 @@ class FlatnessMonitor(Monitor):
         self._probes = Probes(probes, seed)
         self.probes, self.seed = probes, seed
         self.prog_bar = check_flag("prog_bar", prog_bar)
-        self._meter = LayerMeter(self, layer, loss, self.target, linear=loss is not None or report is not False)
         self._reports = Reports(self, check_parts(report), self._meter)
         self.reports = self._reports.values
         self._metrics: dict[tuple[Stage, int], FlatnessSums] = {}
         self._sums: list[Tensor] = []  # of the batch
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
 
-    @property
-    def measured_layer(self) -> str | None:
-        """The name of the layer that is measured, or was last; ``None`` as long as it is not known."""
-        return self._meter.name
-
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the layer."""
         self._metrics, self._sums, self._within_epoch = {}, [], False
-        self._meter.attach(module)
+        super().attach(trainer, module)
         self._reports.check_layer()
 
     def detach(self) -> None:
         """Leave nothing behind but the sums, which a checkpoint may want after an exception."""
-        self._meter.detach()
+        super().detach()
         self._sums = []
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look anew at what lies behind the layer, and whether the loss is the one that was named."""
-        self._meter.look_again()
-
-    def begin(self, step: Step) -> None:
-        """Listen to the layer, if the step counts.
+    def measure(self, step: Step, found: Measurable | None) -> None:
+        """Measure κ in what a step shows.
 
         Args:
-            step: a step of the module.
+            step: the step.
+            found: what it shows.
         """
-        if self._module is None:
+        if found is None:
             return
-        claim = self._meter.claim
-        if step.stage == "train":
-            # A loss that is named is compared with that of training, even if only validation is measured.
-            listens = self._step is None and (self.is_due("train") or (claim is not None and not claim.verified))
-        else:
-            listens = self.is_due(step.stage) or (step.stage in self.stages and self._module.trainer.sanity_checking)
-        self._meter.begin(step, self._loader, listens=listens)
-        if listens:
-            self._step = step
-
-    def of(self, loss: Tensor) -> Tensor | None:
-        """Measure κ in a loss of a training step.
-
-        Args:
-            loss: the loss.
-
-        Returns:
-            Nothing: the loss stays as it is.
-
-        Raises:
-            RuntimeError: if the loss does not depend on the layer, or is not the one that was named.
-        """
-        if self._step is not None and self._meter.listens:
-            found = self._meter.of(self._step, loss)
-            if found is not None and self.is_due("train"):
-                self._measure(found)
-        return None
-
-    def pause(self, paused: bool) -> None:
-        """Do not listen during a backward pass: checkpointed layers run again there."""
-        self._meter.pause(paused=paused)
-
-    def evaluated(self, step: Step) -> None:
-        """Measure κ in what a step of validation or test shows.
-
-        Args:
-            step: the step, which has run.
-        """
-        if self._step is not step:
-            return
-        with torch.inference_mode(False):
-            found = self._meter.evaluated(step, self._loader)
-            if found is None:
-                return
-            self._measure(found)
-            if self.is_due(step.stage):
-                self._reports.add(step.stage, self._loader, found)
-            else:  # in the sanity check it is seen that it can be measured
-                self._sums = []
-
-    def end(self) -> None:
-        """Stop listening."""
-        self._meter.end()
-
-    def _measure(self, found: Measurable) -> None:
         with self.speaking():
             sums = found.sums(self._probes, self._meter.tap.behind, self._module)
-        if sums is not None:
-            self._sums.append(sums)
         self._meter.tap.has_measured(exact=self._probes.exact)
         if self._probes.flat:
             self.say("flat", "κ is 0, because the loss is piecewise linear in the layer's outputs.")
+        if not self.is_due(step.stage):
+            return  # in the sanity check it is seen that it can be measured
+        if sums is not None:
+            self._sums.append(sums)
+        if step.stage != "train":
+            self._reports.add(step.stage, self._loader, found)
 
     def begin_epoch(self, stage: Stage, loaders: int) -> None:
         """Begin the sums of an epoch, also where a checkpoint holds one that had just run out of batches."""
@@ -245,12 +188,8 @@ class FlatnessMonitor(Monitor):
         metric = self._metric(stage, loader)
         totals = metric.totals()
         _, weight, variance, _ = totals.tolist()
-        if self._meter.missed:
-            self.say(
-                "missed", f"batches were left out ({self._meter.missed} so far): their loss was another than before."
-            )
+        self.say_missing(stage, absent=weight == 0)
         if weight == 0:
-            self.say(f"absent from {stage}", self._meter.absent(stage))
             return {}
         value, error = metric.values(totals)
         found = {"relative_flatness": value} | ({"relative_flatness_error": error} if variance > 0 else {})

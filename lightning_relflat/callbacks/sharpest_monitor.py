@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer
-from lightning_relflat.callbacks._layer_meter import LayerMeter
+from lightning_relflat.callbacks._base import LightningModule, Target, Trainer
 from lightning_relflat.callbacks._measurable import Measurable
-from lightning_relflat.callbacks._monitor import Monitor, computed
+from lightning_relflat.callbacks._monitor import computed
+from lightning_relflat.callbacks._one_layer import OneLayerMonitor
 from lightning_relflat.callbacks._step import Stage, Step
 from lightning_relflat.curvature import Loss, exact_parts, recognise_passes
 from lightning_relflat.functional._checks import check_count
@@ -35,7 +35,7 @@ class SharpSample:
     part: float
 
 
-class SharpestMonitor(Monitor):
+class SharpestMonitor(OneLayerMonitor):
     """Finds the samples of validation and test data with the largest parts in κ of a linear layer.
 
     They are the ones around which the loss is least flat; of training data that was fitted, often the mislabelled ones.
@@ -80,17 +80,13 @@ class SharpestMonitor(Monitor):
         every_n_epochs: int = 1,
         name: str | None = None,
     ) -> None:
-        super().__init__(stages, every_n_epochs, name)
+        super().__init__(layer, loss, target, linear=True, stages=stages, every_n_epochs=every_n_epochs, name=name)
         if "train" in self.stages:
             raise ValueError(
                 "Expected argument `stages` to hold 'val' and 'test' alone, because training data are shuffled and the "
                 f"weights change, but got {stages!r}."
             )
         self.k = check_count("k", k, at_least=1)
-        self.layer = check_layer(layer)
-        self.loss = loss
-        self.target: Target = check_key(target)
-        self._meter = LayerMeter(self, layer, loss, self.target, linear=True)
         if self._meter.claim is not None and not has_closed_form(self._meter.claim.criterion):
             raise ValueError(f"Expected argument `loss` to be a criterion with a closed form, but got {loss!r}.")
         self.samples: dict[str, list[SharpSample]] = {}
@@ -102,80 +98,32 @@ class SharpestMonitor(Monitor):
         self._metrics = {}
         if trainer.state.fn == "fit":
             self.samples = {}
-        self._meter.attach(module)
+        super().attach(trainer, module)
 
     def detach(self) -> None:
         """Leave nothing behind."""
-        self._meter.detach()
+        super().detach()
         self._orders = []
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look anew whether the loss is the one that was named."""
-        self._meter.look_again()
-
-    def begin(self, step: Step) -> None:
-        """Listen to the layer, if the step counts.
-
-        Args:
-            step: a step of the module.
-        """
-        if self._module is None:
-            return
-        claim = self._meter.claim
-        if step.stage == "train":
-            listens = self._step is None and claim is not None and not claim.verified
-        else:
-            listens = self.is_due(step.stage) or (step.stage in self.stages and self._module.trainer.sanity_checking)
-        self._meter.begin(step, self._loader, listens=listens)
-        if listens:
-            self._step = step
-
-    def of(self, loss: Tensor) -> Tensor | None:
-        """Compare a loss that was named with that of the training step.
-
-        Args:
-            loss: the loss.
-
-        Returns:
-            Nothing: the loss stays as it is.
-
-        Raises:
-            RuntimeError: if it is another.
-        """
-        if self._step is not None and self._meter.listens:
-            self._meter.of(self._step, loss)
-        return None
-
-    def evaluated(self, step: Step) -> None:
+    def measure(self, step: Step, found: Measurable | None) -> None:
         """Take in the samples of a step of validation or test.
 
         Args:
             step: the step, which has run.
+            found: what it shows.
         """
-        if self._step is not step:
+        parts = None if found is None else self._parts(found)
+        if not self.is_due(step.stage):  # in the sanity check it is seen that there are parts
             return
-        with torch.inference_mode(False):
-            found = self._meter.evaluated(step, self._loader)
-            parts = None if found is None else self._parts(found)
-            if not self.is_due(step.stage):  # in the sanity check it is seen that there are parts
-                return
-            indices = list(next(self._orders[self._loader]))
-            if parts is not None:
-                if len(parts) != len(indices):
-                    raise RuntimeError(
-                        f"{self!r}: what enters layer {self._meter.tap.name!r} has {len(parts)} rows in a batch of "
-                        f"{len(indices)} samples, so that it is not known which row is whose. Hand the layer its "
-                        "samples along the first dimension."
-                    )
-                self._metric(step.stage, self._loader).update(parts, torch.tensor(indices, device=parts.device))
-
-    def pause(self, paused: bool) -> None:
-        """Do not listen during a backward pass."""
-        self._meter.pause(paused=paused)
-
-    def end(self) -> None:
-        """Stop listening."""
-        self._meter.end()
+        indices = list(next(self._orders[self._loader]))
+        if parts is not None:
+            if len(parts) != len(indices):
+                raise RuntimeError(
+                    f"{self!r}: what enters layer {self._meter.tap.name!r} has {len(parts)} rows in a batch of "
+                    f"{len(indices)} samples, so that it is not known which row is whose. Hand the layer its samples "
+                    "along the first dimension."
+                )
+            self._metric(step.stage, self._loader).update(parts, torch.tensor(indices, device=parts.device))
 
     def begin_epoch(self, stage: Stage, loaders: int) -> None:
         """Ask the loaders for their order before the first batch."""
@@ -189,12 +137,8 @@ class SharpestMonitor(Monitor):
     def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
         """Find the samples of all processes."""
         parts, indices = computed(self._metric(stage, loader)).tolist()
-        if self._meter.missed:
-            self.say(
-                "missed", f"batches were left out ({self._meter.missed} so far): their loss was another than before."
-            )
+        self.say_missing(stage, absent=not parts)
         if not parts:
-            self.say(f"absent from {stage}", self._meter.absent(stage))
             return {}
         self.samples[f"{stage}{behind}"] = [
             SharpSample(int(index), part) for index, part in zip(indices, parts, strict=True)

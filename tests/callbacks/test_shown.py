@@ -244,3 +244,19 @@ def test_a_batch_without_samples_is_no_matter(loss: str | None, fitting: bool) -
     assert float(values["val/body/relative_flatness"]) == pytest.approx(truth(net, "body", batches), rel=1e-9)
     assert float(values["val/layer_flatness/head"]) == pytest.approx(truth(net, "head", batches), rel=1e-9)
     assert all(bool(value.isfinite()) for value in values.values())
+
+
+@pytest.mark.parametrize("way", ["returned", "scaled"])
+@pytest.mark.parametrize(("layer", "loss"), [("head", None), ("head", "cross_entropy"), ("body", None)])
+def test_the_sanity_check_leaves_no_trace_in_the_values(way: str, layer: str, loss: str | None) -> None:
+    values = []
+    for sanity in (0, 2):
+        torch.manual_seed(5)
+        net = Shows(way).double()
+        trainer = make_trainer(
+            precision="64-true", callbacks=[FlatnessMonitor(layer, loss)], num_sanity_val_steps=sanity, max_epochs=2
+        )
+        trainer.fit(net, make_loader(SIZES), make_loader([5, 4], seed=2))
+        values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+    assert values[0] == values[1]
+    assert {"train/relative_flatness", "val/relative_flatness"} <= set(values[0])
