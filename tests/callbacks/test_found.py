@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor
 from tests.callbacks.test_fam import assert_same_weights
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa_of_layer
 
 SIZES = [5, 4, 6]
@@ -177,3 +177,26 @@ def test_all_monitors_together_leave_training_as_it_is_bit_for_bit(kind: type[Ne
     assert float(values["val/relative_flatness"]) == pytest.approx(float(values["val/named/relative_flatness"]))
     assert not {"training_step", "manual_backward", "validation_step", "log"} & set(vars(net))
     assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("criterion", [F.cross_entropy, focal], ids=["recognised", "estimated"])
+def test_losses_of_one_batch_in_manual_optimization_add_up(criterion: Any) -> None:
+    class TwoLosses(ManualNet):
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            half = len(batch[0]) // 2
+            self.manual_backward(criterion(self(batch[0]), batch[1]))
+            self.manual_backward(0.5 * criterion(self(batch[0][:half]), batch[1][:half]))
+
+    net = TwoLosses(lr=0.0).double()
+    trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor(probes=None)])
+    trainer.fit(net, make_loader(SIZES))
+    total = 0.0
+    for inputs, target in make_batches(SIZES):
+        half = len(inputs) // 2
+
+        def loss(inputs: Tensor = inputs, target: Tensor = target, half: int = half) -> Tensor:
+            return criterion(net(inputs), target) + 0.5 * criterion(net(inputs[:half]), target[:half])
+
+        total += len(inputs) * float(kappa_of_layer(net.head, loss).detach())
+    expected = total / sum(SIZES)
+    assert float(trainer.callback_metrics["train/relative_flatness"]) == pytest.approx(expected, rel=1e-9)

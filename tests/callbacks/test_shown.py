@@ -254,7 +254,7 @@ def test_the_sanity_check_leaves_no_trace_in_the_values(way: str, layer: str, lo
         torch.manual_seed(5)
         net = Shows(way).double()
         trainer = make_trainer(
-            precision="64-true", callbacks=[FlatnessMonitor(layer, loss)], num_sanity_val_steps=sanity, max_epochs=2
+            precision="64-true", callbacks=[FlatnessMonitor(layer, loss)], num_sanity_val_steps=sanity
         )
         trainer.fit(net, make_loader(SIZES), make_loader([5, 4], seed=2))
         values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
