@@ -15,19 +15,20 @@ nox.options.default_venv_backend = "venv"
 # First of all, so that a build for the CPU is taken where the index has one. torchvision fits one release of torch.
 TORCH = ["torch==2.13.0"]
 VISION = ["torch==2.14.1", "torchvision==0.29.1"]
-# Also needed are what a project imports without requiring it, and what only some of its models do.
+# Also needed are what a project imports without requiring it, and what only some of its models do; the project itself
+# comes last.
 PROJECTS: dict[str, list[str]] = {
     "demos": [*TORCH, "lightning"],
     "hydra": [*TORCH, "hydra-core"],
     "transformers": [*TORCH, "transformers"],
-    "peft": [*TORCH, "peft", "transformers"],
+    "peft": [*TORCH, "transformers", "peft"],
     "torch_geometric": [*TORCH, "torch_geometric"],
     "darts": [*TORCH, "darts"],
     "neuralforecast": [*TORCH, "neuralforecast"],
     "pytorch_forecasting": [*TORCH, "pytorch-forecasting"],
-    "pytorch_tabular": [*TORCH, "pytorch-tabular", "requests"],
+    "pytorch_tabular": [*TORCH, "requests", "pytorch-tabular"],
     "scvi": [*TORCH, "scvi-tools"],
-    "monai": [*TORCH, "monai", "einops"],
+    "monai": [*TORCH, "einops", "monai"],
     "timm": [*VISION, "timm"],
     "torchvision": VISION,
     "segmentation_models": [*VISION, "segmentation-models-pytorch"],
