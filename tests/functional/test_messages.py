@@ -79,7 +79,7 @@ def test_what_is_said_of_a_value() -> None:
     assert said(nn.Parameter(torch.ones(()))) == "a tensor of torch.float32 of shape ()"
     assert said(np.ones(3, dtype="float32")) == "a ndarray of float32 of shape (3,)"
     assert said([1, "a", None]) == "[1, 'a', None]"
-    assert said((BIG, 1)) == "tuple(a tensor of torch.float32 of shape (40, 30), 1)"
+    assert said((BIG, 1)) == "(a tensor of torch.float32 of shape (40, 30), 1)"
     assert said({"a": BIG}) == "a dict of 1"
     assert said(Listed(range(9))) == "a Listed of 9"
     assert said([[[1]]]) == "[[a list of 1]]"
