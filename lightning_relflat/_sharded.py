@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +21,27 @@ def staying_whole(module: nn.Module | None) -> Iterator[None]:
         module: the model; ``None`` for none.
     """
     groups = [] if module is None else [group for part in module.modules() for group in _groups(part)]
-    before = [group.reshard_after_backward for group in groups]
-    for group in groups:
-        group.reshard_after_backward = False
+    with holding(groups, "reshard_after_backward", False):
+        yield
+
+
+@contextmanager
+def holding(things: Sequence[Any], attribute: str, value: object) -> Iterator[None]:
+    """Hold an attribute of some things at a value, until the context ends.
+
+    Args:
+        things: the things.
+        attribute: the attribute's name.
+        value: the value.
+    """
+    before = [getattr(thing, attribute) for thing in things]
+    for thing in things:
+        setattr(thing, attribute, value)
     try:
         yield
     finally:
-        for group, value in zip(groups, before, strict=True):
-            group.reshard_after_backward = value
+        for thing, own in zip(things, before, strict=True):
+            setattr(thing, attribute, own)
 
 
 def _groups(part: nn.Module) -> list[Any]:

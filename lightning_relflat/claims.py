@@ -188,11 +188,11 @@ def _own_loss(criterion: Criterion, outputs: Sequence[Tensor], target: Target) -
             assert isinstance(criterion, nn.Module)
             values = [criterion_loss(criterion, copy, target)[0] for copy in copies]
         else:
-            values = [value_of_callable(criterion, copy, target)[0] for copy in copies]
+            values = [value_of_callable(criterion, copy, target) for copy in copies]
         return copies, torch.stack(values).sum()
 
 
-def value_of_callable(loss: Criterion, outputs: Tensor, target: Any) -> tuple[Tensor, int | None]:
+def value_of_callable(loss: Criterion, outputs: Tensor, target: Any) -> Tensor:
     """Return the loss of a batch by a callable.
 
     Args:
@@ -202,13 +202,12 @@ def value_of_callable(loss: Criterion, outputs: Tensor, target: Any) -> tuple[Te
         target: the target.
 
     Returns:
-        The loss, a scalar, and how many samples there were where a loss for each was returned.
+        The loss, a scalar.
     """
     value: Tensor = loss(outputs, target)
     if value.ndim == 0:
-        return value, None
-    total = getattr(loss, "reduction", "mean") == "sum"
-    return (value.sum() if total else value.mean()), value.numel()
+        return value
+    return value.sum() if getattr(loss, "reduction", "mean") == "sum" else value.mean()
 
 
 def _signs(like: Tensor) -> Tensor:

@@ -334,7 +334,7 @@ def sums_of_callable(
         features, weight, target = copied(features), copied(weight), copied(target)
         with Behind() as behind:
             outputs = behind.begin(copied(outputs).requires_grad_())
-            value, _ = value_of_callable(loss, outputs, target)
+            value = value_of_callable(loss, outputs, target)
         with behind.curvature():
             found = probes.sums(value, [as_use(None, features, outputs, weight)])
         if found is None:

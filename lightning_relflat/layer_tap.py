@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
-from lightning_relflat._sharded import staying_whole
+from lightning_relflat._sharded import holding, staying_whole
 from lightning_relflat.curvature import Trying, exact_parts
 from lightning_relflat.functional._checks import ordinary
 from lightning_relflat.functional._linear_map import as_use
@@ -391,14 +391,8 @@ def _within_fabric() -> Iterator[None]:
     """
     modules = [sys.modules.get(f"{package}.wrappers") for package in ("lightning.fabric", "lightning_fabric")]
     fabrics: list[Any] = [module for module in modules if hasattr(module, "_in_fabric_backward")]
-    before = [fabric._in_fabric_backward for fabric in fabrics]
-    for fabric in fabrics:
-        fabric._in_fabric_backward = True
-    try:
+    with holding(fabrics, "_in_fabric_backward", True):
         yield
-    finally:
-        for fabric, value in zip(fabrics, before, strict=True):
-            fabric._in_fabric_backward = value
 
 
 def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ from lightning_relflat._calls import CriterionCalls
 from lightning_relflat.callbacks._base import LightningModule, Target, find_target, show
 from lightning_relflat.callbacks._claim import has_value, refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._measurable import Measurable
-from lightning_relflat.callbacks._refusals import did_not_run_in, no_loss_shown
+from lightning_relflat.callbacks._refusals import another_loss, did_not_run_in, no_loss_shown
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.claims import Claim
 from lightning_relflat.curvature import Loss, read_loss
@@ -148,11 +148,7 @@ class LayerMeter:
         if not mine and self.module.automatic_optimization:
             if not self._open and not self.tap.pending:
                 raise RuntimeError(f"{self._who!r}: {did_not_run_in(self.tap, '`training_step`')}")
-            layer = "any linear layer" if self.tap.name is None else f"layer {self.tap.name!r}"
-            raise RuntimeError(
-                f"{self._who!r}: the loss of `training_step` does not depend on the outputs of {layer}, so that there "
-                "is nothing to measure."
-            )
+            raise RuntimeError(f"{self._who!r}: {another_loss(self.tap, 'measure')}")
         self._settle()
         self._open = [record for record in self._open if record not in mine]
         if self._age is None and mine:

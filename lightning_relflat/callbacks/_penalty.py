@@ -237,7 +237,7 @@ class Penalty:
         target = self._check_claim(self._claim, loss, records)
         criterion = self._claim.criterion
         if not self._exact:
-            values = [value_of_callable(criterion, record.outputs, target)[0] for record in records]
+            values = [value_of_callable(criterion, record.outputs, target) for record in records]
             return self._through(torch.stack(values).sum(), records)
         assert isinstance(criterion, nn.Module)
         return flatness_of_criterion(

@@ -82,19 +82,18 @@ def no_loss_shown(tap: LayerTap, stage: Stage, *, ran: bool, several: bool) -> s
     )
 
 
-def another_loss(tap: LayerTap) -> str:
-    """Return why a loss that does not depend on the layer gets no penalty.
+def another_loss(tap: LayerTap, what: str = "penalise") -> str:
+    """Return why a loss that does not depend on the layer gets no penalty, or no value.
 
     Args:
         tap: the tap that listened to the step.
+        what: what there is nothing to do with.
 
     Returns:
         The reason.
     """
     layer = "any linear layer" if tap.name is None else f"layer {tap.name!r}"
-    return (
-        f"the loss of `training_step` does not depend on the outputs of {layer}, so that there is nothing to penalise."
-    )
+    return f"the loss of `training_step` does not depend on the outputs of {layer}, so that there is nothing to {what}."
 
 
 def is_frozen(tap: LayerTap) -> bool:

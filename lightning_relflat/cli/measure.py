@@ -29,7 +29,6 @@ from lightning_relflat.cli._shared import (
     new_table,
     number,
 )
-from lightning_relflat.layer_tap import LayerTap
 
 Part = Literal["train", "val"]
 Measure = Literal[
@@ -359,25 +358,3 @@ def validate(
         warnings.filterwarnings("ignore", ".*(so that nothing was measured there|so that it is left out)")
         [values] = make_trainer(config, callbacks, **kwargs).validate(model, datamodule=data.data, verbose=False)
     return {f"{part}/{re.sub(r'^val(id|idation)?[/_.]', '', name)}": value for name, value in values.items()}
-
-
-def last_layer(model: LightningModule, data: SharedData, config: Namespace) -> str:
-    """Return the name of the last linear layer that runs in a validation step.
-
-    Args:
-        model: the model.
-        data: the data.
-        config: the options.
-
-    Returns:
-        The name.
-
-    Raises:
-        InputError: if there is none.
-    """
-    with LayerTap(model, copies=True) as tap:
-        validate(model, data, "val" if config.get("split") != "train" else "train", config, [], limit_val_batches=1)
-        tap.take()
-        if tap.name is None:
-            raise InputError("no linear layer runs in `validation_step`; name one with --layer")
-        return tap.name
