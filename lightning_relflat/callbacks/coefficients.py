@@ -71,7 +71,7 @@ class Coefficients:
         self._ratio.begin()
         self._steps += epoch >= self._start_epoch
 
-    def of(self, loss: Tensor, kappa: Tensor) -> Tensor:
+    def of(self, loss: Tensor, kappa: Tensor) -> Tensor | float:
         """Return λ beside a loss and its κ, and take them into the unit of later steps.
 
         Args:
@@ -79,12 +79,12 @@ class Coefficients:
             kappa: its κ.
 
         Returns:
-            λ, made on κ's device: a number that is logged would have to be copied there, and the host would wait.
+            λ; a number, or where it is relative a tensor on κ's device.
         """
-        coefficient = torch.full_like(kappa.detach(), self.now)
-        if self._relative:
-            coefficient = coefficient * self._ratio.ratio(kappa)
-            self._ratio.measure(loss, kappa)
+        if not self._relative:
+            return self.now
+        coefficient = self._ratio.ratio(kappa) * self.now
+        self._ratio.measure(loss, kappa)
         return coefficient
 
     def end(self, device: torch.device, world: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_relflat.callbacks._base import (
     Callback,
@@ -36,8 +37,9 @@ class FAM(Callback):
     clipping, mixed precision with its scaler, line searches and distributed strategies treat it as they treat the
     loss. It costs no second forward pass.
 
-    Logged in each step with a penalty: ``fam/penalty``, what was added to the losses of the step, and
-    ``fam/coefficient``, the λ of the step. Several of these callbacks in one Trainer need different names.
+    Logged: ``fam/penalty``, what was added to the losses of a step, and ``fam/coefficient``, its λ. They are those of
+    the newest step with a penalty, in the steps that the Trainer's ``log_every_n_steps`` counts and in the last step of
+    an epoch; :attr:`newest` has them in every step. Several of these callbacks in one Trainer need different names.
 
     What a later step would refuse is refused in the first step of ``fit``, also where the penalty begins later:
     ``docs/trainer_settings.md`` says what cannot be known then.
@@ -153,6 +155,13 @@ class FAM(Callback):
         self._penalty: Penalty | None = None  # of the fit that runs
         self._module: LightningModule | None = None
         self._penalised: str | None = None
+        self._newest: tuple[Tensor, Tensor | float] | None = None
+
+    @property
+    def newest(self) -> dict[str, Tensor | float]:
+        """``"penalty"`` and ``"coefficient"`` of the newest step with a penalty, as they are logged; empty before."""
+        newest = self._newest if self._penalty is None else self._penalty.newest
+        return {} if newest is None else dict(zip(("penalty", "coefficient"), newest, strict=True))
 
     @property
     def penalised_layer(self) -> str | None:
@@ -252,7 +261,7 @@ class FAM(Callback):
     def _detach(self) -> None:
         if self._penalty is not None and self._module is not None:
             StepWatcher.leave(self._module, self._penalty)
-            self._penalised = self._penalty.layer
+            self._penalised, self._newest = self._penalty.layer, self._penalty.newest
             self._penalty.close()
         self._penalty = self._module = None
         self._coefficients.forget()
