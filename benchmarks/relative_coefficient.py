@@ -36,7 +36,6 @@ from lightning_relflat import FAM
 
 HERE = Path(__file__).resolve().parent
 ABSOLUTE = [1e-3, 1e-2, 1e-1]
-RELATIVE = [0.1]
 EPOCHS = 40
 
 
@@ -206,7 +205,7 @@ def run(seeds: int = 3) -> None:
     for task in TASKS:
         settings: dict[str, dict[str, Any] | None] = {"plain": None}
         settings |= {f"λ = {value:g}": {"coefficient": value} for value in ABSOLUTE}
-        settings |= {f"c = {value:g}": {"coefficient": value, "relative": True} for value in RELATIVE}
+        settings["c = 0.1"] = {"coefficient": "auto"}
         table = {name: summary([train(task, found, seed) for seed in range(seeds)]) for name, found in settings.items()}
         tasks[task] = {"tuned": best(table, "λ"), "best_c": best(table, "c"), "settings": table}
         print(task, tasks[task], round(time.perf_counter() - begin), file=sys.stderr, flush=True)

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._checks import check_number
+from lightning_relflat.functional._checks import check_number, said
 
+AUTO = 0.1  # the share of the fall of the loss that λκ may be, with "auto"
 DECAY = 0.9
 LARGEST = 1e6
+
+
+def check_coefficient(coefficient: object) -> float | Literal["auto"]:
+    """Return λ.
+
+    Args:
+        coefficient: the argument ``coefficient`` of a callback.
+
+    Returns:
+        A number, or ``"auto"``.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(coefficient, str) and coefficient == "auto":
+        return "auto"
+    if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not math.isfinite(coefficient):
+        raise ValueError(
+            f"Expected argument `coefficient` to be a finite number or 'auto', but got {said(coefficient)}."
+        )
+    return float(coefficient)
 
 
 class Coefficients:

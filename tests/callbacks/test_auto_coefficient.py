@@ -1,9 +1,11 @@
-"""A coefficient relative to the loss does what a plain loop does that measures loss and κ as it goes."""
+"""`coefficient="auto"` does what a plain loop does that measures loss and κ as it goes."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ from lightning_relflat.callbacks._penalty import Penalty
 from lightning_relflat.callbacks.coefficients import LossRatio
 from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, fixed_probe, train, twins
 from tests.models import Batch, ManualNet, Net, Resumable, focal, make_batches, make_loader, make_trainer
-
-WARNS = "ignore:.*a negative coefficient"
+from tests.shares import Share
 
 
 def unit(seen: list[tuple[float, float]]) -> float:
@@ -74,13 +75,19 @@ def fit(net: Net, fam: FAM, batches: list[Batch], *others: Callback, **options: 
     return diary.seen
 
 
-@pytest.mark.filterwarnings(WARNS)
-@pytest.mark.parametrize("factor", [0.05, -0.05])
+@pytest.mark.parametrize(
+    ("make", "factor"),
+    [
+        (lambda **o: FAM("head", "auto", **o), 0.1),
+        (partial(Share, "head", 0.05), 0.05),
+        (partial(Share, "head", -0.05), -0.05),
+    ],
+)
 @pytest.mark.parametrize("kind", [Net, ManualNet])
-def test_eight_steps_equal_the_definition(kind: type[Net], factor: float) -> None:
+def test_eight_steps_equal_the_definition(kind: type[Net], make: Callable[..., FAM], factor: float) -> None:
     net, twin = twins(kind, lr=1.0)
     batches = make_batches([7, 4, 6, 5])
-    coefficients = fit(net, FAM("head", factor, loss="cross_entropy", relative=True), batches, max_epochs=2)
+    coefficients = fit(net, make(loss="cross_entropy"), batches, max_epochs=2)
     _, expected = train_by_hand(twin, batches * 2, [factor] * 8)
     assert coefficients == pytest.approx(expected, rel=1e-10)
     assert coefficients[:2] == [0, 0]  # a fall takes two
@@ -92,7 +99,7 @@ def test_eight_steps_equal_the_definition(kind: type[Net], factor: float) -> Non
 def test_probes() -> None:
     net, twin = twins(lr=0.1, criterion=focal)
     batches = make_batches(SIZES)
-    fit(net, FAM("head", 0.3, relative=True), batches)
+    fit(net, Share("head", 0.3), batches)
     train_by_hand(twin, batches, [0.3] * 3, fixed_probe)
     assert_same_weights(net, twin)
 
@@ -109,7 +116,7 @@ def test_probes() -> None:
 def test_schedules_act_on_the_factor(options: dict[str, Any], factors: list[float]) -> None:
     net, twin = twins(lr=0.1)
     batches = make_batches([5, 6, 7, 4])
-    fam = FAM("head", 0.4, loss="cross_entropy", relative=True, **options)
+    fam = Share("head", 0.4, loss="cross_entropy", **options)
     coefficients = fit(net, fam, batches, max_epochs=3)
     n = options.get("every_n_steps", 1)  # λ is logged, and n·λ·κ is added
 
@@ -125,7 +132,7 @@ def test_schedules_act_on_the_factor(options: dict[str, Any], factors: list[floa
 def test_accumulation_measures_each_batch() -> None:
     net, twin = twins(lr=0.1)
     batches = make_batches([4, 4, 4, 4, 4, 4])
-    coefficients = fit(net, FAM("head", 0.3, loss="cross_entropy", relative=True), batches, accumulate_grad_batches=2)
+    coefficients = fit(net, Share("head", 0.3, loss="cross_entropy"), batches, accumulate_grad_batches=2)
     assert len(set(coefficients)) >= 3
     seen: list[tuple[float, float]] = []
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
@@ -156,7 +163,7 @@ def test_a_line_search_keeps_one_coefficient() -> None:
     torch.manual_seed(0)
     net = WithLBFGS().double()
     batches = make_batches(SIZES * 2)
-    fit(net, FAM("head", 0.1, loss="cross_entropy", relative=True), batches)
+    fit(net, Share("head", 0.1, loss="cross_entropy"), batches)
     assert list(net.seen) == list(range(len(batches)))
     assert all(len(set(values)) == 1 < len(values) for values in net.seen.values())
     assert len({values[0] for values in net.seen.values()}) > 2
@@ -176,7 +183,7 @@ def test_the_scale_of_kappa_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setattr(Penalty, "_kappa", scaled)
         torch.manual_seed(0)
         net = Net(lr=0.1).double()
-        fit(net, FAM("head", 0.2, loss="cross_entropy", relative=True), make_batches(SIZES), max_epochs=3)
+        fit(net, Share("head", 0.2, loss="cross_entropy"), make_batches(SIZES), max_epochs=3)
         nets.append(net)
     assert_same_weights(nets[0], nets[1])
 
@@ -197,7 +204,7 @@ def test_a_kappa_of_zero_is_no_reason_to_raise_the_coefficient(dtype: torch.dtyp
     batches = ([first, second] * 10 if begins == "alive" else []) + [dead] * 60 + [first, second]
     loader: Any = Resumable([[inputs.to(dtype), target] for inputs, target in batches])
     precision: Any = "64-true" if dtype == torch.float64 else "32-true"
-    fam = FAM("head", 0.1, loss="cross_entropy", relative=True)
+    fam = Share("head", 0.1, loss="cross_entropy")
     diary = Coefficients(fam)
     make_trainer(precision=precision, callbacks=[diary, fam]).fit(net, loader)
     if begins == "alive":
@@ -280,11 +287,10 @@ class Crash(Callback):
             raise ZeroDivisionError
 
 
-@pytest.mark.filterwarnings(WARNS)
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     def fam() -> FAM:
-        return FAM("head", -0.02, relative=True)
+        return Share("head", -0.02)
 
     batches = make_batches([7, 4, 6, 5])
     start = Momentum().double()
@@ -299,7 +305,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     kept = torch.load(path, weights_only=True)
     assert kept["global_step"] == 6
-    state = kept["callbacks"]["FAM[name=None]"]
+    state = kept["callbacks"]["Share[name=None]"]
     assert state["steps"] == 6
     assert len(state["sizes"]) == 5
     resumed = Momentum().double()
@@ -313,12 +319,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_a_run_with_a_plain_coefficient() -> None:
-    plain, relative = FAM("head"), FAM("head", relative=True)
+    plain, auto = FAM("head", 0.1), FAM("head", "auto")
     assert plain.state_dict() == {"steps": 0}
-    assert relative.state_dict() == {"steps": 0, "sizes": []}
-    relative.load_state_dict({"steps": 3})
+    assert auto.state_dict() == {"steps": 0, "sizes": []}
+    auto.load_state_dict({"steps": 3})
     plain.load_state_dict({"steps": 4, "sizes": [1.0, 2.0, 0.5, 3.0, 4.0]})
-    assert relative.state_dict() == {"steps": 3, "sizes": []}
+    assert auto.state_dict() == {"steps": 3, "sizes": []}
     assert plain.state_dict() == {"steps": 4}
 
 
@@ -342,9 +348,10 @@ def test_a_step_reads_no_value_but_to_check_that_it_is_finite() -> None:
 
     read = []
     caps = [[], [], [MaxNorm("head", 0.1, norm="spectral")]]
-    for relative, cap in zip((False, True, True), caps, strict=True):
+    coefficients: list[Any] = [0.1, "auto", "auto"]
+    for coefficient, cap in zip(coefficients, caps, strict=True):
         watch = Watch()
-        fam = FAM("head", 0.1, loss="cross_entropy", relative=relative)
+        fam = FAM("head", coefficient, loss="cross_entropy")
         make_trainer(callbacks=[fam, *cap, watch]).fit(Net(), make_loader(SIZES, dtype=torch.float32))
         read.append(watch.count.read)
     assert read[0] == read[1] == read[2] > 0
@@ -352,17 +359,12 @@ def test_a_step_reads_no_value_but_to_check_that_it_is_finite() -> None:
 
 def test_a_loss_in_lower_precision() -> None:
     loader = make_loader([7] * 12, dtype=torch.float32)
-    fam = FAM("head", 0.1, relative=True)
+    fam = Share("head", 0.1)
     diary = Coefficients(fam)
     make_trainer(precision="bf16-mixed", callbacks=[diary, fam], max_epochs=2).fit(Net(lr=0.1), loader)
     assert diary.seen[0] == 0
     assert all(0 <= value < 1e3 for value in diary.seen)
     assert sum(value > 0 for value in diary.seen) > 12
-
-
-def test_refused() -> None:
-    with pytest.raises(ValueError, match=r"Expected argument `relative` to be True or False, but got 0\.1"):
-        FAM("head", relative=0.1)  # type: ignore[arg-type]
 
 
 def test_the_sizes_are_no_part_of_the_graph() -> None:
@@ -379,7 +381,7 @@ def test_the_sizes_are_no_part_of_the_graph() -> None:
     order = [0, 1, 2] if loss[0] > loss[1] else [1, 0, 2]
     first, second, third = order
     loader: Any = Resumable([batches[k] for k in order])
-    fam = FAM("head", 0.5, loss="cross_entropy", relative=True)
+    fam = Share("head", 0.5, loss="cross_entropy")
     diary = Coefficients(fam)
     make_trainer(precision="64-true", callbacks=[diary, fam]).fit(net, loader)
     largest = max(kappa[first], (0.9 * kappa[first] + kappa[second]) / 1.9)
@@ -394,12 +396,12 @@ def test_a_criterion_with_a_sum_weighs_loss_and_kappa_alike() -> None:
         criterion = nn.CrossEntropyLoss(reduction=reduction)
         torch.manual_seed(0)
         net = Net(criterion=lambda z, y: F.cross_entropy(z, y, reduction=reduction), lr=0.0).double()  # noqa: B023
-        results.append(fit(net, FAM("head", 0.1, loss=criterion, relative=True), make_batches([5, 5, 5])))
+        results.append(fit(net, Share("head", 0.1, loss=criterion), make_batches([5, 5, 5])))
     assert results[0] == pytest.approx(results[1], rel=1e-12)
 
 
 def test_trained_by_the_trainer_at_all() -> None:
     net, twin = twins(lr=0.1)
-    train(net, FAM("head", 0.3, loss="cross_entropy", relative=True))
+    train(net, Share("head", 0.3, loss="cross_entropy"))
     train(twin, FAM("head", 0.3, loss="cross_entropy"))
     assert not torch.allclose(net.head.weight, twin.head.weight, rtol=1e-3)
