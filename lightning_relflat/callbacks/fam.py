@@ -48,12 +48,12 @@ class FAM(Callback):
     Args:
         layer: the dotted name of a linear or convolution layer, hidden or last, or ``None`` for the last linear one
             that the loss of the first penalised step depends on.
-        coefficient: λ; negative to train away from flatness. ``"auto"`` needs no number: λ is 0.003, but
-            less where κ is so large that λκ were more than about a tenth of what the loss has fallen,
-            λ = min(0.003, 0.1 · (max L - L) / max κ). L and κ are averages over the penalised steps before
-            (exponentially, 0.9 of the old ones kept) and over processes, and max is their largest value so far; so λ
-            is 0 at first, and needs no ``warmup_steps``. It costs an all-reduce of three numbers after a penalised
-            step. ``docs/choosing_lambda.md`` shows what it does.
+        coefficient: λ; negative to train away from flatness. ``docs/choosing_lambda.md`` shows what 0.003 does, and why
+            no larger number is the default. ``"auto"`` is 0.003 too, but less where κ is so large that λκ were more
+            than about a tenth of what the loss has fallen: λ = min(0.003, 0.1 · (max L - L) / max κ). L and κ are
+            averages over the penalised steps before (exponentially, 0.9 of the old ones kept) and over processes, and
+            max is their largest value so far; so λ is 0 at first, and needs no ``warmup_steps``. It costs an
+            all-reduce of three numbers after a penalised step.
         loss: ``None`` for the loss of the step, whatever it is. Where that is linear in a criterion with a closed form
             of a linear layer's outputs, with whatever weights, masks and factors, κ is exact; elsewhere random probes
             go through what follows the layer. Or a criterion, by name or as an object, or a callable
@@ -106,7 +106,7 @@ class FAM(Callback):
     def __init__(
         self,
         layer: str | None = None,
-        coefficient: float | Literal["auto"] = 0.1,
+        coefficient: float | Literal["auto"] = 0.003,
         *,
         loss: Loss | None = None,
         target: int | str | Sequence[int | str] | Callable[[Any], Any] | None = 1,
