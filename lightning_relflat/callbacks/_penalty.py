@@ -302,7 +302,7 @@ class Penalty:
             refuse_layer(name, layer)
         self.layer = name
         rank_zero_info(f"{self._fam!r}: relative flatness is penalised at layer {describe(name, layer)}.")
-        if self._fam.coefficient < 0:
+        if self._fam.coefficient != "auto" and self._fam.coefficient < 0:
             warn_of_no_bound(self._fam, self._module.trainer, name)
 
     def _check_claim(self, claim: Claim, loss: Tensor, records: Sequence[LayerRecord]) -> Any:

@@ -732,10 +732,11 @@ def test_a_frozen_head_is_said_and_what_comes_before_is_penalised() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coefficient": math.nan}, "`coefficient` to be a finite number, but got nan"),
-        ({"coefficient": -math.inf}, "`coefficient` to be a finite number, but got -inf"),
-        ({"coefficient": "0.1"}, "`coefficient` to be a finite number, but got '0.1'"),
-        ({"coefficient": True}, "`coefficient` to be a finite number, but got True"),
+        ({"coefficient": math.nan}, "`coefficient` to be a finite number or 'auto', but got nan"),
+        ({"coefficient": -math.inf}, "`coefficient` to be a finite number or 'auto', but got -inf"),
+        ({"coefficient": "0.1"}, "`coefficient` to be a finite number or 'auto', but got '0.1'"),
+        ({"coefficient": "Auto"}, "`coefficient` to be a finite number or 'auto', but got 'Auto'"),
+        ({"coefficient": True}, "`coefficient` to be a finite number or 'auto', but got True"),
         ({"probes": 0}, "`probes` to be an integer of at least 1, or None, but got 0"),
         ({"every_n_steps": 0}, "`every_n_steps` to be an integer of at least 1, but got 0"),
         ({"warmup_steps": -1}, "`warmup_steps` to be an integer of at least 0, but got -1"),
@@ -808,7 +809,9 @@ class Watch(Callback):
 
 @pytest.mark.parametrize("layer", ["head", "body"])
 @pytest.mark.parametrize(
-    "form", [{}, {"loss": "cross_entropy"}, {"through_hessian": False}, {"probes": None}, {"relative": True}], ids=str
+    "form",
+    [{}, {"loss": "cross_entropy"}, {"through_hessian": False}, {"probes": None}, {"coefficient": "auto"}],
+    ids=str,
 )
 def test_only_the_first_step_of_an_epoch_reads_a_device(form: dict[str, Any], layer: str) -> None:
     # Every such reading makes the host wait; whether values are finite is read when the epoch ends, and targets never.

@@ -26,7 +26,7 @@ CALLBACKS: dict[str, Callable[[], L.Callback]] = {
     "FAM of the layer that is found": lambda: FAM(coefficient=0.1),
     "FAM, named": lambda: FAM("head", 0.1, loss="cross_entropy"),
     "FAM, a hidden layer": lambda: FAM("body", 0.1),
-    "FAM, auto": lambda: FAM("head", 0.1, relative=True),
+    "FAM, auto": lambda: FAM("head", "auto"),
     "FAM, every third step": lambda: FAM("head", 0.1, every_n_steps=3),
     "monitor": lambda: FlatnessMonitor(),
     "monitor, named": lambda: FlatnessMonitor("head", "cross_entropy"),
