@@ -13,8 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_relflat._behind import Behind
 from lightning_relflat.functional._checks import plain
 from lightning_relflat.functional._graph import depends
-from lightning_relflat.functional._late_gradients import Beside, LateGradients
-from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import (
     adapted_weight,
     class_path,
@@ -38,7 +36,6 @@ class LayerRecord:
             so that gradients reach the parameter, which an optimizer may since have changed in place or a sharding
             strategy freed.
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
-        late: a node in the layer's place, if the tap is to have one and the pass can; then ``weight`` is no copy.
         handed: the copy of the outputs that was handed on, if one was, so that it may be changed in place.
         age: how often the layer's parameters had been changed in place.
     """
@@ -48,20 +45,8 @@ class LayerRecord:
     outputs: Tensor
     weight: Tensor
     version: int | None
-    late: LateGradients | None = None
     handed: Tensor | None = None
     age: int = 0
-
-    def beside(self, loss: Tensor) -> Beside | None:
-        """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such a node.
-
-        Args:
-            loss: the loss.
-
-        Returns:
-            An argument for :func:`~lightning_relflat.functional.relative_flatness`.
-        """
-        return None if self.late is None else Beside(self.late, loss)
 
     def is_in(self, loss: Tensor) -> bool:
         """Return whether a loss depends on the pass.
@@ -87,8 +72,7 @@ class LayerRecord:
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
         features, outputs = self.features.detach().clone(), plain(self.outputs).detach().clone()
-        weight = self.weight.detach() if self.late is None else self.weight.detach().clone()
-        return LayerRecord(self.layer, features, outputs, weight, None, age=self.age)
+        return LayerRecord(self.layer, features, outputs, self.weight.detach(), None, age=self.age)
 
     def check_unwritten(self, name: str) -> None:
         """Raise if the outputs were written to since they left the layer.
@@ -112,7 +96,6 @@ class Listener(Protocol):
 
     recording: bool
     copies: bool
-    late: bool
     opens: bool
     behind: Behind | None
 
@@ -208,29 +191,17 @@ class LayerHook:
                 f"Expected argument `layer` to name a linear or convolution layer, but got {taps[0].name!r}, whose "
                 f"outputs are not x Wᵀ + b: a {class_path(layer)}."
             )
-        late = None
-        large = any(tap.late for tap in taps) and is_large(outputs)
-        if (
-            large
-            and computed is None
-            and isinstance(layer, nn.Linear)
-            and weight is layer.weight
-            and LateGradients.suit(features, weight, outputs)
-        ):
-            late = LateGradients(features, weight, layer.bias, outputs)
-            outputs = late.outputs
         for tap in taps:
-            if tap.behind is not None and late is None and not torch.compiler.is_compiling():
+            if tap.behind is not None and not torch.compiler.is_compiling():
                 outputs = tap.behind.begin(outputs, layer)
         version = None if outputs.is_inference() else outputs._version
         handed = None
-        in_graph = late is None and any(not tap.copies for tap in taps)
+        in_graph = any(not tap.copies for tap in taps)
         copies = self._copies or any(tap.opens for tap in taps)
         if in_graph and copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
         age = sum(parameter._version for parameter in layer.parameters())
-        copied = weight if late else weight.clone()
-        record = LayerRecord(layer, features, outputs, copied, version, late, handed, age)
+        record = LayerRecord(layer, features, outputs, weight.clone(), version, handed, age)
         for tap in taps:
             tap.receive(record)
         return outputs if handed is None else handed

@@ -29,7 +29,6 @@ from lightning_relflat.functional._linear_map import LayerUse, as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._recognised import Recognised, mean_divisor, recognise
-from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.criteria import has_closed_form, owned_criterion
 from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
@@ -68,11 +67,10 @@ def recognise_passes(loss: Tensor, records: Sequence[LayerRecord]) -> Recognised
         records: the passes through the layer that it depends on, in their graph.
 
     Returns:
-        The curvature; ``None`` where it is not recognised, for a convolution, and for 2²¹ outputs and more, whose
-        closed form would need their memory once more.
+        The curvature; ``None`` where it is not recognised, and for a convolution.
     """
     outputs = [record.outputs for record in records]
-    if not records or not has_matrix(records[0].layer) or any(map(is_large, outputs)):
+    if not records or not has_matrix(records[0].layer):
         return None
     return recognise(loss, outputs, [record.features for record in records])
 

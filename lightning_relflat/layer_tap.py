@@ -51,9 +51,6 @@ class LayerTap:
             out to compute x Wᵀ + b, as Hugging Face's ``Conv1D`` or PyTorch Geometric's ``Linear``.
         copies: whether records are detached copies, fit to be read at any later time, or the tensors in their graph;
             then only passes with gradients are recorded.
-        late: whether, for a named cross-entropy, the gradients of a penalty are made after those of the loss where
-            there are very many outputs (2²¹ in all), as ``LayerRecord.beside`` says. The weight of such a record is
-            the layer's own and no copy: let nothing change it or free it before the backward pass.
         through_loss: whether κ is to be taken from the loss. Then, while the tap records, normalisations behind the
             layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
             attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
@@ -89,7 +86,6 @@ class LayerTap:
         layer: str | None = None,
         *,
         copies: bool = False,
-        late: bool = False,
         through_loss: bool = True,
         measures: bool = False,
         behind: Behind | None = None,
@@ -97,7 +93,6 @@ class LayerTap:
         self._module = weakref.ref(module)
         self._candidates = _find_layers(module, layer)
         self.copies = copies
-        self.late = late
         self.opens = False
         self.calls: CriterionCalls | None = None
         self.recording = False

@@ -46,7 +46,6 @@ def flatness_of_criterion(
     records: Sequence[LayerRecord],
     target: Any,
     criterion: nn.Module,
-    loss: Tensor,
     *,
     through_hessian: bool,
     probes: int | None,
@@ -59,7 +58,6 @@ def flatness_of_criterion(
         records: the passes.
         target: the criterion's target.
         criterion: a criterion with a closed form.
-        loss: the loss that is trained with, with whose gradients those of κ may be made.
         through_hessian: whether gradients flow through the Hessian and the features.
         probes: as for :func:`~lightning_relflat.functional.relative_flatness`.
         generator: as there.
@@ -79,7 +77,6 @@ def flatness_of_criterion(
                 class_dim=-1,
                 probes=probes,
                 generator=generator,
-                beside=record.beside(loss) if through_hessian else None,
                 **options,
             )
             for record in records

@@ -23,7 +23,6 @@ from lightning_relflat.callbacks._step import Step
 from lightning_relflat.callbacks.coefficients import Coefficients
 from lightning_relflat.claims import Claim, value_of_callable
 from lightning_relflat.functional._graph import foresee
-from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.layer_tap import LayerRecord, LayerTap
@@ -31,9 +30,6 @@ from lightning_relflat.linear_layers import describe
 
 if TYPE_CHECKING:
     from lightning_relflat.callbacks.fam import FAM
-
-# Strategies that leave the weights whole; of those that inherit from them some do not.
-_WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
 
 
 class Penalty:
@@ -60,14 +56,7 @@ class Penalty:
         criterion = fam.criterion
         self._claim = None if criterion is None else Claim(criterion)
         self._exact = has_closed_form(criterion)
-        # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
-        late = module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
-        self._tap = LayerTap(
-            module,
-            fam.layer,
-            late=late and self._exact and isinstance(criterion, nn.CrossEntropyLoss),
-            through_loss=not self._exact,
-        )
+        self._tap = LayerTap(module, fam.layer, through_loss=not self._exact)
         if isinstance(criterion, nn.Module):
             criterion.to(module.device)
         self._rehearsal: LayerTap | None = None  # of the first step, if no penalty is due in it
@@ -222,7 +211,7 @@ class Penalty:
         self._rehearsal, self.rehearsed = None, 0
         if self._claim is None and loss.requires_grad:
             foresee(loss, [record.outputs for record in met])
-        if self._claim is not None and met and not any(is_large(record.outputs) for record in met):
+        if self._claim is not None and met:
             self._check_claim(self._claim, loss, met)
 
     def _kappa(self, loss: Tensor) -> Tensor | None:
@@ -244,7 +233,6 @@ class Penalty:
             records,
             target,
             criterion,
-            loss,
             through_hessian=fam.through_hessian,
             measure=fam.measure,
             temperature=fam.temperature,
@@ -288,9 +276,7 @@ class Penalty:
     def _check_claim(self, claim: Claim, loss: Tensor, records: Sequence[LayerRecord]) -> Any:
         """Return the target, and check that the loss trained with has the curvature of the one that is named."""
         target = find_target(self._evaluation and self._evaluation.batch, self._fam.target)
-        # Where outputs are very many, a second derivative of them would not fit beside them.
-        if not any(record.late for record in records):
-            refuse_false_claim(self._fam, (self._listening or self._tap).name, claim, loss, records, target)
+        refuse_false_claim(self._fam, (self._listening or self._tap).name, claim, loss, records, target)
         return target
 
     def _warn(self, what: str) -> None:

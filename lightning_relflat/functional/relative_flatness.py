@@ -17,15 +17,14 @@ from lightning_relflat.functional._checks import (
     full_precision,
     shape_of,
 )
-from lightning_relflat.functional._late_gradients import Beside
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._scale import balanced, size_of, times_squared_lengths
-from lightning_relflat.functional._softmax_trace import softmax_trace
 from lightning_relflat.functional._sums import SAMPLES
 from lightning_relflat.functional.criteria import as_criterion
 from lightning_relflat.functional.criteria import check_reduction as check_reduction
 from lightning_relflat.functional.criteria import check_temperature as check_temperature
 from lightning_relflat.functional.criteria import owned_criterion as owned_criterion
+from lightning_relflat.functional.large_head import softmax_trace
 from lightning_relflat.functional.output_hessian import OutputHessian, output_hessian
 
 Reduction = Literal["mean", "sum", "none"]
@@ -45,7 +44,6 @@ def relative_flatness(
     normalize_features: bool = False,
     probes: int | None = None,
     generator: torch.Generator | None = None,
-    beside: Beside | None = None,
 ) -> Tensor:
     r"""Return the relative flatness κ of a linear layer, exactly unless ``probes`` is given.
 
@@ -84,10 +82,6 @@ def relative_flatness(
             Σ_i c_i ‖φ_i‖² WᵀA_iW, summed: as the probes are shared, more samples do not lower it. (Hutchinson's
             estimator of a trace.)
         generator: where the probes come from; PyTorch's global generator if left out.
-        beside: where the outputs come from a layer that a :class:`~lightning_relflat.layer_tap.LayerTap` with ``late``
-            listens to, what its record's ``beside(loss)`` returns, for a loss that is added to κ before the backward
-            pass. The numbers are the same; where that loss is a cross-entropy with very many outputs, κ takes nearly no
-            memory of its own.
 
     Returns:
         κ as a scalar, or of the shape of ``features`` without its last dimension for ``reduction="none"``. In the
@@ -96,7 +90,7 @@ def relative_flatness(
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
         ValueError: if shapes do not fit, the criterion is not known or knows no temperature, the target is missing or
-            does not fit, or ``measure``, ``temperature``, ``probes`` or ``beside`` is not what it should be.
+            does not fit, or ``measure``, ``temperature`` or ``probes`` is not what it should be.
 
     Example:
         >>> import torch
@@ -129,7 +123,6 @@ def relative_flatness(
         normalize_features=normalize_features,
         probes=probes,
         generator=generator,
-        beside=beside,
     )
     if kind == "none":
         return parts.reshape(features.shape[:-1])
@@ -290,18 +283,10 @@ def _parts(
     normalize_features: bool = False,
     probes: int | None = None,
     generator: torch.Generator | None = None,
-    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the parts of the samples in κ of the summed loss, and what the mean divides by."""
     if isinstance(criterion, nn.CrossEntropyLoss) and measure == "relative_flatness":
         dim = _find_class_dim(features, weight, outputs, class_dim)
-        if beside is not None and not (weight is beside.late.weight and outputs is beside.late.outputs):
-            raise ValueError(
-                "Expected argument `beside` to come from the record whose `weight` and `outputs` are given, but got "
-                "that of another pass, or other tensors."
-            )
-        if dim != outputs.ndim - 1:
-            beside = None
         called = read_batch(criterion, outputs, target, dim)
         logits, sample_weight, total_weight, counted = (
             called.outputs,
@@ -324,7 +309,6 @@ def _parts(
                 dtype=dtype,
                 factor=None if size is None else 1 / size.to(dtype),
                 directions=directions,
-                beside=beside,
             )
         with full_precision(flat_features):
             parts = _times_lengths(

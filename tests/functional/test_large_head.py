@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from lightning_relflat import FAM
-from lightning_relflat.functional import _softmax_trace as fused
 from lightning_relflat.functional import output_hessian, relative_flatness
+from lightning_relflat.functional.large_head import _from_outputs as fused
+from lightning_relflat.functional.large_head import _tiles
 from tests.functional.cases import normal, seeded
 from tests.oracles import softmax_trace as by_pairs
 
@@ -27,8 +28,8 @@ def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[(1 << 19, 512), (6, 2), (1, 1)], ids=["one tile", "tiles", "single entries"])
 def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_TILE", request.param[0])
-    monkeypatch.setattr(fused, "_TILE_ROWS", request.param[1])
+    monkeypatch.setattr(_tiles, "_TILE", request.param[0])
+    monkeypatch.setattr(_tiles, "_TILE_ROWS", request.param[1])
 
 
 def traces(logits: Tensor, weight: Tensor, temperature: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
