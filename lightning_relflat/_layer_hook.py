@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from lightning_relflat.functional._weights import (
     layer_weight,
     may_be_linear,
 )
+
+if TYPE_CHECKING:
+    from lightning_relflat._head_calls import HeadCall
 
 _Function = TypeVar("_Function")
 
@@ -38,6 +41,8 @@ class LayerRecord:
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
         handed: the copy of the outputs that was handed on, if one was, so that it may be changed in place.
         age: how often the layer's parameters had been changed in place.
+        call: where the weight went into ``linear_cross_entropy``, the call; then ``outputs`` is what that returned, and
+            ``weight`` is no copy.
     """
 
     layer: nn.Module
@@ -47,6 +52,7 @@ class LayerRecord:
     version: int | None
     handed: Tensor | None = None
     age: int = 0
+    call: HeadCall | None = None
 
     def is_in(self, loss: Tensor) -> bool:
         """Return whether a loss depends on the pass.
@@ -72,7 +78,7 @@ class LayerRecord:
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
         features, outputs = self.features.detach().clone(), plain(self.outputs).detach().clone()
-        return LayerRecord(self.layer, features, outputs, self.weight.detach(), None, age=self.age)
+        return LayerRecord(self.layer, features, outputs, self.weight.detach(), None, self.handed, self.age, self.call)
 
     def check_unwritten(self, name: str) -> None:
         """Raise if the outputs were written to since they left the layer.
@@ -83,6 +89,11 @@ class LayerRecord:
         Raises:
             RuntimeError: if they were.
         """
+        if self.call is not None and not self.call.is_current(self.weight):
+            raise RuntimeError(
+                f"The weight of layer {name!r} was changed in place after it went into `linear_cross_entropy`, and "
+                "before its flatness was taken."
+            )
         if self.version is not None and self.outputs._version != self.version:
             raise RuntimeError(
                 f"The outputs of layer {name!r} were changed in place after they left it, which they were not in the "

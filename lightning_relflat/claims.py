@@ -325,9 +325,8 @@ def _judge_large(
             found = gradient.reshape(batch.outputs.shape)[part].to(own)
             sums.append(torch.stack([(found - own).square().sum(), found.square().sum(), own.square().sum()]))
     difference, has, claimed = torch.stack(sums).sum(dim=0).sqrt().tolist()
-    return _judge_difference(
-        difference, max(has, claimed), tolerance, "its outputs are too many for second derivatives"
-    )
+    why = "its outputs are too many for second derivatives"
+    return _judge_difference(difference, max(has, claimed), tolerance, why)
 
 
 # Outputs of a block whose gradients are compared.

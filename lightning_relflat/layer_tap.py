@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
+from lightning_relflat._head_calls import leave, listen
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
 from lightning_relflat._sharded import holding, staying_whole
 from lightning_relflat.curvature import Trying, exact_parts
@@ -112,6 +113,11 @@ class LayerTap:
         return next(iter(self._candidates)) if len(self._candidates) == 1 else None
 
     @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """The layers that it listens to: one, once it is known which."""
+        return self._candidates
+
+    @property
     def layer(self) -> nn.Module | None:
         """The layer, once it is known."""
         return next(iter(self._candidates.values())) if len(self._candidates) == 1 else None
@@ -137,6 +143,7 @@ class LayerTap:
         """Put the hooks on, forget what was recorded and begin to record."""
         self.attach()
         self.recording = True
+        listen(self)
         if self._own_behind is not None and (self._looking or self.opens) and not self.copies:
             self._mode.enter_context(self._own_behind)
 
@@ -144,6 +151,7 @@ class LayerTap:
         """Stop recording, forget what was recorded and take the hooks away."""
         self._records, self._originals = [], []
         self.recording = False
+        leave(self)
         for hook in self._hooks:
             hook.drop(self)
         self._hooks = []
@@ -194,7 +202,7 @@ class LayerTap:
         records = [record for record in records if record.layer is self.layer]
         for record in records:
             record.check_unwritten(self.name or "")
-            if record.handed is not None:
+            if record.handed is not None and record.call is None:
                 LayerHook.note(record)
         return records
 
@@ -275,6 +283,7 @@ class LayerTap:
         through_hessian: bool = True,
         measure: Measure = "relative_flatness",
         normalize_features: bool = False,
+        shared_probes: int | None = None,
     ) -> Tensor | None:
         """Return κ of the layer in a loss, over all those of some passes on which the loss depends.
 
@@ -288,6 +297,8 @@ class LayerTap:
             through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
             measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace in its place.
             normalize_features: whether every row counts as if it had the length 1.
+            shared_probes: how many random probes, shared by all rows, stand for the exact κ of a cross-entropy; drawn
+                by ``generator``.
 
         Returns:
             κ, a scalar, or ``None`` if the loss depends on none of them.
@@ -306,6 +317,11 @@ class LayerTap:
             mine = [record for record in records if record.is_in(loss)]
             recognised = self._trying.recognise(loss, mine)
             self.exact = recognised is not None
+            if shared_probes is not None and (recognised is None or recognised.kind != "softmax"):
+                raise RuntimeError(
+                    "Expected the loss to be a cross-entropy of the layer's outputs where random probes are shared by "
+                    "its rows, but got one that is not recognised as such. Leave out `shared_probes`, or name the loss."
+                )
             if recognised is not None:
                 self.has_measured(exact=True)
                 exact = exact_parts(
@@ -314,6 +330,8 @@ class LayerTap:
                     through_hessian=through_hessian,
                     measure=measure,
                     normalize_features=normalize_features,
+                    probes=shared_probes,
+                    generator=generator() if shared_probes is not None and callable(generator) else None,
                 )
                 return torch.stack([part.sum() for part in exact]).sum()
             gated = False
@@ -360,7 +378,7 @@ class LayerTap:
         """
         if self.calls is not None and not torch.compiler.is_compiling():
             self._originals.append(record.outputs if record.handed is None else record.handed)
-            self.calls.track(self._originals[-1])
+            self.calls.track(self._originals[-1], whole=record.call is not None)
         self._records.append(record.copied() if self.copies else record)
 
     def _settle(self, layer: nn.Module) -> None:

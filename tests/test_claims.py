@@ -146,7 +146,7 @@ def test_with_very_many_outputs_a_kernel_is_judged_by_its_gradient(
     if soft:
         target = F.one_hot(target, D).double() * 0.9 + 0.1 / D
     ignore = -100 if soft else 2
-    loss = Kernel.apply(outputs, target, weight, ignore, 0.1, factor)  # type: ignore[no-untyped-call]
+    loss = Kernel.apply(outputs, target, weight, ignore, 0.1, factor)
     criterion = nn.CrossEntropyLoss(weight, ignore_index=ignore, label_smoothing=0.1)
     assert check_claim(loss, [outputs], target, criterion).holds is holds
     if not soft:

@@ -34,11 +34,30 @@ def refuse_false_claim(
     Raises:
         RuntimeError: if it does not hold.
     """
+    refuse_calls(who, layer, records)
     verdict = claim.check(loss, [record.outputs for record in records], target)
     if verdict.holds is False:
         raise RuntimeError(
             f"{who!r}: the loss that is trained with is not {show(claim.criterion)} of the outputs of layer {layer!r}: "
             f"{verdict.reason}. Leave out `loss`: then the curvature comes from the loss itself."
+        )
+
+
+def refuse_calls(who: object, layer: str | None, records: Sequence[LayerRecord]) -> None:
+    """Raise if a criterion of a layer's outputs is named, but there are none.
+
+    Args:
+        who: the callback, for the message.
+        layer: the layer's name.
+        records: the passes through the layer.
+
+    Raises:
+        RuntimeError: if the layer's weight went into ``linear_cross_entropy`` in one of them.
+    """
+    if any(record.call is not None for record in records):
+        raise RuntimeError(
+            f"{who!r}: the weight of layer {layer!r} goes into `linear_cross_entropy`, whose call says itself which "
+            "loss it is. Leave out `loss` and `target`."
         )
 
 

@@ -252,6 +252,7 @@ class Penalty:
             through_hessian=fam.through_hessian,
             measure=fam.measure,
             normalize_features=fam.normalize_features,
+            shared_probes=fam.shared_probes,
         )
         if kappa is not None and self._tap.flat:
             self._warn("has κ = 0, because the loss is piecewise linear in its outputs: FAM adds nothing.")

@@ -117,6 +117,39 @@ def _arriving(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, criteria: di
     return [factor[..., 0] for factor in found] if plan.kind == "softmax" else found
 
 
+def factors_of(loss: Tensor, results: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return what a loss multiplies some results with, where its graph says that it is linear in them.
+
+    Args:
+        loss: a scalar loss, in its graph.
+        results: what it is made of.
+
+    Returns:
+        The factors, in the shapes of the results; ``None`` where it is not linear.
+    """
+    nodes, between = {_node_of(tensor) for tensor in results}, nodes_between(loss, results)
+    seen, waiting, learnt = set[Node](), [_node_of(loss)], False
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node in nodes:
+            continue
+        seen.add(node)
+        inner = [
+            (place, following, number)
+            for place, (following, number) in enumerate(node.next_functions)
+            if following is not None and (following in between or following in nodes)
+        ]
+        if not _is_linear(node, inner):
+            return None
+        after = {following for _, following, _ in inner}
+        learnt |= node.name() not in _SUMS and any(
+            following is not None and following not in after for following, _ in node.next_functions
+        )
+        waiting += [following for _, following, _ in inner]
+    with torch.enable_grad():
+        return list(torch.autograd.grad(loss, results, retain_graph=True, create_graph=learnt, materialize_grads=True))
+
+
 class _Unknown(Exception):  # noqa: N818  # not an error: an answer
     """The graph is none of those that are recognised."""
 

@@ -255,16 +255,16 @@ def check_shared_probes(name: str, probes: object, criterion: nn.Module | None, 
         The number.
 
     Raises:
-        ValueError: if it is neither ``None`` nor a positive integer, or is given for anything else than the κ of a
-            named cross-entropy, which is cheap without.
+        ValueError: if it is neither ``None`` nor a positive integer, or is given for another measure than κ or with
+            another criterion than the cross-entropy, for which the exact form is cheap.
     """
     if probes is None:
         return None
     count = check_count(name, probes, at_least=1)
-    if measure != "relative_flatness" or not isinstance(criterion, nn.CrossEntropyLoss):
+    if measure != "relative_flatness" or not isinstance(criterion, nn.CrossEntropyLoss | None):
         loss = None if criterion is None else type(criterion).__name__
         raise ValueError(
-            f"Expected argument `{name}` to be None unless `loss` names the cross-entropy and `measure` is "
+            f"Expected argument `{name}` to be None unless the loss is the cross-entropy and `measure` is "
             f"'relative_flatness', but got {probes!r} with loss {loss} and measure {measure!r}."
         )
     return count
@@ -298,20 +298,16 @@ def _parts(
         flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
         with full_precision(flat_features):
             size = size_of(weight, flat_features)
-            directions = None
-            if probes is not None:  # Tr(Wᵀ A W) ≈ Tr(Vᵀ Wᵀ A W V) for V = (v_1, …, v_K) / √K
-                signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
-                directions = (2 * signs - 1).to(dtype) / math.sqrt(probes)
             curvature = softmax_trace(
                 logits,
                 weight,
                 temperature=temperature,
                 dtype=dtype,
                 factor=None if size is None else 1 / size.to(dtype),
-                directions=directions,
+                directions=shared_directions(weight, probes, generator, dtype),
             )
         with full_precision(flat_features):
-            parts = _times_lengths(
+            parts = times_lengths(
                 sample_weight * curvature / temperature**2, flat_features, size, counted, normalize=normalize_features
             )
         return parts, total_weight
@@ -352,13 +348,44 @@ def flatness_through(
             curvature = hessian.diagonals().sum(dim=1) * weight.square().sum()
         else:
             curvature = hessian.trace_through(weight)
-        return _times_lengths(hessian.weight * curvature, features, size, hessian.counted, normalize=normalize_features)
+        return times_lengths(hessian.weight * curvature, features, size, hessian.counted, normalize=normalize_features)
 
 
-def _times_lengths(
+def shared_directions(
+    weight: Tensor, probes: int | None, generator: torch.Generator | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Return V = (v_1, …, v_K) / √K of random signs, for which Tr(Wᵀ A W) ≈ Tr(Vᵀ Wᵀ A W V).
+
+    Args:
+        weight: W.
+        probes: K, or ``None``.
+        generator: as for :func:`relative_flatness`.
+        dtype: of V.
+
+    Returns:
+        V, of shape (m, K); ``None`` for no K.
+    """
+    if probes is None:
+        return None
+    signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
+    return (2 * signs - 1).to(dtype) / math.sqrt(probes)
+
+
+def times_lengths(
     parts: Tensor, features: Tensor, size: Tensor | None, counted: Tensor | None, *, normalize: bool
 ) -> Tensor:
-    """Multiply curvatures along a W of the size 1 by the features' squared lengths, and by the size that W has."""
+    """Multiply curvatures along a W of the size 1 by the features' squared lengths, and by the size that W has.
+
+    Args:
+        parts: the curvatures, of shape (n,).
+        features: of shape (n, m).
+        size: that of :func:`~lightning_relflat.functional._scale.size_of`.
+        counted: which samples count; ``None`` for all.
+        normalize: whether every length counts as 1.
+
+    Returns:
+        The products, of shape (n,).
+    """
     if normalize:
         parts = parts if size is None else parts * size * size
     else:

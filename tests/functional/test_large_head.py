@@ -193,13 +193,13 @@ def test_a_number_of_probes_that_is_none_is_named(probes: Any) -> None:
     [
         ({"loss": "mse"}, "loss MSELoss and measure 'relative_flatness'"),
         ({"loss": "cross_entropy", "measure": "trace"}, "loss CrossEntropyLoss and measure 'trace'"),
-        ({}, "loss None and measure 'relative_flatness'"),
+        ({"measure": "trace"}, "loss None and measure 'trace'"),
     ],
 )
 def test_probes_where_the_exact_form_is_cheap_are_refused(options: dict[str, Any], found: str) -> None:
     def message(name: str) -> str:
         return "^" + re.escape(
-            f"Expected argument `{name}` to be None unless `loss` names the cross-entropy and `measure` is "
+            f"Expected argument `{name}` to be None unless the loss is the cross-entropy and `measure` is "
             f"'relative_flatness', but got 8 with {found}."
         )
 

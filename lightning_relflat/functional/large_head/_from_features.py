@@ -68,8 +68,8 @@ def weighted_trace_of_features(
     """Return Σ_i a_i t_i with the traces t of :func:`traces_of_features`, differentiable once.
 
     The gradients are made at once, before the backward pass, and given away in it, as by PyTorch's own chunked
-    ``linear_cross_entropy``: the outputs of a block of samples then serve value and gradients. That makes six products of the size of the
-    head's own, and three thin ones and three such with ``directions``.
+    ``linear_cross_entropy``: the outputs of a block of samples then serve value and gradients. That makes six products
+    of the size of the head's own; with ``directions`` three such, and three thin ones.
 
     Args:
         shares: a, of shape (n,), in the dtype to compute in.
