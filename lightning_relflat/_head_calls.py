@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_relflat._behind import FORMS
 from lightning_relflat._layer_hook import LayerRecord
 from lightning_relflat.functional._called_batch import CalledBatch, read_batch
 from lightning_relflat.functional._checks import compute_dtype, full_precision, plain
@@ -163,6 +164,8 @@ class Listener(Protocol):
 # Who listens now. While anybody does, a function of ours stands in the place of PyTorch's, if there is one.
 _listeners: list[Listener] = []
 _original: Callable[..., Tensor] | None = getattr(F, NAME, None)
+# Whether it runs. PyTorch's own hands itself to function modes by the name under which ours stands, and they call it.
+_runs = False
 
 
 def listen(tap: Listener) -> None:
@@ -190,16 +193,21 @@ def leave(tap: Listener) -> None:
 
 
 def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
+    global _runs
     assert _original is not None
-    if torch.compiler.is_compiling():
+    if _runs or torch.compiler.is_compiling():
         return _original(*args, **kwargs)
     given = dict(zip(("input", "linear_weight", "target"), args, strict=False)) | kwargs
     taps = [tap for tap in _listeners if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]
     found = [(tap, layer) for tap in taps for layer in [_whose(given.get("linear_weight"), tap)] if layer is not None]
     # Taps on layers before the head see the call as any other; those on the head know what it is.
     alone = found and all(tap.name is None or any(tap is other for other, _ in found) for tap in taps)
-    with torch._C.DisableTorchFunction() if alone else nullcontext():
-        result = _original(*args, **kwargs)
+    _runs = True
+    try:
+        with torch._C.DisableTorchFunction() if alone else nullcontext():
+            result = _original(*args, **kwargs)
+    finally:
+        _runs = False
     if not found:
         return result
     if any(tap.opens for tap, _ in found):
@@ -219,6 +227,7 @@ def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
 
 if _original is not None:
     _standing_in = functools.wraps(_original)(_standing_in)
+    FORMS[_standing_in] = FORMS[_original]
 
 
 def _whose(weight: object, tap: Listener) -> nn.Module | None:
