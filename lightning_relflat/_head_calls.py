@@ -20,6 +20,7 @@ from lightning_relflat._behind import FORMS
 from lightning_relflat._layer_hook import LayerRecord
 from lightning_relflat.functional._called_batch import CalledBatch, read_batch
 from lightning_relflat.functional._checks import compute_dtype, full_precision, plain
+from lightning_relflat.functional._graph import is_transformed
 from lightning_relflat.functional._recognised import factors_of
 from lightning_relflat.functional._scale import size_of
 from lightning_relflat.functional.large_head import traces_of_features, weighted_trace_of_features
@@ -162,7 +163,7 @@ class Listener(Protocol):
 
 
 # Who listens now. While anybody does, a function of ours stands in the place of PyTorch's, if there is one.
-_listeners: list[Listener] = []
+_listeners: dict[Listener, None] = {}
 _original: Callable[..., Tensor] | None = getattr(F, NAME, None)
 # Whether it runs. PyTorch's own hands itself to function modes by the name under which ours stands, and they call it.
 _runs = False
@@ -174,8 +175,8 @@ def listen(tap: Listener) -> None:
     Args:
         tap: the tap.
     """
-    if _original is not None and tap not in _listeners:
-        _listeners.append(tap)
+    if _original is not None:
+        _listeners[tap] = None
         if getattr(F, NAME) is _original:
             setattr(F, NAME, _standing_in)
 
@@ -186,16 +187,15 @@ def leave(tap: Listener) -> None:
     Args:
         tap: the tap.
     """
-    if tap in _listeners:
-        _listeners.remove(tap)
-        if not _listeners and getattr(F, NAME) is _standing_in:
-            setattr(F, NAME, _original)
+    _listeners.pop(tap, None)
+    if not _listeners and _original is not None and getattr(F, NAME) is _standing_in:
+        setattr(F, NAME, _original)
 
 
 def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
     global _runs
     assert _original is not None
-    if _runs or torch.compiler.is_compiling():
+    if _runs or is_transformed():
         return _original(*args, **kwargs)
     given = dict(zip(("input", "linear_weight", "target"), args, strict=False)) | kwargs
     taps = [tap for tap in _listeners if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]

@@ -49,7 +49,8 @@ class LayerTap:
         layer: the dotted name of a linear or convolution layer in it, or ``None`` for the last linear one that runs
             while the tap records for the first time. Linear is an ``nn.Linear``; a layer around one that is called
             ``base_layer``, as LoRA's, as a whole, with the weight W + BA; and what has a matrix ``weight`` and turns
-            out to compute x Wᵀ + b, as Hugging Face's ``Conv1D`` or PyTorch Geometric's ``Linear``.
+            out to compute x Wᵀ + b, as Hugging Face's ``Conv1D`` or PyTorch Geometric's ``Linear``. A call of
+            ``torch.nn.functional.linear_cross_entropy`` with a layer's weight counts as if the layer ran.
         copies: whether records are detached copies, fit to be read at any later time, or the tensors in their graph;
             then only passes with gradients are recorded.
         through_loss: whether κ is to be taken from the loss. Then, while the tap records, normalisations behind the

@@ -309,6 +309,8 @@ def test_taps_take_turns_and_leave_pytorch_as_it_was() -> None:
     fused(other.weight * 1, None, torch.ones(2, 3), torch.tensor([0, 1]))
     assert not first.take()
     assert len(second.take()) == 1
+    assert torch.func.grad(lambda x: fused(one.weight, None, x, torch.tensor([0, 1])))(torch.ones(2, 3)).shape == (2, 3)
+    assert not first.take()
     first.stop()
     first.stop()
     assert F.linear_cross_entropy is not original

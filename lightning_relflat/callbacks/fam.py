@@ -51,9 +51,11 @@ class FAM(Callback):
         coefficient: λ; negative to train away from flatness.
         loss: ``None`` for the loss of the step, whatever it is. Where that is linear in a criterion with a closed form
             of a linear layer's outputs, with whatever weights, masks and factors, κ is exact; elsewhere random probes
-            go through what follows the layer. Or a criterion, by name or as an object, or a callable
-            ``loss(outputs, target)``, of the outputs of a linear layer and the batch's target alone. That is compared
-            with the loss of the step when an epoch begins, when other operations lie between, and every 1,000 steps.
+            go through what follows the layer. A call of ``torch.nn.functional.linear_cross_entropy`` with the layer's
+            weight counts as the cross-entropy of its outputs, which are not made. Or a criterion, by name or as an
+            object, or a callable ``loss(outputs, target)``, of the outputs of a linear layer and the batch's target
+            alone. That is compared with the loss of the step when an epoch begins, when other operations lie between,
+            and every 1,000 steps.
         target: where a named loss finds its target: an index or key of the batch; a list of them, followed one after
             the other; a callable on the batch; or ``None`` if its curvature needs none.
         probes: how many random probes to average where there is no closed form; ``None`` takes all products that there
