@@ -210,21 +210,33 @@ class LargestStorage(TorchDispatchMode):
         return result
 
 
-def test_nothing_of_the_size_of_the_outputs_is_made() -> None:
+@pytest.mark.parametrize("layer", [None, "head"])
+def test_nothing_of_the_size_of_the_outputs_is_made(layer: str | None) -> None:
     n, d, m = 60, 50, 8
-    head = nn.Linear(m, d, bias=False)
-    x, y = torch.randn(n, m, requires_grad=True), torch.zeros(n, dtype=torch.long)
-    with (
-        patch.multiple(_from_features, _BLOCK=1, _BLOCK_ROWS=5),
-        LargestStorage() as largest,
-        LayerTap(head, "") as tap,
-    ):
-        loss = fused(head.weight, None, x, y, options=CHUNKED)
+    net = nn.ModuleDict({"body": nn.Linear(m, m), "head": nn.Linear(m, d, bias=False)})
+    body, head = net.values()
+    x, y = torch.randn(n, m), torch.zeros(n, dtype=torch.long)
+    sizes: dict[str, Any] = {"_BLOCK": 1, "_BLOCK_ROWS": 5}
+    with patch.multiple(_from_features, **sizes), LargestStorage() as largest, LayerTap(net, layer) as tap:
+        loss = fused(head.weight, None, body(x), y, options=CHUNKED)  # type: ignore[arg-type]
         (loss + tap.relative_flatness(loss)).backward()
     assert 5 * d <= largest.numel < n * d / 2
     with LargestStorage() as largest:
         head(x)
     assert largest.numel == n * d
+
+
+def test_factors_that_are_learnt() -> None:
+    generator = seeded(0)
+    x, y = normal(generator, 6, 4), torch.tensor([0, 4, -100, 1, 2, 3])
+    head, scale = nn.Linear(4, 5).double(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for direct in (True, False):
+        with LayerTap(head, "") as tap:
+            loss = fused(head.weight, head.bias, x, y, options=CHUNKED) if direct else F.cross_entropy(head(x), y)
+            kappa = tap.relative_flatness(loss * (-scale).exp() + scale)
+        found.append([kappa.detach(), *torch.autograd.grad(kappa, [scale, head.weight])])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 def test_rows_that_do_not_count_may_hold_anything() -> None:
@@ -449,6 +461,20 @@ def test_the_sharpest_samples() -> None:
 def test_a_claim_about_outputs_that_there_are_not_is_refused(make: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError, match="Leave out `loss` and `target`"):
         fit(DirectNet(), make(layer="head", loss="cross_entropy"))
+
+
+@pytest.mark.parametrize("options", [{}, {"start_epoch": 1}], ids=str)
+def test_what_a_later_step_would_refuse_is_refused_in_the_first(options: dict[str, Any]) -> None:
+    class Squared(DirectNet):
+        def loss(self, batch: Batch) -> Tensor:
+            return super().loss(batch) ** 2
+
+    for fam, why in ((FAM(**options), "not linear"), (FAM(loss="cross_entropy", **options), "Leave out `loss`")):
+        net = Squared()
+        before = net.head.weight.detach().clone()
+        with pytest.raises(RuntimeError, match=why):
+            make_trainer(precision="64-true", callbacks=[fam]).fit(net, make_loader(SIZES))
+        assert torch.equal(net.head.weight.float(), before)
 
 
 REMEDY = r"call it as `torch\.nn\.functional\.linear_cross_entropy`"

@@ -9,6 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_relflat._head_calls import shares_of_calls
 from lightning_relflat.callbacks._base import LightningModule, Trainer, find_target, labelled
 from lightning_relflat.callbacks._claim import flatness_of_criterion, refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._refusals import (
@@ -211,6 +212,9 @@ class Penalty:
         self._rehearsal, self.rehearsed = None, 0
         if self._claim is None and loss.requires_grad:
             foresee(loss, [record.outputs for record in met])
+            called = [record for record in met if record.call is not None]
+            if called:
+                shares_of_calls(loss, called)
         if self._claim is not None and met:
             self._check_claim(self._claim, loss, met)
 
