@@ -20,6 +20,7 @@ from lightning_relflat.functional._weights import (
     layer_weight,
     may_be_linear,
 )
+from lightning_relflat.functional.large_head import is_head_of_many
 
 if TYPE_CHECKING:
     from lightning_relflat._head_calls import HeadCall
@@ -208,7 +209,8 @@ class LayerHook:
         version = None if outputs.is_inference() else outputs._version
         handed = None
         in_graph = any(not tap.copies for tap in taps)
-        copies = self._copies or any(tap.opens for tap in taps)
+        # A second copy of very many outputs would be the largest thing in the step; changed in place, they are refused.
+        copies = (self._copies and not is_head_of_many(outputs, weight)) or any(tap.opens for tap in taps)
         if in_graph and copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
         age = sum(parameter._version for parameter in layer.parameters())

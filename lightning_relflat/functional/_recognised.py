@@ -89,11 +89,27 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
         plan = _Plan(loss, outputs)
     except _Unknown:
         return None
+    straight = plan.straight()
+    if straight is not None and len(straight) == len(outputs):
+        factors = _of_straight(loss, outputs, plan, straight)
+        return Recognised("softmax", factors, _total(plan, factors))
     found = shares = _arriving(loss, outputs, plan, plan.criteria)
     if any(act in _SHARES for act in plan.criteria.values()):
         # A row may have a share in the loss and no curvature, and the mean is over it all the same.
         shares = _arriving(loss, outputs, plan, {node: _SHARES.get(act, act) for node, act in plan.criteria.items()})
     return Recognised(plan.kind, tuple(found), _total(plan, shares))
+
+
+def _of_straight(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, nodes: Sequence[Node]) -> tuple[Tensor, ...]:
+    """Return the factors where every log-softmax has the outputs' rows: then nothing goes backward through it."""
+    edges = [torch.autograd.graph.GradientEdge(node, 0) for node in nodes]
+    with torch.enable_grad():
+        arrived = torch.autograd.grad(loss, edges, retain_graph=True, create_graph=plan.learnt)
+    widest = torch.promote_types(torch.float32, loss.dtype)
+    return tuple(
+        -gradient.sum(dim=-1, dtype=widest).reshape(tensor.shape[:-1])
+        for gradient, tensor in zip(arrived, outputs, strict=True)
+    )
 
 
 def _arriving(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, criteria: dict[Node, _Act]) -> list[Tensor]:
@@ -194,6 +210,23 @@ class _Plan:
             for place, (following, number) in enumerate(node.next_functions)
             if following is not None and (following in self._between or following in self._outputs)
         ]
+
+    def straight(self) -> list[Node] | None:
+        """Return the log-softmax of each of the outputs, if each has one alone, of its rows as they are."""
+        found: dict[Node, Node] = {}
+        for criterion in self.criteria if self.kind == "softmax" else ():
+            node, shape = criterion, _shape(criterion, 0)
+            while node not in self._outputs:
+                [(_, node, _)] = self._inner(node)
+                if node not in self._outputs and node.name() not in _RESHAPES:
+                    return None
+            # Else its rows are spread, or are not all.
+            fits = _signed(getattr(criterion, "_saved_dim", -1)) % len(shape) == len(shape) - 1
+            if node in found or not fits or torch.Size(shape).numel() != self._outputs[node].numel():
+                return None
+            found[node] = criterion
+        nodes = [found.get(_node_of(tensor)) for tensor in self._outputs.values()]
+        return None if not found or None in nodes else [node for node in nodes if node is not None]
 
     def _look_below(self, node: Node) -> None:
         kind, act = _CRITERIA[node.name()]

@@ -15,6 +15,8 @@ from lightning_relflat.functional.output_hessian import OutputHessian
 
 # Below so many outputs in all the plain formula is as fast, or faster, and what it keeps is no matter.
 _FEW = 1 << 21
+# Hidden layers are up to four times as wide as what enters them.
+_WIDER = 4
 # Where nothing is differentiated, so many outputs at a time, of so many samples at least, stay in a CPU's cache.
 _BLOCK, _BLOCK_ROWS = 1 << 18, 1 << 9
 
@@ -29,6 +31,19 @@ def is_large(outputs: Tensor) -> bool:
         Whether they are.
     """
     return outputs.numel() >= _FEW
+
+
+def is_head_of_many(outputs: Tensor, weight: Tensor) -> bool:
+    """Return whether a layer looks like a head with very many outputs, of which no second copy is to be made.
+
+    Args:
+        outputs: its outputs, of any shape.
+        weight: its weight, of shape (d, m).
+
+    Returns:
+        Whether they are many and the layer is far wider than what enters it, which hidden layers are not.
+    """
+    return is_large(outputs) and len(weight) > _WIDER * weight.shape[1:].numel()
 
 
 def softmax_trace(
