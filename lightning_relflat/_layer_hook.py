@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_relflat._behind import Behind
 from lightning_relflat.functional._checks import plain
 from lightning_relflat.functional._graph import depends
-from lightning_relflat.functional._late_gradients import Beside, LateGradients
-from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import (
     adapted_weight,
     class_path,
@@ -22,6 +20,10 @@ from lightning_relflat.functional._weights import (
     layer_weight,
     may_be_linear,
 )
+from lightning_relflat.functional.large_head import is_head_of_many
+
+if TYPE_CHECKING:
+    from lightning_relflat._head_calls import HeadCall
 
 _Function = TypeVar("_Function")
 
@@ -38,9 +40,10 @@ class LayerRecord:
             parameter. A copy, unless all who listen say that it stays as it is: an optimizer may change it in place
             before it is needed, or a sharding strategy free it.
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
-        late: a node in the layer's place, if the tap is to have one and the pass can; then ``weight`` is no copy.
         handed: the copy of the outputs that was handed on, if one was, so that it may be changed in place.
         age: how often the layer's parameters had been changed in place.
+        call: where the weight went into ``linear_cross_entropy``, the call; then ``outputs`` is what that returned, and
+            ``weight`` is no copy.
     """
 
     layer: nn.Module
@@ -48,20 +51,9 @@ class LayerRecord:
     outputs: Tensor
     weight: Tensor
     version: int | None
-    late: LateGradients | None = None
     handed: Tensor | None = None
     age: int = 0
-
-    def beside(self, loss: Tensor) -> Beside | None:
-        """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such a node.
-
-        Args:
-            loss: the loss.
-
-        Returns:
-            An argument for :func:`~lightning_relflat.functional.relative_flatness`.
-        """
-        return None if self.late is None else Beside(self.late, loss)
+    call: HeadCall | None = None
 
     def is_in(self, loss: Tensor) -> bool:
         """Return whether a loss depends on the pass.
@@ -87,8 +79,7 @@ class LayerRecord:
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
         features, outputs = self.features.detach().clone(), plain(self.outputs).detach().clone()
-        weight = self.weight.detach() if self.late is None else self.weight.detach().clone()
-        return LayerRecord(self.layer, features, outputs, weight, None, age=self.age)
+        return LayerRecord(self.layer, features, outputs, self.weight.detach(), None, self.handed, self.age, self.call)
 
     def check_unwritten(self, name: str) -> None:
         """Raise if the outputs were written to since they left the layer.
@@ -99,6 +90,11 @@ class LayerRecord:
         Raises:
             RuntimeError: if they were.
         """
+        if self.call is not None and not self.call.is_current(self.weight):
+            raise RuntimeError(
+                f"The weight of layer {name!r} was changed in place after it went into `linear_cross_entropy`, and "
+                "before its flatness was taken."
+            )
         if self.version is not None and self.outputs._version != self.version:
             raise RuntimeError(
                 f"The outputs of layer {name!r} were changed in place after they left it, which they were not in the "
@@ -112,7 +108,6 @@ class Listener(Protocol):
 
     recording: bool
     copies: bool
-    late: bool
     opens: bool
     stays: bool
     behind: Behind | None
@@ -138,8 +133,8 @@ class LayerHook:
         self.layer = weakref.ref(layer)
         self.taps: list[Listener] = []
         # Whether a copy of the outputs has to be handed on, because what follows changes them in place; where that is
-        # not known, one is.
-        self._copies = True
+        # not known (``None``), one is.
+        self._copies: bool | None = None
         # Whether a foreign layer's weight has the shape (m, d); ``None`` as long as that is not known.
         self._transposed: bool | None = None if may_be_linear(layer) else False
         # It differentiates, which is not to be traced.
@@ -184,12 +179,13 @@ class LayerHook:
             self._handles.clear()
 
     def note(self, record: LayerRecord) -> None:
-        """Note whether what follows the layer changes its outputs in place."""
-        self._copies = record.is_overwritten()
+        """Note whether what follows the layer changes its outputs in place, if that is not known; reads the device."""
+        if self._copies is None:
+            self._copies = record.is_overwritten()
 
     def forget(self) -> None:
         """Forget it."""
-        self._copies = True
+        self._copies = None
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
@@ -219,30 +215,20 @@ class LayerHook:
                 f"Expected argument `layer` to name a linear or convolution layer, but got {taps[0].name!r}, whose "
                 f"outputs are not x Wᵀ + b: a {class_path(layer)}."
             )
-        late = None
-        large = any(tap.late for tap in taps) and is_large(outputs)
-        if (
-            large
-            and computed is None
-            and isinstance(layer, nn.Linear)
-            and weight is layer.weight
-            and LateGradients.suit(features, weight, outputs)
-        ):
-            late = LateGradients(features, weight, layer.bias, outputs)
-            outputs = late.outputs
         for tap in taps:
-            if tap.behind is not None and tap.looks and late is None and not torch.compiler.is_compiling():
+            if tap.behind is not None and tap.looks and not torch.compiler.is_compiling():
                 outputs = tap.behind.begin(outputs, layer)
         version = None if outputs.is_inference() else outputs._version
         handed = None
-        in_graph = late is None and any(not tap.copies for tap in taps)
-        copies = self._copies or any(tap.opens for tap in taps)
+        in_graph = any(not tap.copies for tap in taps)
+        # A second copy of very many outputs would be the largest thing in the step; changed in place, they are refused.
+        copies = (self._copies is not False and not is_head_of_many(outputs, weight)) or any(tap.opens for tap in taps)
         if in_graph and copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
         parameters = layer._parameters.values() if isinstance(layer, nn.Linear) else layer.parameters()
         age = sum(parameter._version for parameter in parameters if parameter is not None)
-        copied = weight if late or all(tap.stays for tap in taps) else weight.clone()
-        record = LayerRecord(layer, features, outputs, copied, version, late, handed, age)
+        copied = weight if all(tap.stays for tap in taps) else weight.clone()
+        record = LayerRecord(layer, features, outputs, copied, version, handed, age)
         for tap in taps:
             tap.receive(record)
         return outputs if handed is None else handed

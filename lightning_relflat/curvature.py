@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
+from lightning_relflat._head_calls import parts_of_call, shares_of_calls
 from lightning_relflat._layer_hook import LayerRecord
 from lightning_relflat.claims import Criterion, value_of_callable
 from lightning_relflat.functional._checks import (
@@ -31,7 +32,6 @@ from lightning_relflat.functional._linear_map import LayerUse, as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._recognised import Recognised, mean_divisor, recognise, recognise_cross_entropy
-from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.criteria import has_closed_form, owned_criterion
 from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
@@ -70,13 +70,27 @@ def recognise_passes(loss: Tensor, records: Sequence[LayerRecord]) -> Recognised
         records: the passes through the layer that it depends on, in their graph.
 
     Returns:
-        The curvature; ``None`` where it is not recognised, for a convolution, and for 2²¹ outputs and more, whose
-        closed form would need their memory once more.
+        The curvature; ``None`` where it is not recognised, and for a convolution.
     """
-    outputs = [record.outputs for record in records]
-    if not records or not has_matrix(records[0].layer) or any(map(is_large, outputs)):
+    if not records or not has_matrix(records[0].layer):
         return None
-    return recognise(loss, outputs, [record.features for record in records])
+    called = [record for record in records if record.call is not None]
+    passed = [record for record in records if record.call is None]
+    outputs, features = [record.outputs for record in passed], [record.features for record in passed]
+    if not called:
+        return recognise(loss, outputs, features)
+    shares, total = shares_of_calls(loss, called)
+    if not passed:
+        return Recognised("softmax", tuple(shares), total)
+    others = recognise(loss, outputs, features)
+    if others is None or others.kind != "softmax":
+        raise RuntimeError(
+            "The layer's weight went into `linear_cross_entropy`, and the loss depends on its outputs too, in a way "
+            "that is not recognised as a cross-entropy. Then its curvature cannot be had."
+        )
+    own, other = iter(shares), iter(others.factors)
+    factors = tuple(next(own if record.call is not None else other) for record in records)
+    return Recognised("softmax", factors, total + others.total)
 
 
 def exact_parts(
@@ -86,8 +100,10 @@ def exact_parts(
     through_hessian: bool = True,
     measure: Measure = "relative_flatness",
     normalize_features: bool = False,
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    r"""Return the part of every row in κ of a linear layer, exactly, differentiable.
+    r"""Return the part of every row in κ of a linear layer, exactly unless probes are given, differentiable.
 
     .. math:: κ = \sum_p ‖φ_p‖^2 \operatorname{Tr}(W^⊤ A_p W)
 
@@ -99,12 +115,27 @@ def exact_parts(
         through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
         measure: as for :func:`~lightning_relflat.functional.relative_flatness`.
         normalize_features: as there.
+        probes: as there; for a softmax.
+        generator: as there.
 
     Returns:
-        For each pass the parts, of shape (rows,).
+        For each pass the parts, of shape (rows,); of one that went into ``linear_cross_entropy`` and is differentiated
+        their sum, of shape (1,).
+
+    Raises:
+        RuntimeError: if another measure is asked for of a pass that went into ``linear_cross_entropy``.
     """
     parts = []
     for record, factor in zip(records, recognised.factors, strict=True):
+        if record.call is not None:
+            if measure != "relative_flatness":
+                raise RuntimeError(
+                    "Expected argument `measure` to be 'relative_flatness' where the layer's weight goes into "
+                    f"`linear_cross_entropy`, which never makes its outputs, but got {measure!r}."
+                )
+            shared: Any = {"probes": probes, "generator": generator, "normalize_features": normalize_features}
+            parts.append(parts_of_call(record, factor, through_hessian=through_hessian, **shared))
+            continue
         features, outputs, factor = (
             value if through_hessian else value.detach() for value in (record.features, record.outputs, factor)
         )
@@ -115,7 +146,17 @@ def exact_parts(
             counted = None if recognised.all_count else shares != 0
             if measure == "relative_flatness":
                 parts.append(
-                    softmax_parts(features, record.weight, rows, shares, counted, normalize_features=normalize_features)
+                    softmax_parts(
+                        features,
+                        record.weight,
+                        rows,
+                        shares,
+                        counted,
+                        recognised.log_p,
+                        normalize_features=normalize_features,
+                        probes=probes,
+                        generator=generator,
+                    )
                 )
                 continue
             p = rows.to(dtype).softmax(dim=1)
@@ -158,7 +199,7 @@ def plainly_exact(
     Returns:
         κ, differentiable, and what the loss's mean divides by; ``None`` if the loss is another.
     """
-    if len(records) != 1 or not has_matrix(records[0].layer) or is_large(records[0].outputs):
+    if len(records) != 1 or records[0].call is not None or not has_matrix(records[0].layer):
         return None
     recognised = recognise_cross_entropy(loss, records[0].outputs)
     if recognised is None:
@@ -188,7 +229,8 @@ class Trying:
         Returns:
             What it returns.
         """
-        if not self._found and self._misses >= _MISSES:
+        called = any(record.call is not None for record in records)
+        if not self._found and self._misses >= _MISSES and not called:
             return None
         recognised = recognise_passes(loss, records)
         self._found |= recognised is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
+from lightning_relflat._head_calls import leave, listen
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
 from lightning_relflat._sharded import holding, sharded_groups
 from lightning_relflat.curvature import Trying, exact_parts, plainly_exact
@@ -48,12 +49,10 @@ class LayerTap:
         layer: the dotted name of a linear or convolution layer in it, or ``None`` for the last linear one that runs
             while the tap records for the first time. Linear is an ``nn.Linear``; a layer around one that is called
             ``base_layer``, as LoRA's, as a whole, with the weight W + BA; and what has a matrix ``weight`` and turns
-            out to compute x Wᵀ + b, as Hugging Face's ``Conv1D`` or PyTorch Geometric's ``Linear``.
+            out to compute x Wᵀ + b, as Hugging Face's ``Conv1D`` or PyTorch Geometric's ``Linear``. A call of
+            ``torch.nn.functional.linear_cross_entropy`` with a layer's weight counts as if the layer ran.
         copies: whether records are detached copies, fit to be read at any later time, or the tensors in their graph;
             then only passes with gradients are recorded.
-        late: whether, for a named cross-entropy, the gradients of a penalty are made after those of the loss where
-            there are very many outputs (2²¹ in all), as ``LayerRecord.beside`` says. The weight of such a record is
-            the layer's own and no copy: let nothing change it or free it before the backward pass.
         through_loss: whether κ is to be taken from the loss. Then, while the tap records, normalisations behind the
             layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
             attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
@@ -91,7 +90,6 @@ class LayerTap:
         layer: str | None = None,
         *,
         copies: bool = False,
-        late: bool = False,
         stays: bool = False,
         through_loss: bool = True,
         measures: bool = False,
@@ -100,7 +98,6 @@ class LayerTap:
         self._module = weakref.ref(module)
         self._candidates = _find_layers(module, layer)
         self.copies = copies
-        self.late = late
         self.stays = stays
         self.opens = False
         self.calls: CriterionCalls | None = None
@@ -120,6 +117,11 @@ class LayerTap:
     def name(self) -> str | None:
         """The layer's dotted name; ``None`` as long as it is not known which layer runs last."""
         return next(iter(self._candidates)) if len(self._candidates) == 1 else None
+
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """The layers that it listens to: one, once it is known which."""
+        return self._candidates
 
     @property
     def layer(self) -> nn.Module | None:
@@ -152,6 +154,7 @@ class LayerTap:
         """Put the hooks on, forget what was recorded and begin to record."""
         self.attach()
         self.recording = True
+        listen(self)
         if self._own_behind is not None and self.looks and not self.copies:
             self._mode.enter_context(self._own_behind)
             self._within = True
@@ -160,6 +163,7 @@ class LayerTap:
         """Stop recording, forget what was recorded and take the hooks away."""
         self._records, self._originals = [], []
         self.recording = False
+        leave(self)
         for hook in self._hooks:
             hook.drop(self)
         self._hooks = []
@@ -219,7 +223,7 @@ class LayerTap:
         records = [record for record in records if record.layer is self.layer]
         for record in records:
             record.check_unwritten(self.name or "")
-            if record.handed is not None:
+            if record.handed is not None and record.call is None:
                 LayerHook.of(record.layer).note(record)
         return records
 
@@ -300,6 +304,7 @@ class LayerTap:
         through_hessian: bool = True,
         measure: Measure = "relative_flatness",
         normalize_features: bool = False,
+        shared_probes: int | None = None,
     ) -> Tensor | None:
         """Return κ of the layer in a loss, over all those of some passes on which the loss depends.
 
@@ -313,6 +318,8 @@ class LayerTap:
             through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
             measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace in its place.
             normalize_features: whether every row counts as if it had the length 1.
+            shared_probes: how many random probes, shared by all rows, stand for the exact κ of a cross-entropy; drawn
+                by ``generator``.
 
         Returns:
             κ, a scalar, or ``None`` if the loss depends on none of them.
@@ -324,17 +331,30 @@ class LayerTap:
         if not records:
             return None
         options: Any = {"measure": measure, "normalize_features": normalize_features}
-        plain = self.plain_flatness_of(loss, records, through_hessian=through_hessian, **options)
-        if plain is not None:
-            return plain
+        if shared_probes is None:
+            plain = self.plain_flatness_of(loss, records, through_hessian=through_hessian, **options)
+            if plain is not None:
+                return plain
         module = self._module()
         with _within_fabric(), ordinary(), self.staying_whole():
             mine = [record for record in records if record.is_in(loss)]
             recognised = self._trying.recognise(loss, mine)
             self.exact = recognised is not None
+            if shared_probes is not None and (recognised is None or recognised.kind != "softmax"):
+                raise RuntimeError(
+                    "Expected the loss to be a cross-entropy of the layer's outputs where random probes are shared by "
+                    "its rows, but got one that is not recognised as such. Leave out `shared_probes`, or name the loss."
+                )
             if recognised is not None:
                 self.has_measured(exact=True)
-                exact = exact_parts(recognised, mine, through_hessian=through_hessian, **options)
+                exact = exact_parts(
+                    recognised,
+                    mine,
+                    through_hessian=through_hessian,
+                    probes=shared_probes,
+                    generator=generator() if shared_probes is not None and callable(generator) else None,
+                    **options,
+                )
                 return sum_of([part.sum() for part in exact])
             behind = self.behind
             with nullcontext() if behind is None else behind.curvature():
@@ -400,7 +420,7 @@ class LayerTap:
         """
         if self.calls is not None and not torch.compiler.is_compiling():
             self._originals.append(record.outputs if record.handed is None else record.handed)
-            self.calls.track(self._originals[-1])
+            self.calls.track(self._originals[-1], whole=record.call is not None)
         self._records.append(record.copied() if self.copies else record)
 
     def _own_hooks(self) -> list[LayerHook]:

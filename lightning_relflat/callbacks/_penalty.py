@@ -9,6 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_relflat._head_calls import shares_of_calls
 from lightning_relflat.callbacks._base import LightningModule, Trainer, find_target, labelled, loggers_are_due
 from lightning_relflat.callbacks._claim import flatness_of_criterion, refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._refusals import (
@@ -23,7 +24,6 @@ from lightning_relflat.callbacks._step import Step
 from lightning_relflat.callbacks.coefficients import Coefficients
 from lightning_relflat.claims import Claim, value_of_callable
 from lightning_relflat.functional._graph import foresee
-from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.layer_tap import LayerRecord, LayerTap
@@ -63,13 +63,7 @@ class Penalty:
         self._exact = has_closed_form(criterion)
         # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
         stays = module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
-        self._tap = LayerTap(
-            module,
-            fam.layer,
-            stays=stays,
-            late=stays and self._exact and isinstance(criterion, nn.CrossEntropyLoss),
-            through_loss=not self._exact,
-        )
+        self._tap = LayerTap(module, fam.layer, stays=stays, through_loss=not self._exact)
         if isinstance(criterion, nn.Module):
             criterion.to(module.device)
         self._rehearsal: LayerTap | None = None  # of the first step, if no penalty is due in it
@@ -231,7 +225,10 @@ class Penalty:
         self._rehearsal, self.rehearsed = None, 0
         if self._claim is None and loss.requires_grad:
             foresee(loss, [record.outputs for record in met])
-        if self._claim is not None and met and not any(is_large(record.outputs) for record in met):
+            called = [record for record in met if record.call is not None]
+            if called:
+                shares_of_calls(loss, called)
+        if self._claim is not None and met:
             self._check_claim(self._claim, loss, met)
 
     def _kappa(self, loss: Tensor) -> Tensor | None:
@@ -264,7 +261,6 @@ class Penalty:
             records,
             target,
             criterion,
-            loss,
             through_hessian=fam.through_hessian,
             measure=fam.measure,
             temperature=fam.temperature,
@@ -284,6 +280,7 @@ class Penalty:
             through_hessian=fam.through_hessian,
             measure=fam.measure,
             normalize_features=fam.normalize_features,
+            shared_probes=fam.shared_probes,
         )
         if kappa is not None and self._tap.flat:
             self._warn("has κ = 0, because the loss is piecewise linear in its outputs: FAM adds nothing.")
@@ -308,9 +305,7 @@ class Penalty:
     def _check_claim(self, claim: Claim, loss: Tensor, records: Sequence[LayerRecord]) -> Any:
         """Return the target, and check that the loss trained with has the curvature of the one that is named."""
         target = find_target(self._evaluation and self._evaluation.batch, self._fam.target)
-        # Where outputs are very many, a second derivative of them would not fit beside them.
-        if not any(record.late for record in records):
-            refuse_false_claim(self._fam, (self._listening or self._tap).name, claim, loss, records, target)
+        refuse_false_claim(self._fam, (self._listening or self._tap).name, claim, loss, records, target)
         return target
 
     def _warn(self, what: str) -> None:

@@ -58,19 +58,18 @@ class FAM(Callback):
             all-reduce of three numbers after a penalised step.
         loss: ``None`` for the loss of the step, whatever it is. Where that is linear in a criterion with a closed form
             of a linear layer's outputs, with whatever weights, masks and factors, κ is exact; elsewhere random probes
-            go through what follows the layer. Or a criterion, by name or as an object, or a callable
-            ``loss(outputs, target)``, of the outputs of a linear layer and the batch's target alone. That is compared
-            with the loss of the step when an epoch begins, when other operations lie between, and every 1,000 steps;
-            not with 2²¹ outputs or more. With a named cross-entropy of 2²¹ outputs or more in a batch, loss and penalty
-            go backward through the layer together, which saves their memory; a hook on the outputs then sees the
-            gradient of the loss alone.
+            go through what follows the layer. A call of ``torch.nn.functional.linear_cross_entropy`` with the layer's
+            weight counts as the cross-entropy of its outputs, which are not made. Or a criterion, by name or as an
+            object, or a callable ``loss(outputs, target)``, of the outputs of a linear layer and the batch's target
+            alone. That is compared with the loss of the step when an epoch begins, when other operations lie between,
+            and every 1,000 steps.
         target: where a named loss finds its target: an index or key of the batch; a list of them, followed one after
             the other; a callable on the batch; or ``None`` if its curvature needs none.
         probes: how many random probes to average where there is no closed form; ``None`` takes all products that there
             are: the smaller of the layer's sides many where no rows meet behind it, that times the number of features
             where they do; up to 10,000.
-        shared_probes: for a named cross-entropy with very many outputs: how many random probes, shared by the samples
-            of a batch, stand for its exact κ; see :func:`~lightning_relflat.functional.relative_flatness`.
+        shared_probes: for a cross-entropy with very many outputs: how many random probes, shared by the samples of a
+            batch, stand for its exact κ; see :func:`~lightning_relflat.functional.relative_flatness`.
         through_hessian: whether gradients flow through the Hessian into all parameters, as in the paper. If not, the
             Hessian counts as a constant, and only the layer's weight gets a gradient.
         every_n_steps: penalise only every n-th training step, with n·λ·κ, so that the mean over steps stays the same.

@@ -96,6 +96,10 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
         plan = _Plan(loss, outputs)
     except _Unknown:
         return None
+    straight = plan.straight()
+    if straight is not None and len(straight) == len(outputs):
+        factors = _of_straight(loss, outputs, plan, straight)
+        return Recognised("softmax", factors, _total(plan, factors))
     found = shares = _arriving(loss, outputs, plan, plan.criteria)
     if any(act in _SHARES for act in plan.criteria.values()):
         # A row may have a share in the loss and no curvature, and the mean is over it all the same.
@@ -137,6 +141,18 @@ def recognise_cross_entropy(loss: Tensor, outputs: Tensor) -> Recognised | None:
     return Recognised("softmax", (factor / total if mean else factor,), divisor, log_p=log_p)
 
 
+def _of_straight(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, nodes: Sequence[Node]) -> tuple[Tensor, ...]:
+    """Return the factors where every log-softmax has the outputs' rows: then nothing goes backward through it."""
+    edges = [torch.autograd.graph.GradientEdge(node, 0) for node in nodes]
+    with torch.enable_grad():
+        arrived = torch.autograd.grad(loss, edges, retain_graph=True, create_graph=plan.learnt)
+    widest = torch.promote_types(torch.float32, loss.dtype)
+    return tuple(
+        -gradient.sum(dim=-1, dtype=widest).reshape(tensor.shape[:-1])
+        for gradient, tensor in zip(arrived, outputs, strict=True)
+    )
+
+
 def _arriving(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, criteria: dict[Node, _Act]) -> list[Tensor]:
     """Return what arrives at the outputs of what the criteria send there in their gradients' place."""
     widest = torch.promote_types(torch.float32, loss.dtype)
@@ -156,6 +172,39 @@ def _arriving(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, criteria: di
             )
             found = [factor + new.to(widest) / unit for factor, new in zip(found, arrived, strict=True)]
     return [factor[..., 0] for factor in found] if plan.kind == "softmax" else found
+
+
+def factors_of(loss: Tensor, results: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return what a loss multiplies some results with, where its graph says that it is linear in them.
+
+    Args:
+        loss: a scalar loss, in its graph.
+        results: what it is made of.
+
+    Returns:
+        The factors, in the shapes of the results; ``None`` where it is not linear.
+    """
+    nodes, between = {_node_of(tensor) for tensor in results}, nodes_between(loss, results)
+    seen, waiting, learnt = set[Node](), [_node_of(loss)], False
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node in nodes:
+            continue
+        seen.add(node)
+        inner = [
+            (place, following, number)
+            for place, (following, number) in enumerate(node.next_functions)
+            if following is not None and (following in between or following in nodes)
+        ]
+        if not _is_linear(node, inner):
+            return None
+        after = {following for _, following, _ in inner}
+        learnt |= node.name() not in _SUMS and any(
+            following is not None and following not in after for following, _ in node.next_functions
+        )
+        waiting += [following for _, following, _ in inner]
+    with torch.enable_grad():
+        return list(torch.autograd.grad(loss, results, retain_graph=True, create_graph=learnt, materialize_grads=True))
 
 
 class _Unknown(Exception):  # noqa: N818  # not an error: an answer
@@ -202,6 +251,23 @@ class _Plan:
             for place, (following, number) in enumerate(node.next_functions)
             if following is not None and (following in self._between or following in self._outputs)
         ]
+
+    def straight(self) -> list[Node] | None:
+        """Return the log-softmax of each of the outputs, if each has one alone, of its rows as they are."""
+        found: dict[Node, Node] = {}
+        for criterion in self.criteria if self.kind == "softmax" else ():
+            node, shape = criterion, _shape(criterion, 0)
+            while node not in self._outputs:
+                [(_, node, _)] = self._inner(node)
+                if node not in self._outputs and node.name() not in _RESHAPES:
+                    return None
+            # Else its rows are spread, or are not all.
+            fits = _signed(getattr(criterion, "_saved_dim", -1)) % len(shape) == len(shape) - 1
+            if node in found or not fits or torch.Size(shape).numel() != self._outputs[node].numel():
+                return None
+            found[node] = criterion
+        nodes = [found.get(_node_of(tensor)) for tensor in self._outputs.values()]
+        return None if not found or None in nodes else [node for node in nodes if node is not None]
 
     def _look_below(self, node: Node) -> None:
         kind, act = _CRITERIA[node.name()]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM
+from lightning_relflat.functional.large_head import _from_outputs
 from lightning_relflat.layer_tap import LayerTap
 from tests.callbacks.test_fam import (
     SIZES,
@@ -389,9 +390,11 @@ def test_the_penalty_comes_when_it_is_due() -> None:
     assert_same_weights(net, train_by_hand(twin, make_batches([5, 6]) * 2, definition, [0, 0, 0.4, 0.4]))
 
 
-def test_a_claim_about_very_many_outputs_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_relflat.callbacks._penalty.is_large", lambda outputs: True)
-    train(Scaled().double(), FAM("head", loss="cross_entropy", start_epoch=1))
+def test_a_claim_about_very_many_outputs_is_refused_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_from_outputs, "_FEW", 0)
+    with pytest.raises(RuntimeError, match="the loss that is trained with is not"):
+        train(Scaled().double(), FAM("head", loss="cross_entropy", start_epoch=1))
+    train(twins()[0], FAM("head", loss="cross_entropy", start_epoch=1))
 
 
 @pytest.mark.parametrize("layer", ["head", None])

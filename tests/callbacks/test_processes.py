@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from lightning_relflat.functional import flatness_report
 from tests.callbacks.fit_in_processes import TRAINING, VALIDATION, Sharded, main, share_of
-from tests.functional.cases import HOOKS_ARE_KNOWN
 from tests.models import make_batches
 from tests.oracles import kappa
 from tests.processes import fit_in_processes, free_port, run, train_by_hand
@@ -106,8 +105,6 @@ def test_large_heads(tmp_path: Path, options: dict[str, Any]) -> None:
     [one] = fit(tmp_path, 1, **settings)
     assert_same_on_all_ranks(ranks)
     assert_same_weights(ranks[0], one)
-    # Where the weight is sharded, nothing is late.
-    assert [rank["late"] for rank in ranks] == [0 if "fsdp" in options or not HOOKS_ARE_KNOWN else 8] * 2
 
 
 @pytest.mark.ddp
