@@ -33,7 +33,7 @@ class Problem:
         self.soft = torch.rand(N, D, generator=generator).softmax(dim=1).to(device)
         self.class_weight = torch.tensor([1.0, 2.0, 0.5]).to(device)
         self.layer: Any = self.net[2]
-        self.weight: Tensor = self.layer.weight
+        self.weight: Any = self.layer.weight
         self.features: Tensor = self.net[:2](self.inputs)
         self.outputs: Tensor = self.layer(self.features)
 
