@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -180,6 +181,8 @@ def test_every_step_but_the_first_of_an_epoch_is_watched(
     for name, entry in found.items():
         assert entry == {"waits": [], "batches": {"train": 6, "val": 4}}, name
     assert mode.asked.count("error") == 10 * len(found) + 1
+    # What comes behind a step, as an epoch's end, may wait.
+    assert all(after == "default" for now, after in itertools.pairwise(mode.asked) if now == "error")
     assert mode.now == "default"
 
 
