@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The scripts, which import one another as scripts do."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ["gpu", "gpu_parts", "gpu_waits", "gpu_steps", "gpu_tables", "harness"]
+    names = ["gpu", "gpu_parts", "gpu_waits", "gpu_steps", "gpu_tables", "harness", "tables"]
     return type("Modules", (), {name: importlib.import_module(name) for name in names})
 
 
@@ -170,6 +170,7 @@ def mode(modules: Any, monkeypatch: pytest.MonkeyPatch) -> Mode:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_step_but_the_first_of_an_epoch_is_watched(
     modules: Any, bench: Any, mode: Mode, monkeypatch: pytest.MonkeyPatch
@@ -385,8 +386,6 @@ def test_without_a_gpu_nothing_is_written(modules: Any, tmp_path: Path, capsys: 
 
 
 def test_the_page_takes_up_all_that_was_found(modules: Any) -> None:
-    from tables import table, times
-
     ratio = {"median": 1.05, "lower": 1.0, "upper": 1.1, "runs": 9}
     entry = {"milliseconds": ratio | {"median": 12.5}, "ratio": ratio, "peak_mib": 100.0}
     cell = {"plain": entry, "FAM, named": entry, "SAM": {"failed": "ValueError: a | b (/some/where/on/a/disk/it.py:3)"}}
@@ -420,7 +419,7 @@ def test_the_page_takes_up_all_that_was_found(modules: Any) -> None:
             },
         },
     }
-    text = modules.gpu_tables.section(found, table, times)
+    text = modules.gpu_tables.section(found, modules.tables.table, modules.tables.times)
     for expected in (
         "Card: NVIDIA H100, 79 GiB, CUDA 13.0, beside 16 cores of P; PyTorch 2.13.0",
         "Not in 1 of 3 cases, 20 training and validation steps",
@@ -442,21 +441,19 @@ def test_the_page_takes_up_all_that_was_found(modules: Any) -> None:
 
 
 def test_a_watch_that_sees_nothing_proves_nothing(modules: Any) -> None:
-    from tables import table, times
-
     results = {"sees a wait": False, "plain, 32-true": {"waits": [], "batches": {"train": 6, "val": 4}}}
     found = {
         "machine": {"cores": 1, "processor": "P", "torch": "2", "python": "3"},
         "seconds": 1.0,
         "parts": {"waits": {"status": "done", "results": results}},
     }
-    assert "nothing can be said" in modules.gpu_tables.section(found, table, times)
+    assert "nothing can be said" in modules.gpu_tables.section(found, modules.tables.table, modules.tables.times)
 
 
 def test_the_page_has_a_section_when_there_are_results(
     modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables = importlib.import_module("tables")
+    tables = modules.tables
     monkeypatch.setattr(tables, "HERE", tmp_path)
     monkeypatch.setattr(tables, "DOCS", tmp_path)
     tables.main()
