@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -246,4 +245,6 @@ def main(
 
 
 if __name__ == "__main__":
+    from jsonargparse import auto_cli  # here, because `gpu.py` takes parts of this on machines that may lack it
+
     auto_cli(main)

@@ -26,7 +26,6 @@ from typing import Any
 import lightning as L
 import torch
 from harness import MIB, Results, Turns, alone, peak_bytes, spread
-from jsonargparse import auto_cli
 from models import BODIES, Classifier
 from torch import Tensor
 from torch.nn import functional as F
@@ -294,4 +293,6 @@ def main(
 
 
 if __name__ == "__main__":
+    from jsonargparse import auto_cli  # here, because `gpu.py` takes parts of this on machines that may lack it
+
     auto_cli(main)
