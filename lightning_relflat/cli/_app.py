@@ -25,6 +25,7 @@ COMMANDS = {
     "layers": (layers, "the relative flatness of every layer of a checkpoint"),
     "coefficient": (coefficient, "try coefficients for FAM over decades and suggest one"),
 }
+INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
 EPILOG = """\
 example:
   relflat measure last.ckpt --model my.Net --data my.Data --layer head
@@ -61,15 +62,18 @@ def run(argv: Sequence[str]) -> int:
             except argparse.ArgumentError as error:
                 raise InputError(_in_short(str(error))) from error
             module, _ = COMMANDS[config.subcommand]
-            _run_command(module.run, config[config.subcommand], given[config.subcommand], stdout)
+            return _run_command(module.run, config[config.subcommand], given[config.subcommand], stdout)
+    except KeyboardInterrupt:
+        say("error", "interrupted, before anything was found")
+        return INTERRUPTED
     except InputError as error:
         if getattr(rank_zero_only, "rank", 0) == 0:  # several processes find the same
             say("error", str(error))
         return 2
-    return 0
 
 
-def _run_command(command, config, given, stdout: TextIO) -> None:  # type: ignore[no-untyped-def]
+def _run_command(command, config, given, stdout: TextIO) -> int:  # type: ignore[no-untyped-def]
+    """Run a command, write what it found, and return the exit code."""
     try:
         # What the user's code prints must not get between the results.
         with contextlib.redirect_stdout(sys.stderr):
@@ -78,11 +82,13 @@ def _run_command(command, config, given, stdout: TextIO) -> None:  # type: ignor
         raise InputError(str(error)) from error
     except (ValueError, RuntimeError) as error:
         message = str(error)
-        if not message.startswith(("Expected argument `", "FlatnessMonitor(", "FAM(")):
+        if not message.startswith(("Expected argument `", "FlatnessMonitor(", "FAM(", "find_coefficient: ")):
             raise  # a fault in the user's module, or in this package
-        raise InputError(re.sub(r"^Expected argument `(\w+)`", r"Expected --\1", message)) from error
+        message = re.sub(r"^Expected argument `(\w+)`", r"Expected --\1", message)
+        raise InputError(message.replace("--max_epochs", "--epochs").removeprefix("find_coefficient: ")) from error
     if getattr(rank_zero_only, "rank", 0) == 0:
         result.write(config, stdout)
+    return INTERRUPTED if result.interrupted else 0
 
 
 @contextlib.contextmanager

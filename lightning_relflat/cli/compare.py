@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from matplotlib.figure import Figure
 from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
 
+from lightning_relflat._numbers import number
 from lightning_relflat.cli._shared import (
     InputError,
     Parser,
@@ -23,7 +24,6 @@ from lightning_relflat.cli._shared import (
     check_outputs,
     new_figure,
     new_table,
-    number,
     plain_log_ticks,
 )
 from lightning_relflat.cli.measure import MEANINGS, add_checkpoint_options, is_flatness, report_checkpoint

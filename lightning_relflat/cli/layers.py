@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from matplotlib.figure import Figure
 
+from lightning_relflat._numbers import with_error
 from lightning_relflat.callbacks import LayersMonitor
 from lightning_relflat.cli._shared import (
     InputError,
@@ -18,7 +19,6 @@ from lightning_relflat.cli._shared import (
     class_path,
     new_figure,
     new_table,
-    with_error,
 )
 from lightning_relflat.cli.measure import Part, add_checkpoint_options, load, validate
 

@@ -12,7 +12,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from lightning_relflat._numbers import number
 from lightning_relflat.callbacks import FlatnessMonitor
+from lightning_relflat.callbacks._trial import interruptible
 from lightning_relflat.cli._checkpoint import load_model
 from lightning_relflat.cli._shared import (
     InputError,
@@ -27,7 +29,6 @@ from lightning_relflat.cli._shared import (
     class_path,
     find_loss,
     new_table,
-    number,
 )
 
 Part = Literal["train", "val"]
@@ -296,13 +297,12 @@ class SharedData:
         return DataLoader(share, batch_size=None if makes_batches else loader.batch_size or 64, **how)
 
 
-def make_trainer(config: Namespace, callbacks: list[Callback], **kwargs: Any) -> Trainer:
-    """Return a Trainer that leaves nothing on the disk.
+def make_trainer(config: Namespace, callbacks: list[Callback]) -> Trainer:
+    """Return a Trainer that leaves nothing on the disk, with a progress bar where there is a terminal to show it.
 
     Args:
         config: the options.
         callbacks: its callbacks.
-        kwargs: further arguments.
 
     Returns:
         The Trainer.
@@ -326,7 +326,7 @@ def make_trainer(config: Namespace, callbacks: list[Callback], **kwargs: Any) ->
         "num_sanity_val_steps": 0,
     }
     try:
-        return Trainer(**(settings | kwargs))
+        return Trainer(**settings)
     except ValueError as error:  # its words for a wrong --accelerator, --devices or --precision
         raise InputError(str(error)) from error
 
@@ -337,7 +337,6 @@ def validate(
     part: Part,
     config: Namespace,
     callbacks: list[Callback],
-    **kwargs: Any,
 ) -> dict[str, float]:
     """Run the model's validation step over a part of the data.
 
@@ -347,14 +346,18 @@ def validate(
         part: which part of it.
         config: the options.
         callbacks: for the Trainer.
-        kwargs: for the Trainer.
 
     Returns:
         All that was logged, by names that begin with the part of the data.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C.
     """
     data.part = part
     with warnings.catch_warnings():
         # Whoever asked for the values says in one line that there are none.
         warnings.filterwarnings("ignore", ".*(so that nothing was measured there|so that it is left out)")
-        [values] = make_trainer(config, callbacks, **kwargs).validate(model, datamodule=data.data, verbose=False)
+        trainer = make_trainer(config, callbacks)
+        with interruptible(trainer):
+            [values] = trainer.validate(model, datamodule=data.data, verbose=False)
     return {f"{part}/{re.sub(r'^val(id|idation)?[/_.]', '', name)}": value for name, value in values.items()}

@@ -22,12 +22,14 @@ from lightning_relflat.cli import coefficient, main
 from lightning_relflat.cli.measure import MEANINGS, Measure
 from lightning_relflat.functional import flatness_report
 from tests.cli.study import Careless, Criterion, Data, Net
+from tests.cli.terminal import in_a_terminal
 from tests.models import make_trainer
 from tests.oracles import kappa
 from tests.test_imports import run
 
 ROOT = Path(__file__).parents[2]
 STUDY = ["--model", "tests.cli.study.Net", "--data", "tests.cli.study.Data", "--accelerator", "cpu"]
+SEARCH = [*STUDY[:4], "--model.width", "6", "--trainer.accelerator", "cpu"]
 Relflat = Callable[..., Any]
 
 
@@ -394,6 +396,25 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert f"\nexamples:\n  relflat {command} " in capsys.readouterr().out
+
+
+COMMANDS: dict[str, tuple[list[str], str]] = {
+    "measure": (["measure", CKPT, *STUDY], "relative_flatness"),
+    "compare": (["compare", CKPT, *STUDY], "val/relative_flatness"),
+    "layers": (["layers", CKPT, *STUDY], "body"),
+    "coefficient": (["coefficient", *SEARCH, "--epochs", "2", "--seeds", "1", "--lowest", "1"], "Suggested: λ ="),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs_in_a_terminal(
+    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    argv, expected = COMMANDS[command]
+    code, shown = in_a_terminal([checkpoints[6] if value == CKPT else value for value in argv], monkeypatch)
+    assert code == 0, shown
+    assert expected in shown
 
 
 def test_without_the_extra() -> None:
