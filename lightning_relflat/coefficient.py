@@ -116,7 +116,7 @@ def find_coefficient(
 
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     bar = tqdm(total=len(asked) * len(seeds), disable=not shown, leave=False, unit="run")
-    with bar, quietly(package), trial.seeding():
+    with bar, quietly(), trial.seeding():
         try:
             for seed in seeds:
                 for candidate in asked:

@@ -138,12 +138,13 @@ class CoefficientSearch:
         """Return the table's cells, the heads first.
 
         Returns:
-            For each candidate that has been tried: itself, loss, difference to plain training, best epoch, κ, a remark.
+            For each candidate that has been tried: itself, loss, difference to plain training, best epoch, κ, and a
+            mark if it is suggested or as good.
         """
         losses, kappas, curves = self.losses, self.kappas, self._compared()
-        rows: list[tuple[str, ...]] = [("λ", self.monitor or "loss", "difference to λ = 0", "best epoch", "κ", "")]
+        rows: list[tuple[str, ...]] = [("λ", self.monitor or "loss", "minus λ = 0", "epoch", "κ", "")]
         for candidate in losses:
-            within = "within noise" if candidate in self.within_noise else ""
+            as_good = "≈" if candidate in self.within_noise else ""
             finite = all(map(math.isfinite, losses[candidate]))
             best = statistics.mean(curve.epochs[curve.best] for curve in curves[candidate]) if finite else math.nan
             rows.append(
@@ -153,7 +154,7 @@ class CoefficientSearch:
                     "" if candidate == 0 else spread(differences(losses[candidate], losses[0.0]), sign=True),
                     number(best),
                     spread(kappas[candidate]),
-                    "← suggested" if candidate == self.suggestion else within,
+                    "←" if candidate == self.suggestion else as_good,
                 )
             )
         return rows
@@ -169,7 +170,10 @@ class CoefficientSearch:
             return [*notes, "No seed is complete, so that nothing is suggested."]
         several = self.complete > 1
         notes.append("± is the standard error over the seeds." if several else "One seed: no standard errors.")
-        notes.append(f"Suggested: λ = {show(self.suggestion)}, {RULE if several else 'the lowest validation loss'}.")
+        notes.append(
+            f"← Suggested: λ = {show(self.suggestion)}, {RULE if several else 'the lowest validation loss'}"
+            + (" (the others: ≈)." if len(self.within_noise) > 1 else ".")
+        )
         numbers = [candidate for candidate in self.candidates if candidate not in (0, "auto")]
         if self.suggestion == 0:
             notes.append("That is plain training: no other had a lower validation loss, or as low a one and smaller κ.")
@@ -183,10 +187,11 @@ class CoefficientSearch:
         if "auto" in self.candidates and self.suggestion != "auto":
             notes.append(self._about_auto())
         if self.unfinished:
+            which = ", ".join(map(show, self.unfinished))
+            which = "any λ" if len(self.unfinished) == len(self.losses) else f"λ = {which}"
             notes.append(
-                f"Too short: the validation loss still falls at the end of {self.epochs} epochs with λ = "
-                f"{', '.join(map(show, self.unfinished))}. Until it does not, small λ are favoured, which learn faster "
-                "at first; give more epochs."
+                f"Too short: the validation loss still falls at the end of {self.epochs} epochs with {which}. A small "
+                "λ learns faster at first, so that short runs favour it: give more epochs."
             )
         return notes
 

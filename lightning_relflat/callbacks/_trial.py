@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_relflat.callbacks import FAM, FlatnessFigures, FlatnessMonitor, LayersMonitor, SharpestMonitor
 from lightning_relflat.callbacks._base import _PACKAGES, Callback, LightningModule, Trainer, show
+from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.coefficients import Coefficients, check_coefficient
 from lightning_relflat.coefficient_search import Candidate, Curve
 
@@ -50,19 +51,17 @@ def lightning_package(trainer: object) -> Any:
 
 
 @contextmanager
-def quietly(package: Any) -> Iterator[None]:
-    """Keep from the screen what the package says about every training alike.
-
-    Args:
-        package: the Trainer's package.
-    """
-    logger = logging.getLogger(package.__name__)
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
+def quietly() -> Iterator[None]:
+    """Keep from the screen what is said about every training alike."""
+    loggers = [logging.getLogger(name) for name in _PACKAGES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.level, logging.WARNING))
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -223,6 +222,16 @@ def with_coefficient(fam: FAM, coefficient: Candidate) -> FAM:
 class _Kappa(FlatnessMonitor):
     """A class of its own, so that no monitor which a module brings along takes its place."""
 
+    why: str | None = None  # there is no κ
+
+    def __repr__(self) -> str:
+        return "find_coefficient"  # whose user has made no monitor
+
+    def say_missing(self, stage: Stage, *, absent: bool) -> None:
+        """Remember why there is no κ, which is an error here."""
+        if absent:
+            self.why = self._meter.absent(stage)
+
 
 class _Diverged(Exception):  # noqa: N818  # it is no error
     """The validation loss is not finite."""
@@ -330,10 +339,8 @@ class _Watcher(Callback):
         # One for each data loader, without standard errors.
         kappas = [value for name, value in logged.items() if re.match(f"val/{_GROUP}/relative_flatness(/|$)", name)]
         if not kappas:
-            raise RuntimeError(
-                "find_coefficient: `validation_step` shows no loss that depends on the layer, so that there is no κ; "
-                "return the loss there, or give a `fam` with a `loss`."
-            )
+            why = next(one.why for one in trainer.callbacks if isinstance(one, _Kappa))  # type: ignore[union-attr]
+            raise RuntimeError(f"find_coefficient: there is no κ to choose by: {why}")
         loss, kappa = (_mean(trainer, values) for values in ([logged[self.monitor]], kappas))
         self._seen.append((trainer.current_epoch + 1, loss, kappa))
         if not math.isfinite(loss):

@@ -49,7 +49,8 @@ sought. Ctrl-C shows what was found so far.
 
 def make_parser() -> ArgumentParser:
     """Return the command's parser."""
-    parser = Parser(description="Train with several coefficients of FAM, and suggest one.", epilog=EPILOG)
+    usage = "relflat coefficient --model CLASS --data CLASS --epochs N [--trainer.NAME VALUE ...] [options]"
+    parser = Parser(description="Train with several coefficients of FAM, and suggest one.", usage=usage, epilog=EPILOG)
     add_classes(parser)
     add_layer(parser)
     parser.add_argument("--epochs", type=int | None, help="How many epochs to train; else --trainer.max_epochs.")
@@ -125,7 +126,6 @@ def run(config: Namespace, given: Namespace) -> Result:
     table = new_table(f"{search.epochs} epochs, {max(search.complete, 1)} of {len(search.seeds)} seeds", *heads, left=0)
     for row in rows:
         table.add_row(*row)
-    table.columns[-1].justify = "left"
     whole = search.complete == len(search.seeds)
     return Result(data, [table], search.notes(), figure=lambda: draw(search), interrupted=not whole)
 
@@ -211,7 +211,7 @@ def draw(search: CoefficientSearch) -> Figure:
     colours: dict[Candidate, Any] = {0.0: "black", "auto": "C1"}
     numbers = [candidate for candidate in search.candidates if candidate not in (0, "auto")]
     for index, candidate in enumerate(numbers):
-        colours[candidate] = (0.85 - 0.85 * index / len(numbers), 0.9 - 0.6 * index / len(numbers), 0.95)
+        colours[candidate] = (0.7 - 0.7 * index / len(numbers), 0.8 - 0.6 * index / len(numbers), 0.95)
     for candidate in search.losses:
         for curve in search.curves[candidate]:
             first = curve is search.curves[candidate][0]
