@@ -10,7 +10,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_relflat.callbacks import FAM
 from lightning_relflat.callbacks._base import LightningModule, Trainer, show
-from lightning_relflat.callbacks._trial import Trial, lightning_package, quietly, too_short
+from lightning_relflat.callbacks._trial import Trial, lightning_package, quietly
+from lightning_relflat.callbacks._watcher import too_short
 from lightning_relflat.callbacks.coefficients import check_coefficient
 from lightning_relflat.coefficient_search import Candidate, CoefficientSearch, Curve, lowest
 from lightning_relflat.coefficient_search import show as show_candidate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import re
 import sys
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lightning_relflat import __version__
 from lightning_relflat.cli import coefficient, compare, layers, measure
 from lightning_relflat.cli._shared import InputError, Parser, say
 
@@ -48,7 +50,10 @@ def run(argv: Sequence[str]) -> int:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     parser = Parser(
-        prog="relflat", description="Measure relative flatness, and choose FAM's coefficient.", epilog=EPILOG
+        prog="relflat",
+        description="Measure relative flatness, and choose FAM's coefficient.",
+        version=__version__,
+        epilog=EPILOG,
     )
     commands = parser.add_subcommands(metavar="COMMAND", title="commands")
     for name, (module, summary) in COMMANDS.items():
@@ -115,6 +120,11 @@ def _in_short(message: str) -> str:
     if "subcommand" in message and "not provided" in message:
         return f"name a command, one of {', '.join(COMMANDS)}; see --help"
     if not found:
+        choice = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if choice:
+            near = difflib.get_close_matches(choice[1], COMMANDS, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"name one of {', '.join(COMMANDS)}"
+            return f"there is no command {choice[1]!r}; {meant}"
         return f"{message}; see --help"
     key = f"--{found[1]}"
     of_class = re.search(r"Problem with given class_path '(.+?)':\s+(.*?)(?:\n +- Expected|\n +Given|$)", message, re.S)
@@ -123,6 +133,11 @@ def _in_short(message: str) -> str:
         if "No module named" in of_class[2] or "has no attribute" in of_class[2]:
             advice = "give the dotted path of a class that can be imported from this folder, as package.module.Class"
         return f"{key} {of_class[1]}: {' '.join(of_class[2].split())}; {advice}"
+    bare = re.search(r"Expected a dot import path string: (\S+)", message)
+    if bare:
+        return (
+            f"{key} {bare[1]} is no dotted path; give one that can be imported from here, as package.module.{bare[1]}"
+        )
     if "not correspond to a subclass" in message:
         given = re.search(r"Given value: (.*)", message)
         kind = re.search(r"subclass of (\w+)", message)

@@ -162,7 +162,8 @@ class Result:
             config: the parsed options.
             stdout: where results go.
         """
-        text = json.dumps(_without_nan(self.data), indent=2, ensure_ascii=False) + "\n"
+        data = self.data | ({"interrupted": True} if self.interrupted else {})
+        text = json.dumps(_without_nan(data), indent=2, ensure_ascii=False) + "\n"
         if config.out is not None:
             write_whole(Path(config.out), lambda path: path.write_text(text, encoding="utf-8"))
         if config.get("plot") is not None:

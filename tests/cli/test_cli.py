@@ -19,12 +19,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from scipy import stats
 from torch.nn import functional as F
 
-from lightning_relflat import FAM, FlatnessMonitor, find_coefficient
+from lightning_relflat import FAM, FlatnessMonitor, __version__, find_coefficient
 from lightning_relflat.cli import main
 from lightning_relflat.cli.measure import MEANINGS, Measure
 from lightning_relflat.coefficient_search import Candidate
 from lightning_relflat.functional import flatness_report
-from tests.cli.study import Careless, Criterion, Data, Net
+from tests.cli.study import Careless, Convolving, Criterion, Data, Net
 from tests.cli.terminal import in_a_terminal
 from tests.models import make_trainer
 from tests.oracles import kappa
@@ -286,6 +286,63 @@ def test_ctrl_c_shows_the_table_so_far(
             assert "relflat: error: interrupted, before anything was found" in shown.err
 
 
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("norm", "one of 'body', 'head', 'convolution', but got 'norm', a torch.nn.modules.normalization.LayerNorm."),
+        ("head.weight", "one of 'body', 'head', 'convolution', but got 'head.weight'."),
+        ("convolution", "--layer convolution has no report, which is of a linear layer"),
+        ("body", "the layer body has no report, which is of a linear layer"),
+    ],
+)
+def test_a_layer_without_a_report(
+    layer: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    trainer = make_trainer()
+    trainer.strategy.connect(Convolving())
+    path = str(tmp_path / "x.ckpt")
+    trainer.save_checkpoint(path)
+    argv = ["measure", path, "--model", "tests.cli.study.Convolving", *STUDY[2:], "--split", "val", "--layer", layer]
+    assert message in refused(capsys, *argv)
+    if "has no report" in message:
+        assert main([*argv, "--measures", "relative_flatness"]) == 0
+
+
+@pytest.mark.parametrize("command", ["measure", "layers", "compare"])
+def test_ctrl_c_shows_what_was_measured(
+    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    several = list(checkpoints.values())
+    argv = [command, *(several[:1] if command == "measure" else several), *STUDY]
+    # A checkpoint takes two validations, but only one for its layers.
+    after, note = {
+        "measure": (1, "Interrupted: nothing was measured on validation data."),
+        "layers": (2, "Interrupted after 2 of 3 checkpoints."),
+        "compare": (5, "Interrupted after 2 of 3 runs."),
+    }[command]
+    handler = signal.getsignal(signal.SIGINT)
+    for calls in (after, 0):
+        with monkeypatch.context() as patch:
+            interrupt_after(calls, "validation_step", patch)
+            assert main([*argv, *(["--against", "gap/loss"] if command == "compare" else [])]) == 130
+        assert signal.getsignal(signal.SIGINT) is handler
+        shown = capsys.readouterr()
+        assert (note in shown.out) == bool(calls)
+        assert ("interrupted, before anything was found" in shown.err) == (not calls)
+    with monkeypatch.context() as patch:
+        interrupt_after(after, "validation_step", patch)
+        assert main([*argv, "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["interrupted"]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"relflat {__version__}"
+
+
 def interrupt_after(calls: int, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C in a step of the fit or validation that follows so many."""
     trainers: list[object] = []
@@ -305,7 +362,8 @@ def interrupt_after(calls: int, hook: str, monkeypatch: pytest.MonkeyPatch) -> N
 CKPT = "«6»"
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "name a command"),
-    "no such command": (["mesure"], "invalid choice: 'mesure'"),
+    "no such command": (["foo"], "there is no command 'foo'; name one of measure, compare, layers, coefficient"),
+    "a typo": (["mesure"], "there is no command 'mesure'; did you mean measure?"),
     "no such option": (["measure", CKPT, "--nope"], "unrecognized arguments: --nope"),
     "no checkpoint": (["measure", *STUDY], "name a checkpoint"),
     "no such checkpoint": (["measure", "nope.ckpt", *STUDY], "there is no checkpoint nope.ckpt"),
@@ -313,6 +371,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no data": (["measure", CKPT, *STUDY[:2]], "--data is missing; give"),
     "no such class": (["measure", CKPT, "--model", "tests.cli.study.Nope"], "has no attribute 'Nope'; give the dotted"),
     "no such module": (["measure", CKPT, "--model", "nope.Nope"], "No module named 'nope'; give the dotted path"),
+    "a bare name": (["measure", CKPT, "--model", "Nope"], "--model Nope is no dotted path; give one that can"),
     "another class": (["measure", CKPT, "--model", "torch.nn.Linear"], "torch.nn.Linear is no LightningModule"),
     "wrong type": (["measure", CKPT, *STUDY, "--model.width", "x"], "Expected a <class 'int'>. Got value: x"),
     "no such argument": (["measure", CKPT, *STUDY, "--data.foo", "x"], "--data.help tests.cli.study.Data shows"),
