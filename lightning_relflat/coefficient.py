@@ -145,6 +145,12 @@ def _check_trainer(trainer: Any, max_epochs: int | None) -> None:
             "Expected argument `trainer` to be one that has not trained yet, but got one in epoch "
             f"{trainer.current_epoch}. Make a new one."
         )
+    # Elsewhere it is only seen afterwards that nothing came back.
+    if any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__):
+        raise ValueError(
+            "Expected argument `trainer` to keep its processes from one fit to the next, but got a strategy that makes "
+            "new ones each time, as `ddp_spawn` and `ddp_notebook` do. Take `ddp`, or one device."
+        )
     if max_epochs is not None:
         check_count("max_epochs", max_epochs, at_least=1)
     epochs = trainer.max_epochs if max_epochs is None else max_epochs

@@ -178,7 +178,7 @@ class CoefficientSearch:
         if self.suggestion == 0:
             notes.append("That is plain training: no other had a lower validation loss, or as low a one and smaller κ.")
         elif several:
-            notes.append(f"Its validation loss is {self._against_plain()} that of plain training.")
+            notes.append(f"Its validation loss is {self._against_plain()}.")
         if self.suggestion != "auto" and len(numbers) > 1:
             if self.suggestion == max(numbers):
                 notes.append("It is the largest that was tried: try larger ones too.")
@@ -219,10 +219,10 @@ class CoefficientSearch:
         assert self.suggestion is not None
         changes = differences(self.losses[self.suggestion], self.losses[0.0])
         if not all(map(math.isfinite, changes)):
-            return "finite, unlike"
+            return "finite, while plain training diverged"
         mean, error = statistics.mean(changes), standard_error(changes)
         verdict = "lower than" if mean < -2 * error else "higher than" if mean > 2 * error else "no different from"
-        return f"by two standard errors {verdict}"
+        return f"{verdict} that of plain training, by two standard errors"
 
     def _about_auto(self) -> str:
         """Return whether ``"auto"`` is as good as the best, where it is not suggested."""

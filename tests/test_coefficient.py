@@ -285,10 +285,14 @@ def test_what_diverges_is_not_suggested() -> None:
 
 
 class Stopped(Net):
-    """Ctrl-C is pressed in the n-th training step of all."""
+    """Ctrl-C is pressed in the n-th training step of all; for 0 when the first training is set up."""
 
     steps = 0
     at = 0
+
+    def setup(self, stage: str) -> None:
+        if self.at == 0:
+            os.kill(os.getpid(), signal.SIGINT)
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         type(self).steps += 1
@@ -297,10 +301,10 @@ class Stopped(Net):
         return super().training_step(batch)
 
 
-@pytest.mark.parametrize(("runs", "complete"), [(0, 0), (1, 0), (3, 1)])
-def test_ctrl_c_tells_the_table_so_far(runs: int, complete: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("runs", "complete", "at"), [(0, 0, 0), (0, 0, 7), (1, 0, 22), (3, 1, 52)])
+def test_ctrl_c_tells_the_table_so_far(runs: int, complete: int, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stopped, "steps", 0)
-    monkeypatch.setattr(Stopped, "at", 5 * EPOCHS * runs + 7)
+    monkeypatch.setattr(Stopped, "at", at)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as caught:
         find_coefficient(trainer_of(), lambda: Stopped(6), Data, candidates=["auto"], seeds=[4, 2])
@@ -360,6 +364,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no trainer": ({"trainer": 3}, "`trainer` to be a Trainer of lightning.pytorch or pytorch_lightning, but got 3"),
     "a trial run": ({"trainer": {"fast_dev_run": True}}, "but got one with `fast_dev_run`"),
     "a used trainer": ({"trainer": used}, "not trained yet, but got one in epoch 1. Make a new one."),
+    "processes for each fit": ({"trainer": {"strategy": "ddp_spawn", "devices": 2}}, "keep its processes from one fit"),
     "no length": ({"trainer": {"max_epochs": None}}, "`max_epochs` to say how long a run is"),
     "without end": ({"trainer": {"max_epochs": -1}}, "`max_epochs` to say how long a run is"),
     "one epoch": ({"max_epochs": 1}, "a run validates twice or more, because nobody sees else .* but got 1. Give more"),
@@ -485,7 +490,7 @@ def test_the_lowest_loss_of_each_run_counts_and_kappa_decides_within_noise() -> 
     assert found.unfinished == [1.0]
     notes = "\n".join(found.notes())
     assert "λ = auto is within the noise of the lowest validation loss." in notes
-    assert "by two standard errors lower than that of plain training" in notes
+    assert "is lower than that of plain training, by two standard errors." in notes
     assert "still falls at the end of 4 epochs with λ = 1. A small λ learns faster" in notes
     rows = [line.split() for line in repr(found).splitlines()]
     assert rows[0] == ["CoefficientSearch:", "4", "epochs,", "2", "of", "2", "seeds"]

@@ -118,8 +118,7 @@ class Watcher(Callback):
         if not self._seen:
             raise RuntimeError(
                 "find_coefficient: nothing was seen of a run. Either no validation was due in it, or its processes "
-                "ended with it, as those of `ddp_spawn` and `ddp_notebook` do; the strategy is "
-                f"{type(trainer.strategy).__name__}."
+                f"ended with it; the strategy is {type(trainer.strategy).__name__}."
             )
         if len(self._seen) == 1:
             raise too_short(f"one in {trainer.current_epoch} epochs")
