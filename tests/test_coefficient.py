@@ -519,9 +519,10 @@ def test_the_ends_of_what_was_tried(place: str) -> None:
 
 def test_the_rule_of_the_suggestion() -> None:
     losses: dict[Candidate, list[float]] = {0.0: [1.0, 2.0, 3.0], 0.1: [1.1, 1.9, 3.1], 1.0: [1.5, 2.5, 3.5]}
-    losses["auto"] = [0.0, math.nan, 0.0]
-    kappas: dict[Candidate, list[float]] = {0.0: [5.0] * 3, 0.1: [3.0] * 3, 1.0: [1.0] * 3, "auto": [0.0] * 3}
-    # 0.1 is worse by 0.033 ± 0.067; 1.0 by 0.5 ± 0.
+    losses |= {"auto": [0.0, math.nan, 0.0], 0.5: [1.01, 2.1, 3.19]}
+    kappas: dict[Candidate, list[float]] = {0.0: [5.0] * 3, 0.1: [3.0] * 3, 1.0: [1.0] * 3, 0.5: [2.0] * 3}
+    kappas["auto"] = [0.0] * 3
+    # 0.1 is worse by 0.033 ± 0.067; 0.5 by 0.1 ± 0.052; 1.0 by 0.5 ± 0.
     assert suggest(losses, kappas) == (0.1, [0.0, 0.1])
     one_seed = {key: values[:1] for key, values in losses.items()}
     assert suggest(one_seed, kappas)[0] == "auto"
