@@ -15,7 +15,6 @@ from torch import nn
 
 from lightning_relflat.callbacks._base import _PACKAGES, LightningModule, Trainer, show
 from lightning_relflat.callbacks._watcher import GROUP, Kappa, Watcher
-from lightning_relflat.callbacks.coefficients import Coefficients, check_coefficient
 from lightning_relflat.callbacks.fam import FAM
 from lightning_relflat.coefficient_search import Candidate, Curve
 
@@ -185,6 +184,7 @@ def with_coefficient(fam: FAM, coefficient: Candidate) -> FAM:
         The copy.
     """
     other = copy.deepcopy(fam)
-    other.coefficient = check_coefficient(coefficient)
-    other._coefficients = Coefficients(fam.every_n_steps, fam.start_epoch, relative=other.coefficient == "auto")
+    # A class of the user's may be made otherwise.
+    made = FAM(coefficient=coefficient, every_n_steps=fam.every_n_steps, start_epoch=fam.start_epoch)
+    other.coefficient, other._coefficients = made.coefficient, made._coefficients
     return other
