@@ -1,19 +1,20 @@
-"""``coefficient="auto"`` with a factor of one's own, as a policy has it."""
+"""``coefficient="auto"`` with numbers of one's own, so that λ follows the loss from the first steps of a small net."""
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 from lightning_relflat import FAM
+from lightning_relflat.callbacks.coefficients import Automatic, Coefficients
 
 
 class Share(FAM):
-    """Its λκ may be another share of what the loss has fallen; it passes warm-up, late epochs and left-out steps on."""
+    """Its λκ may be another share of what the loss has fallen, and its λ however large."""
 
     def __init__(self, layer: str, share: float, **options: Any) -> None:
         super().__init__(layer, "auto", **options)
         self.share = share
-
-    def coefficient_at(self, *, epoch: int, step: int) -> float:
-        own = FAM(self.layer, "auto").coefficient_at(epoch=0, step=0)
-        return super().coefficient_at(epoch=epoch, step=step) * (self.share / own)
+        rule = partial(Automatic, share, math.inf)
+        self._coefficients = Coefficients(self.every_n_steps, self.start_epoch, rule)

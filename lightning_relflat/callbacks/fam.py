@@ -18,7 +18,7 @@ from lightning_relflat.callbacks._base import (
 )
 from lightning_relflat.callbacks._penalty import Penalty
 from lightning_relflat.callbacks._step import StepWatcher
-from lightning_relflat.callbacks.coefficients import AUTO, Coefficients, check_coefficient
+from lightning_relflat.callbacks.coefficients import Automatic, Coefficients, check_coefficient
 from lightning_relflat.curvature import Loss, read_loss
 from lightning_relflat.functional._checks import check_count, check_flag, check_probes
 from lightning_relflat.functional._probes import Measure
@@ -48,12 +48,12 @@ class FAM(Callback):
     Args:
         layer: the dotted name of a linear or convolution layer, hidden or last, or ``None`` for the last linear one
             that the loss of the first penalised step depends on.
-        coefficient: λ; negative to train away from flatness. ``"auto"`` follows the loss, and needs no number:
-            λ = 0.1 · (max L - L) / max κ, where L and κ are averages over the penalised steps before (exponentially,
-            0.9 of the old ones kept) and over processes, and max is their largest value so far. So λκ is at most about
-            a tenth of what the loss has fallen since ``start_epoch``: λ is 0 at first, and as long as κ is less than a
-            millionth of the fall, and needs no ``warmup_steps``. Centre the targets of a regression, whose mean is
-            learned before anything else. It costs an all-reduce of three numbers after a penalised step.
+        coefficient: λ; negative to train away from flatness. ``"auto"`` needs no number: λ is 0.003, but
+            less where κ is so large that λκ were more than about a tenth of what the loss has fallen,
+            λ = min(0.003, 0.1 · (max L - L) / max κ). L and κ are averages over the penalised steps before
+            (exponentially, 0.9 of the old ones kept) and over processes, and max is their largest value so far; so λ
+            is 0 at first, and needs no ``warmup_steps``. It costs an all-reduce of three numbers after a penalised
+            step. ``docs/choosing_lambda.md`` shows what it does.
         loss: ``None`` for the loss of the step, whatever it is. Where that is linear in a criterion with a closed form
             of a linear layer's outputs, with whatever weights, masks and factors, κ is exact; elsewhere random probes
             go through what follows the layer. Or a criterion, by name or as an object, or a callable
@@ -101,8 +101,6 @@ class FAM(Callback):
         FAM(layer='head', coefficient=0.2)
         >>> FAM(coefficient=1.0, warmup_steps=100).coefficient_at(epoch=0, step=49)
         0.5
-        >>> FAM(coefficient="auto").coefficient_at(epoch=0, step=0)
-        0.1
     """
 
     def __init__(
@@ -147,7 +145,9 @@ class FAM(Callback):
         self.shared_probes = check_shared_probes("shared_probes", shared_probes, known, self.measure)
         self.normalize_features = check_flag("normalize_features", normalize_features)
         self.name = check_name(name)
-        self._coefficients = Coefficients(self.every_n_steps, self.start_epoch, relative=self.coefficient == "auto")
+        self._coefficients = Coefficients(
+            self.every_n_steps, self.start_epoch, Automatic if self.coefficient == "auto" else None
+        )
         self._penalty: Penalty | None = None  # of the fit that runs
         self._module: LightningModule | None = None
         self._penalised: str | None = None
@@ -165,12 +165,11 @@ class FAM(Callback):
             step: how many training steps came before this one since ``start_epoch``.
 
         Returns:
-            λ; with ``"auto"`` the factor before (max L - L) / max κ, 0.1 unless a policy of your own has another. At 0
-            nothing is computed.
+            λ; with ``"auto"`` a factor before the λ that it finds, 1 after the warm-up. At 0 nothing is computed.
         """
         if epoch < self.start_epoch or (self.stop_epoch is not None and epoch >= self.stop_epoch):
             return 0.0
-        value = AUTO if self.coefficient == "auto" else self.coefficient
+        value = 1.0 if self.coefficient == "auto" else self.coefficient
         return value * min(1.0, (step + 1) / (self.warmup_steps or 1))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

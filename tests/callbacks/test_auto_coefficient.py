@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_relflat import FAM, MaxNorm
 from lightning_relflat.callbacks._penalty import Penalty
-from lightning_relflat.callbacks.coefficients import LossRatio
+from lightning_relflat.callbacks.coefficients import Automatic
 from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, fixed_probe, train, twins
 from tests.models import Batch, ManualNet, Net, Resumable, focal, make_batches, make_loader, make_trainer
 from tests.shares import Share
@@ -34,7 +32,12 @@ def unit(seen: list[tuple[float, float]]) -> float:
 
 
 def train_by_hand(
-    net: Net, batches: list[Batch], factors: list[float], penalty: Any = definition
+    net: Net,
+    batches: list[Batch],
+    factors: list[float],
+    penalty: Any = definition,
+    share: float = 1,
+    most: float = math.inf,
 ) -> tuple[Net, list[float]]:
     """Descend along L + λκ, λ = c · (max L - L) / max κ, of means over the penalised steps before."""
     optimizer = torch.optim.SGD(net.parameters(), lr=net.lr)
@@ -45,7 +48,7 @@ def train_by_hand(
         loss = net.loss(batch)
         if factor:
             kappa = penalty(net, batch, step)
-            coefficients.append(factor * unit(seen))
+            coefficients.append(factor * min(most, share * unit(seen)))
             seen.append((loss.item(), kappa.item()))
             loss = loss + coefficients[-1] * kappa
         loss.backward()
@@ -75,25 +78,48 @@ def fit(net: Net, fam: FAM, batches: list[Batch], *others: Callback, **options: 
     return diary.seen
 
 
-@pytest.mark.parametrize(
-    ("make", "factor"),
-    [
-        (lambda **o: FAM("head", "auto", **o), 0.1),
-        (partial(Share, "head", 0.05), 0.05),
-        (partial(Share, "head", -0.05), -0.05),
-    ],
-)
+@pytest.mark.parametrize("share", [0.05, -0.05])
 @pytest.mark.parametrize("kind", [Net, ManualNet])
-def test_eight_steps_equal_the_definition(kind: type[Net], make: Callable[..., FAM], factor: float) -> None:
+def test_eight_steps_equal_the_definition(kind: type[Net], share: float) -> None:
     net, twin = twins(kind, lr=1.0)
     batches = make_batches([7, 4, 6, 5])
-    coefficients = fit(net, make(loss="cross_entropy"), batches, max_epochs=2)
-    _, expected = train_by_hand(twin, batches * 2, [factor] * 8)
+    coefficients = fit(net, Share("head", share, loss="cross_entropy"), batches, max_epochs=2)
+    _, expected = train_by_hand(twin, batches * 2, [share] * 8)
     assert coefficients == pytest.approx(expected, rel=1e-10)
     assert coefficients[:2] == [0, 0]  # a fall takes two
-    assert all(coefficient * factor >= 0 for coefficient in coefficients)
+    assert all(coefficient * share >= 0 for coefficient in coefficients)
     assert len(set(coefficients)) >= 5
     assert_same_weights(net, twin)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", [Net, ManualNet])
+def test_the_numbers_of_auto(kind: type[Net], large: bool) -> None:
+    net, twin = twins(kind, lr=0.001 if large else 0.1)
+    for each in (net, twin) if large else ():
+        each.head.weight.data *= 8
+    batches = make_batches([7, 4, 6, 5])
+    coefficients = fit(net, FAM("head", "auto", loss="cross_entropy"), batches, max_epochs=2)
+    _, expected = train_by_hand(twin, batches * 2, [1] * 8, share=0.1, most=0.003)
+    assert coefficients == pytest.approx(expected, rel=1e-10)
+    held_back = [1e-5 < coefficient < 0.00299 for coefficient in coefficients]
+    assert sum(held_back) >= 3 if large else 0.003 in map(pytest.approx, coefficients)
+    assert_same_weights(net, twin)
+
+
+class Twofold(FAM):
+    def coefficient_at(self, *, epoch: int, step: int) -> float:
+        return 2 * super().coefficient_at(epoch=epoch, step=step) * (-1) ** epoch
+
+
+def test_a_policy_is_a_factor() -> None:
+    net, twin = twins(lr=0.1)
+    batches = make_batches([7, 4, 6, 5])
+    coefficients = fit(net, Twofold("head", "auto", warmup_steps=4), batches, max_epochs=3)
+    factors = [0.5, 1, 1.5, 2, *[-2.0] * 4, *[2.0] * 4]
+    _, expected = train_by_hand(twin, batches * 3, factors, share=0.1, most=0.003)
+    assert coefficients == pytest.approx(expected, rel=1e-10)
+    assert {-0.006, 0.006} < {round(value, 9) for value in coefficients}
 
 
 def test_probes() -> None:
@@ -204,29 +230,25 @@ def test_a_kappa_of_zero_is_no_reason_to_raise_the_coefficient(dtype: torch.dtyp
     batches = ([first, second] * 10 if begins == "alive" else []) + [dead] * 60 + [first, second]
     loader: Any = Resumable([[inputs.to(dtype), target] for inputs, target in batches])
     precision: Any = "64-true" if dtype == torch.float64 else "32-true"
-    fam = Share("head", 0.1, loss="cross_entropy")
+    fam = FAM("head", "auto", loss="cross_entropy")
     diary = Coefficients(fam)
     make_trainer(precision=precision, callbacks=[diary, fam]).fit(net, loader)
-    if begins == "alive":
-        assert max(diary.seen[:20]) > 0
-        kappa = fam.state_dict()["sizes"][4]
-        assert kappa > 0.1
-        assert max(diary.seen) < 0.1 * fam.state_dict()["sizes"][3] / kappa
-    else:
-        assert set(diary.seen[:-1]) == {0.0}
-        assert diary.seen[-1] > 0  # the dead steps' loss has fallen, and now there is a κ
+    assert 0 < max(diary.seen) <= 0.003 * (1 + 1e-6)
+    assert diary.seen[:2] == [0, 0]
+    assert begins == "alive" or set(diary.seen[:-1]) == {0.0}
+    assert diary.seen[-1] > 0
     assert all(math.isfinite(value) for value in diary.seen + diary.penalties)
     assert all(parameter.isfinite().all() for parameter in net.parameters())
 
 
-def ratios(steps: list[list[tuple[float, float]]]) -> list[float]:
-    ratio = LossRatio()
+def ratios(steps: list[list[tuple[float, float]]], share: float = 1.0, most: float = math.inf) -> list[float]:
+    rule = Automatic(share, most)
     found = []
     for measured in steps:
         for loss, kappa in measured:
-            ratio.measure(torch.tensor(loss), torch.tensor(kappa))
-        ratio.end(torch.device("cpu"), 1)
-        found.append(ratio.ratio(torch.zeros((), dtype=torch.float64)).item())
+            rule.measure(torch.tensor(loss), torch.tensor(kappa))
+        rule.end(torch.device("cpu"), 1)
+        found.append(rule.coefficient(torch.zeros((), dtype=torch.float64)).item())
     return found
 
 
@@ -239,8 +261,7 @@ def ratios(steps: list[list[tuple[float, float]]]) -> list[float]:
         ((3.0, 2.0), 0.0),
         ((5.0, 2.0), 0.0),
         ((1.0, 0.0), 0.0),
-        ((1.0, 2.1e-6), 2 / 2.1e-6),
-        ((1.0, 1.9e-6), 0.0),
+        ((1.0, 2e-6), 1e6),
     ],
 )
 def test_ratios(last: tuple[float, float], expected: float) -> None:
@@ -273,7 +294,19 @@ def test_steps_without_a_loss_and_steps_with_two() -> None:
     halves = [[(loss + 0.5, kappa - 1), (loss - 0.5, kappa + 1)] for [(loss, kappa)] in steps]
     assert ratios(halves) == pytest.approx(plain)
     assert ratios([]) == []
-    assert LossRatio().ratio(torch.zeros((), dtype=torch.float32)).dtype == torch.float32
+    assert Automatic().coefficient(torch.zeros((), dtype=torch.float32)).dtype == torch.float32
+
+
+def test_of_many_networks_at_once() -> None:
+    steps = torch.rand(6, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rule = Automatic(0.1, 0.05)
+    for losses, kappas in steps:
+        rule.measure(losses, kappas)
+        rule.end(torch.device("cpu"), 1)
+    found = rule.coefficient(torch.zeros(5, dtype=torch.float64)).tolist()
+    alone = [ratios([[(float(a), float(b))] for a, b in steps[:, :, k]], 0.1, 0.05)[-1] for k in range(5)]
+    assert found == pytest.approx(alone, rel=1e-6)  # which are told of numbers in float32
+    assert len(set(found)) > 2
 
 
 class Momentum(Net):

@@ -28,6 +28,7 @@ from tests.callbacks.test_fam import (
     twins,
 )
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.shares import Share
 
 
 class Scaled(Net):
@@ -367,7 +368,7 @@ def test_the_logged_penalty_is_that_of_all_losses_of_the_step(name: str | None) 
 def test_an_automatic_coefficient_is_one_for_all_losses_of_the_step() -> None:
     net = Several().double()
     log = Log()
-    make_trainer(precision="64-true", callbacks=[FAM("head", "auto"), log], max_epochs=4).fit(net, make_loader([5, 5]))
+    make_trainer(precision="64-true", callbacks=[Share("head", 0.1), log], max_epochs=4).fit(net, make_loader([5, 5]))
     assert len({values["fam/coefficient"] for values in log.seen}) > 4
     assert net.calls == ["fam/penalty", "fam/coefficient"] * 8
 
