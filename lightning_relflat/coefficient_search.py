@@ -190,8 +190,8 @@ class CoefficientSearch:
             which = ", ".join(map(show, self.unfinished))
             which = "any λ" if len(self.unfinished) == len(self.losses) else f"λ = {which}"
             notes.append(
-                f"Too short: the validation loss still falls at the end of {self.epochs} epochs with {which}. A small "
-                "λ learns faster at first, so that short runs favour it: give more epochs."
+                f"Too short for {which}: the validation loss still falls at the end of {self.epochs} epochs. A small λ "
+                "learns faster at first, so that short runs favour it: give more epochs."
             )
         return notes
 

@@ -491,7 +491,9 @@ def test_the_lowest_loss_of_each_run_counts_and_kappa_decides_within_noise() -> 
     notes = "\n".join(found.notes())
     assert "λ = auto is within the noise of the lowest validation loss." in notes
     assert "is lower than that of plain training, by two standard errors." in notes
-    assert "still falls at the end of 4 epochs with λ = 1. A small λ learns faster" in notes
+    assert (
+        "Too short for λ = 1: the validation loss still falls at the end of 4 epochs. A small λ learns faster" in notes
+    )
     rows = [line.split() for line in repr(found).splitlines()]
     assert rows[0] == ["CoefficientSearch:", "4", "epochs,", "2", "of", "2", "seeds"]
     assert [row[0] for row in rows[2:6]] == ["0", "auto", "0.1", "1"]

@@ -246,7 +246,9 @@ def draw(search: CoefficientSearch) -> Figure:
             label = f"λ = {chosen:g}, suggested"
             axis.plot(chosen, points[chosen][0], "o", color="C2", markersize=10, zorder=3, label=label)
         axis.set(xscale="log", xlabel="λ", ylabel=f"{name} at the best epoch")
-    axes[2].set_yscale("log")
-    plain_log_ticks(axes[2].yaxis)
+    shown = [loss for key in search.losses for curve in search.curves[key] for loss in curve.losses if loss > 0]
+    for axis in axes if max(shown) > 3 * min(shown) else axes[2:]:
+        axis.set_yscale("log")
+        plain_log_ticks(axis.yaxis)
     axes[1].legend(frameon=False, fontsize=8)
     return figure
