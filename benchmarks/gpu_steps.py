@@ -79,7 +79,7 @@ CONTENDERS: dict[str, Contender] = {
     "plain": (Classifier, list),
     "FAM, named": (Classifier, lambda: [FAM("head", 0.01, loss="cross_entropy")]),
     "FAM, probe": (Unrecognised, lambda: [FAM("head", 0.01)]),
-    "FAM, relative": (Classifier, lambda: [FAM("head", relative=True)]),
+    "FAM, auto": (Classifier, lambda: [FAM("head", "auto")]),
     "SAM": (SAM, list),
 }
 

@@ -123,7 +123,7 @@ CASES: dict[str, tuple[type[Module], Callable[[], nn.Module], Callbacks]] = {
     "FAM, recognised": (Module, conv, lambda: [FAM("head")]),
     "FAM, recognised, another": (Squared, mlp, lambda: [FAM()]),
     "FAM, probe": (Unrecognised, mlp, lambda: [FAM("head")]),
-    "FAM, relative": (Module, mlp, lambda: [FAM("head", relative=True)]),
+    "FAM, auto": (Module, mlp, lambda: [FAM("head", "auto")]),
     "FAM, every second step": (Module, mlp, lambda: [FAM("head", every_n_steps=2)]),
     "FAM, from epoch 1": (Module, mlp, lambda: [FAM("head", loss="cross_entropy", start_epoch=1)]),
     "FAM, trace": (Module, mlp, lambda: [FAM("head", measure="trace", normalize_features=True)]),
