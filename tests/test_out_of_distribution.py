@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests import oracles
-from tests.experiments import EXAMPLES, run_experiment
+from tests.experiments import EXAMPLES
 
 
 @pytest.fixture
@@ -91,9 +92,14 @@ def test_foreign_images(study: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_command_line(tmp_path: Path) -> None:
-    few = ["--steps", "3", "--seeds", "2", "--tuning_seeds", "1"]
-    printed, written, _ = run_experiment("out_of_distribution", few, tmp_path)
+def test_a_small_study(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "TEST", 160)
+    study.main(steps=3, seeds=2, tuning_seeds=1, out=str(tmp_path))
+    printed, folder = capsys.readouterr().out, tmp_path / "run-0"
+    assert (folder / "out_of_distribution.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((folder / "out_of_distribution.json").read_text(encoding="utf-8"))
     assert float(written["settings"]["λ"]) in (0.003, 0.01, 0.03, 0.1)
     losses = {name: loss for name, loss in written["settings"]["losses by λ"].items() if name != "0"}
     assert float(min(losses, key=lambda name: losses[name])) == written["settings"]["λ"]

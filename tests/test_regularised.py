@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from tests import oracles
-from tests.experiments import EXAMPLES, run_experiment
+from tests.experiments import EXAMPLES
 
 
 @pytest.fixture
@@ -179,9 +180,15 @@ def test_a_larger_kappa_that_goes_with_what_is_better_is_positive(study: ModuleT
 
 
 @pytest.mark.slow
-def test_from_the_command_line(tmp_path: Path) -> None:
-    few = ["--steps", "3", "--seeds", "2", "--long_seeds", "1", "--train_size", "50", "--loss", "2.2"]
-    printed, written, _ = run_experiment("regularised", few, tmp_path)
+def test_a_small_study(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "TEST", 100)
+    monkeypatch.setattr(study, "POSITIONS", 10)
+    study.main(steps=3, seeds=2, long_seeds=1, train_size=50, loss=2.2, out=str(tmp_path))
+    printed, folder = capsys.readouterr().out, tmp_path / "run-0"
+    assert (folder / "regularised.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((folder / "regularised.json").read_text(encoding="utf-8"))
     assert len(written["runs"]) == 15
     for name, runs in written["runs"].items():
         assert [run["seed"] for run in runs] == [0, 1]
@@ -190,7 +197,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     ratio = [math.log(mine["κ, head"] / other["κ, head"]) for mine, other in zip(flat, plain, strict=True)]
     assert written["differences"]["FAM 0.03"]["κ, head"]["mean"] == pytest.approx(math.exp(np.mean(ratio)))
     assert "two methods" in written["concordance"]["κ, head"]["NLL"]
-    assert [run["steps"] for run in written["long"]] == [3, 15] * 5
+    assert [run["steps"] for run in written["long"]] == [3, 15] * 3
     once_more = written["long"][0]
     assert once_more["setting"] == "plain"
     assert once_more["test κ"] == pytest.approx(plain[0]["κ, head"], rel=1e-4)
