@@ -204,7 +204,7 @@ def fit(kind: str, world: int, steps: int) -> dict[str, Any]:
         "plain": [],
         "FAM, named loss": [FAM("head", 0.01, loss="cross_entropy")],
         "FAM, probe": [FAM("head", 0.01)],
-        "FAM, relative": [FAM("head", 0.01, loss="cross_entropy", relative=True)],
+        "FAM, relative": [FAM("head", "auto", loss="cross_entropy")],
         "FlatnessMonitor": [FlatnessMonitor("head")],
     }
     trainer = L.Trainer(

@@ -34,9 +34,9 @@ class LayerRecord:
         layer: the layer.
         features: what entered it.
         outputs: what left it.
-        weight: a copy of its kernel or of its matrix, of shape (d, m), at that time; in the graph where there is one,
-            so that gradients reach the parameter, which an optimizer may since have changed in place or a sharding
-            strategy freed.
+        weight: its kernel or its matrix, of shape (d, m), in the graph where there is one, so that gradients reach the
+            parameter. A copy, unless all who listen say that it stays as it is: an optimizer may change it in place
+            before it is needed, or a sharding strategy free it.
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
         late: a node in the layer's place, if the tap is to have one and the pass can; then ``weight`` is no copy.
         handed: the copy of the outputs that was handed on, if one was, so that it may be changed in place.
@@ -114,7 +114,12 @@ class Listener(Protocol):
     copies: bool
     late: bool
     opens: bool
+    stays: bool
     behind: Behind | None
+
+    @property
+    def looks(self) -> bool:
+        """Whether there may be anything to write out behind the layer."""
 
     @property
     def name(self) -> str | None:
@@ -128,28 +133,20 @@ class LayerHook:
     """The one forward hook on a layer, for all taps that listen to it; there while any of them records."""
 
     _of_layer: ClassVar[weakref.WeakKeyDictionary[nn.Module, LayerHook]] = weakref.WeakKeyDictionary()
-    # Whether a copy of the outputs has to be handed on, because what follows changes them in place; where that is not
-    # known, one is.
-    _hands_copies: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
-    # Whether a foreign layer's weight has the shape (m, d).
-    _seen_transposed: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = weakref.ref(layer)
         self.taps: list[Listener] = []
-        # Looked up here, because the hook itself may be traced by a compiler.
-        self._copies = self._hands_copies.get(layer, True)
-        self._transposed = self._seen_transposed.get(layer) if may_be_linear(layer) else False
+        # Whether a copy of the outputs has to be handed on, because what follows changes them in place; where that is
+        # not known, one is.
+        self._copies = True
+        # Whether a foreign layer's weight has the shape (m, d); ``None`` as long as that is not known.
+        self._transposed: bool | None = None if may_be_linear(layer) else False
         # It differentiates, which is not to be traced.
         self._adapted_weight = _untraced(adapted_weight) if is_adapted(layer) else None
-        self._record_untraced = self._record
-        # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
-        self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
-        # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
+        self._record_untraced = _untraced(self._record)
+        self._handles: list[Any] = []
         self._computed: list[Tensor] = []
-        if is_parametrized(layer, "weight"):
-            parametrization = layer.get_submodule("parametrizations.weight")
-            self._handles.append(parametrization.register_forward_hook(_Note(self._computed)))
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerHook:
@@ -159,33 +156,47 @@ class LayerHook:
             hook = cls._of_layer[layer] = cls(layer)
         return hook
 
+    @classmethod
+    def listening(cls) -> list[nn.Module]:
+        """Return the layers that are listened to."""
+        return [layer for layer, hook in cls._of_layer.items() if hook.taps]
+
     def join(self, tap: Listener) -> None:
         """Add a tap."""
         self.taps.append(tap)
-        if _is_to_be_left_out(tap):
-            self._record_untraced = _untraced(self._record)
+        layer = self.layer()
+        if self._handles or layer is None:
+            return
+        # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
+        self._handles.append(layer.register_forward_hook(self, prepend=True, with_kwargs=True))
+        # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
+        if is_parametrized(layer, "weight"):
+            parametrization = layer.get_submodule("parametrizations.weight")
+            self._handles.append(parametrization.register_forward_hook(_Note(self._computed)))
 
-    @classmethod
-    def note(cls, record: LayerRecord) -> None:
-        """Note whether what follows a layer changes its outputs in place."""
-        found = cls._hands_copies[record.layer] = record.is_overwritten()
-        hook = cls._of_layer.get(record.layer)
-        if hook is not None:
-            hook._copies = found
+    def drop(self, tap: Listener) -> None:
+        """Forget a tap, and leave the layer with the last one."""
+        self.taps.remove(tap)
+        if not self.taps:
+            self._computed.clear()
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
 
-    @classmethod
-    def forget(cls, layer: nn.Module) -> None:
+    def note(self, record: LayerRecord) -> None:
+        """Note whether what follows the layer changes its outputs in place."""
+        self._copies = record.is_overwritten()
+
+    def forget(self) -> None:
         """Forget it."""
-        cls._hands_copies.pop(layer, None)
-        hook = cls._of_layer.get(layer)
-        if hook is not None:
-            hook._copies = True
+        self._copies = True
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
     ) -> Tensor | None:
         computed = self._computed.pop() if self._computed else None
-        taps = [tap for tap in self.taps if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]
+        graph = torch.is_grad_enabled()
+        taps = [tap for tap in self.taps if tap.recording and (graph or tap.copies or tap.opens)]
         if not taps:
             return None
         if any(tap.opens for tap in taps):
@@ -220,7 +231,7 @@ class LayerHook:
             late = LateGradients(features, weight, layer.bias, outputs)
             outputs = late.outputs
         for tap in taps:
-            if tap.behind is not None and late is None and not torch.compiler.is_compiling():
+            if tap.behind is not None and tap.looks and late is None and not torch.compiler.is_compiling():
                 outputs = tap.behind.begin(outputs, layer)
         version = None if outputs.is_inference() else outputs._version
         handed = None
@@ -228,8 +239,9 @@ class LayerHook:
         copies = self._copies or any(tap.opens for tap in taps)
         if in_graph and copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
-        age = sum(parameter._version for parameter in layer.parameters())
-        copied = weight if late else weight.clone()
+        parameters = layer._parameters.values() if isinstance(layer, nn.Linear) else layer.parameters()
+        age = sum(parameter._version for parameter in parameters if parameter is not None)
+        copied = weight if late or all(tap.stays for tap in taps) else weight.clone()
         record = LayerRecord(layer, features, outputs, copied, version, late, handed, age)
         for tap in taps:
             tap.receive(record)
@@ -242,21 +254,10 @@ class LayerHook:
                 weight = layer_weight(layer, features, outputs)
             except TypeError:
                 return None
-            self._transposed = self._seen_transposed[layer] = weight is not layer._parameters["weight"]
+            self._transposed = weight is not layer._parameters["weight"]
             return weight
         weight = layer.weight if self._adapted_weight is None else self._adapted_weight(layer)  # type: ignore[assignment]
         return weight.mT if self._transposed else weight
-
-    def drop(self, tap: Listener) -> None:
-        """Forget a tap, and go with the last one."""
-        self.taps.remove(tap)
-        if not self.taps:
-            self._computed.clear()
-            for handle in self._handles:
-                handle.remove()
-            layer = self.layer()
-            if layer is not None:
-                del self._of_layer[layer]
 
     # Models are copied (averaging callbacks) and pickled while a tap listens; the copy has nobody to tell.
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deaf:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
-from lightning_relflat._sharded import holding, staying_whole
-from lightning_relflat.curvature import Trying, exact_parts
-from lightning_relflat.functional._checks import ordinary
+from lightning_relflat._sharded import holding, sharded_groups
+from lightning_relflat.curvature import Trying, exact_parts, plainly_exact
+from lightning_relflat.functional._checks import ordinary, sum_of
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
@@ -58,6 +58,8 @@ class LayerTap:
             layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
             attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
             in ``start`` and left in ``stop``. It is left out from the second time on if it has found nothing to do.
+        stays: whether the layer's weight is neither changed nor freed between its pass and the backward pass, so that
+            no copy of it is needed.
         measures: whether κ is only looked at and not trained with. Then what is written out leaves the loss and its
             gradients as they are, bit for bit.
         behind: such a mode, to be shared by several taps, which somebody else enters.
@@ -90,6 +92,7 @@ class LayerTap:
         *,
         copies: bool = False,
         late: bool = False,
+        stays: bool = False,
         through_loss: bool = True,
         measures: bool = False,
         behind: Behind | None = None,
@@ -98,6 +101,7 @@ class LayerTap:
         self._candidates = _find_layers(module, layer)
         self.copies = copies
         self.late = late
+        self.stays = stays
         self.opens = False
         self.calls: CriterionCalls | None = None
         self.recording = False
@@ -105,6 +109,7 @@ class LayerTap:
         self._own_behind = Behind(measures=measures) if behind is None and through_loss and not copies else None
         self.behind = behind or self._own_behind
         self._mode = ExitStack()
+        self._within = False  # whether the mode is entered
         self._records: list[LayerRecord] = []
         self._originals: list[Tensor] = []  # what the step went on with, while calls are followed
         self._hooks: list[LayerHook] = []
@@ -127,6 +132,11 @@ class LayerTap:
         return self._looker.last is not None and self._looker.last.flat
 
     @property
+    def looks(self) -> bool:
+        """Whether there may be anything to write out behind the layer."""
+        return self._own_behind is None or self._looking or self.opens
+
+    @property
     def pending(self) -> bool:
         """Whether there are records that have not been handed out."""
         return bool(self._records)
@@ -134,7 +144,7 @@ class LayerTap:
     def attach(self) -> None:
         """Put the hooks on, without recording: what is compiled now has them when there is something to record."""
         self.stop()
-        self._hooks = [LayerHook.of(candidate) for candidate in self._candidates.values()]
+        self._hooks = self._own_hooks()
         for hook in self._hooks:
             hook.join(self)
 
@@ -142,8 +152,9 @@ class LayerTap:
         """Put the hooks on, forget what was recorded and begin to record."""
         self.attach()
         self.recording = True
-        if self._own_behind is not None and (self._looking or self.opens) and not self.copies:
+        if self._own_behind is not None and self.looks and not self.copies:
             self._mode.enter_context(self._own_behind)
+            self._within = True
 
     def stop(self) -> None:
         """Stop recording, forget what was recorded and take the hooks away."""
@@ -152,17 +163,26 @@ class LayerTap:
         for hook in self._hooks:
             hook.drop(self)
         self._hooks = []
-        self._mode.close()
+        if self._within:
+            self._mode.close()
+            self._within = False
         if self._own_behind is not None:
             self._own_behind.forget()
 
     def look_again(self) -> None:
         """Look anew, with the next step, for what there is to write out or is changed in place, and how rows meet."""
-        for layer in self._candidates.values():
-            LayerHook.forget(layer)
+        for hook in self._own_hooks():
+            hook.forget()
+        self._sharded: list[Any] | None = None
         self._looking = True  # whether it is not yet known if there is anything to write out
         self._trying = Trying()
         self._looker.look_again()
+
+    def staying_whole(self) -> AbstractContextManager[None]:
+        """Return a context in which fully sharded weights stay whole after a backward pass; see ``_sharded``."""
+        if self._sharded is None:
+            self._sharded = sharded_groups(self._module())
+        return holding(self._sharded, "reshard_after_backward", False) if self._sharded else nullcontext()
 
     def has_measured(self, *, exact: bool) -> None:
         """Take notice that κ was taken elsewhere, so that what need not be looked at is let be until the next look.
@@ -200,7 +220,7 @@ class LayerTap:
         for record in records:
             record.check_unwritten(self.name or "")
             if record.handed is not None:
-                LayerHook.note(record)
+                LayerHook.of(record.layer).note(record)
         return records
 
     def peek(self) -> list[LayerRecord]:
@@ -303,48 +323,63 @@ class LayerTap:
         """
         if not records:
             return None
-        behind, module = self.behind, self._module()
-        with ExitStack() as stack:
-            stack.enter_context(_within_fabric())
-            stack.enter_context(ordinary())
-            stack.enter_context(staying_whole(module))
+        options: Any = {"measure": measure, "normalize_features": normalize_features}
+        plain = self.plain_flatness_of(loss, records, through_hessian=through_hessian, **options)
+        if plain is not None:
+            return plain
+        module = self._module()
+        with _within_fabric(), ordinary(), self.staying_whole():
             mine = [record for record in records if record.is_in(loss)]
             recognised = self._trying.recognise(loss, mine)
             self.exact = recognised is not None
             if recognised is not None:
                 self.has_measured(exact=True)
-                exact = exact_parts(
-                    recognised,
-                    mine,
+                exact = exact_parts(recognised, mine, through_hessian=through_hessian, **options)
+                return sum_of([part.sum() for part in exact])
+            behind = self.behind
+            with nullcontext() if behind is None else behind.curvature():
+                gated = False
+                if behind is not None:
+                    self._looking, gated = behind.rewrote, behind.gated
+                enter = behind.enter if behind is not None and gated else _as_it_is
+                uses = [
+                    as_use(record.layer, enter(record.features), record.outputs, enter(record.weight))
+                    for record in records
+                ]
+                [parts] = flatness_of_layers(
+                    loss,
+                    [uses],
+                    lookers=[self._looker],
+                    mode=(module is not None and module.training, records[0].layer.training),
+                    probes=probes,
+                    generator=generator() if callable(generator) else generator,
                     through_hessian=through_hessian,
-                    measure=measure,
-                    normalize_features=normalize_features,
+                    **options,
                 )
-                return torch.stack([part.sum() for part in exact]).sum()
-            gated = False
-            if behind is not None:
-                stack.enter_context(behind.curvature())
-                self._looking, gated = behind.rewrote, behind.gated
-            enter = behind.enter if behind is not None and gated else _as_it_is
-            uses = [
-                as_use(record.layer, enter(record.features), record.outputs, enter(record.weight)) for record in records
-            ]
-            [parts] = flatness_of_layers(
-                loss,
-                [uses],
-                lookers=[self._looker],
-                mode=(module is not None and module.training, records[0].layer.training),
-                probes=probes,
-                generator=generator() if callable(generator) else generator,
-                through_hessian=through_hessian,
-                measure=measure,
-                normalize_features=normalize_features,
-            )
-            sums = [part.sum() / (probes or 1) for part in parts if part is not None]
-            if not sums:
-                return None
-            kappa = torch.stack(sums).sum()
-            return kappa if behind is None else behind.deposit(kappa)
+                sums = [part.sum() / (probes or 1) for part in parts if part is not None]
+                if not sums:
+                    return None
+                kappa = sum_of(sums)
+                return kappa if behind is None else behind.deposit(kappa)
+
+    def plain_flatness_of(self, loss: Tensor, records: Sequence[LayerRecord], **options: Any) -> Tensor | None:
+        """Return what :meth:`flatness_of` does, where the loss is PyTorch's own cross-entropy and nothing else.
+
+        Args:
+            loss: as there.
+            records: as there.
+            options: as there.
+
+        Returns:
+            κ, exact; ``None`` if the loss is another.
+        """
+        with ordinary():
+            found = plainly_exact(loss, records, **options)
+        if found is None:
+            return None
+        self.exact = True
+        self.has_measured(exact=True)
+        return found[0]
 
     def __enter__(self) -> LayerTap:
         self.start()
@@ -367,6 +402,9 @@ class LayerTap:
             self._originals.append(record.outputs if record.handed is None else record.handed)
             self.calls.track(self._originals[-1])
         self._records.append(record.copied() if self.copies else record)
+
+    def _own_hooks(self) -> list[LayerHook]:
+        return [LayerHook.of(candidate) for candidate in self._candidates.values()]
 
     def _settle(self, layer: nn.Module) -> None:
         self._candidates = {name: candidate for name, candidate in self._candidates.items() if candidate is layer}

@@ -149,7 +149,7 @@ def test_taps_share_one_hook_and_one_copy_of_the_weight() -> None:
     assert records[0].weight.data_ptr() == records[2].weight.data_ptr()
     assert records[1].layer is net[2]
     for tap in (taps[0], taps[2], taps[1]):
-        assert LayerHook._of_layer
+        assert LayerHook.listening()
         tap.close()
         tap.close()
     assert not any(module._forward_hooks for module in net.modules())

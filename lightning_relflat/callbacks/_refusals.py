@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_relflat.callbacks._base import Trainer
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.max_norm import MaxNorm
+from lightning_relflat.functional._graph import is_open
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
 
 
@@ -137,16 +139,17 @@ class Finite:
         Args:
             who: the callback, for the message.
             what: what the number is.
-            value: the number.
+            value: the number, of whatever shape.
 
         Raises:
             RuntimeError: on a CPU, if it is not finite.
         """
-        finite = value.detach().isfinite().all()
-        if value.device.type != "cpu":
-            self._broken = ~finite if self._broken is None else self._broken | ~finite
-        elif not bool(finite):
-            raise RuntimeError(f"{who!r}: {what} is {value.detach()}.")
+        value = value.detach()
+        if not is_open(value):
+            broken = ~value.isfinite().all()
+            self._broken = broken if self._broken is None else self._broken | broken
+        elif not math.isfinite(value.item()):
+            raise RuntimeError(f"{who!r}: {what} is {value}.")
 
     def all(self) -> bool:
         """Return whether all were finite; reads the device."""

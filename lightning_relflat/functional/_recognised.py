@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_relflat.functional._graph import nodes_between, reaches
+from lightning_relflat.functional._graph import is_open, nodes_between, reaches
 
 Kind: TypeAlias = Literal["softmax", "sigmoid", "quadratic"]
 _Gradients: TypeAlias = "tuple[Tensor | None, ...]"
@@ -47,11 +47,15 @@ class Recognised:
             everything that is done with the criterion: reduction, weights, masks, mixtures, factors.
         total: what a mean over the rows divides by: what PyTorch's own cross-entropy has divided by if the loss is one,
             else the number of rows with a factor.
+        all_count: whether it is known that every row has a factor; the others may hold anything, such as NaN.
+        log_p: the log-softmax of the outputs, a constant, where the loss has saved it.
     """
 
     kind: Kind
     factors: tuple[Tensor, ...]
     total: Tensor
+    all_count: bool = False
+    log_p: Tensor | None = None
 
 
 def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor]) -> Recognised | None:
@@ -79,10 +83,13 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
         >>> from lightning_relflat.functional._recognised import recognise
         >>> z = torch.zeros(2, 3, requires_grad=True)
         >>> recognise(0.5 * F.cross_entropy(z, torch.tensor([0, -100])), [z], [z])
-        Recognised(kind='softmax', factors=(tensor([0.5000, 0.0000]),), total=tensor(1.))
+        Recognised(kind='softmax', factors=(tensor([0.5000, 0.0000]),), total=tensor(1.), all_count=False, log_p=None)
     """
     if loss.grad_fn is None or not all(tensor.requires_grad and tensor.ndim > 0 for tensor in outputs):
         return None
+    plain = recognise_cross_entropy(loss, outputs[0]) if len(outputs) == 1 else None
+    if plain is not None:
+        return plain
     if len(outputs) > 1 and reaches(features, outputs):
         return None  # one pass lies behind another
     try:
@@ -94,6 +101,40 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
         # A row may have a share in the loss and no curvature, and the mean is over it all the same.
         shares = _arriving(loss, outputs, plan, {node: _SHARES.get(act, act) for node, act in plan.criteria.items()})
     return Recognised(plan.kind, tuple(found), _total(plan, shares))
+
+
+def recognise_cross_entropy(loss: Tensor, outputs: Tensor) -> Recognised | None:
+    """Return the curvature of a loss that is PyTorch's own cross-entropy of some outputs, and nothing else.
+
+    What :func:`recognise` finds, without a walk through the graph or a run of the engine, which take longer than all
+    else in a small step.
+
+    Args:
+        loss: a scalar loss, in its graph.
+        outputs: what left a linear layer.
+
+    Returns:
+        The curvature; ``None`` if the loss is another.
+    """
+    node: Any = loss.grad_fn
+    if node is None or outputs.ndim != 2 or not outputs.requires_grad or node.name() != "NllLossBackward0":
+        return None
+    criterion = node.next_functions[0][0]
+    if criterion.name() != "LogSoftmaxBackward0" or criterion.next_functions[0][0] is not _node_of(outputs):
+        return None
+    log_p = criterion._saved_result.detach()
+    weight, total = node._saved_weight, node._saved_total_weight.detach()
+    mean = node._saved_reduction == 1
+    if mean and weight is None and is_open(total) and total.item() == len(outputs):
+        # Nothing is ignored: every row has the same share, and none needs to be looked at.
+        return Recognised("softmax", (total.reciprocal().expand(len(outputs)),), total, all_count=True, log_p=log_p)
+    target = node._saved_target
+    counted = target != _signed(node._saved_ignore_index)
+    factor = counted.to(torch.promote_types(torch.float32, loss.dtype))
+    if weight is not None:
+        factor = factor * weight.detach().to(factor)[target.where(counted, 0)]
+    divisor = total if mean else (factor != 0).sum()
+    return Recognised("softmax", (factor / total if mean else factor,), divisor, log_p=log_p)
 
 
 def _arriving(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, criteria: dict[Node, _Act]) -> list[Tensor]:

@@ -17,9 +17,11 @@ from lightning_relflat.functional._checks import (
     full_precision,
     shape_of,
 )
+from lightning_relflat.functional._graph import is_transformed
 from lightning_relflat.functional._late_gradients import Beside
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._scale import balanced, size_of, times_squared_lengths
+from lightning_relflat.functional._softmax_few import are_few, few_parts
 from lightning_relflat.functional._softmax_trace import softmax_trace
 from lightning_relflat.functional._sums import SAMPLES
 from lightning_relflat.functional.criteria import as_criterion
@@ -303,34 +305,19 @@ def _parts(
         if dim != outputs.ndim - 1:
             beside = None
         called = read_batch(criterion, outputs, target, dim)
-        logits, sample_weight, total_weight, counted = (
+        parts = softmax_parts(
+            features,
+            weight,
             called.outputs,
             called.weight,
-            called.total_weight,
             called.counted,
+            temperature=temperature,
+            normalize_features=normalize_features,
+            probes=probes,
+            generator=generator,
+            beside=beside,
         )
-        dtype = compute_dtype(features, weight, sample_weight)
-        flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
-        with full_precision(flat_features):
-            size = size_of(weight, flat_features)
-            directions = None
-            if probes is not None:  # Tr(Wᵀ A W) ≈ Tr(Vᵀ Wᵀ A W V) for V = (v_1, …, v_K) / √K
-                signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
-                directions = (2 * signs - 1).to(dtype) / math.sqrt(probes)
-            curvature = softmax_trace(
-                logits,
-                weight,
-                temperature=temperature,
-                dtype=dtype,
-                factor=None if size is None else 1 / size.to(dtype),
-                directions=directions,
-                beside=beside,
-            )
-        with full_precision(flat_features):
-            parts = _times_lengths(
-                sample_weight * curvature / temperature**2, flat_features, size, counted, normalize=normalize_features
-            )
-        return parts, total_weight
+        return parts, called.total_weight
     flat_features, flat_weight, hessian = _flatten(
         features, weight, outputs, target, criterion, class_dim, temperature=temperature
     )
@@ -338,6 +325,64 @@ def _parts(
         hessian, flat_features, flat_weight, measure=measure, normalize_features=normalize_features
     )
     return parts / temperature**2, hessian.total_weight
+
+
+def softmax_parts(
+    features: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    shares: Tensor,
+    counted: Tensor | None = None,
+    log_p: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    normalize_features: bool = False,
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
+    beside: Beside | None = None,
+) -> Tensor:
+    """Return the parts of the samples in κ of a loss whose Hessian at their outputs is that of a softmax.
+
+    Args:
+        features: what entered the layer, of shape (..., m).
+        weight: its weight, of shape (d, m).
+        logits: what left it, of shape (n, d).
+        shares: what each sample's Hessian diag(p) − p pᵀ is multiplied with, of shape (n,).
+        counted: which samples count, of shape (n,); ``None`` if all do. The others may hold anything.
+        log_p: the log-softmax of the logits, where it is at hand.
+        temperature: as for :func:`relative_flatness`.
+        normalize_features: as there.
+        probes: as there.
+        generator: as there.
+        beside: as there.
+
+    Returns:
+        The parts, of shape (n,).
+    """
+    dtype = compute_dtype(features, weight, shares)
+    flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
+    simple = probes is None and beside is None and temperature == 1 and not normalize_features
+    with full_precision(flat_features):
+        if simple and are_few(logits, weight.shape[1]) and not is_transformed(flat_features, weight, logits, shares):
+            parts = few_parts(flat_features, weight, logits, shares, log_p)
+            return parts if counted is None else parts.where(counted, 0.0)
+        size = size_of(weight, flat_features)
+        directions = None
+        if probes is not None:  # Tr(Wᵀ A W) ≈ Tr(Vᵀ Wᵀ A W V) for V = (v_1, …, v_K) / √K
+            signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
+            directions = (2 * signs - 1).to(dtype) / math.sqrt(probes)
+        curvature = softmax_trace(
+            logits,
+            weight,
+            temperature=temperature,
+            dtype=dtype,
+            factor=None if size is None else 1 / size.to(dtype),
+            directions=directions,
+            beside=beside,
+        )
+        if temperature != 1:
+            shares = shares / temperature**2
+        return _times_lengths(shares * curvature, flat_features, size, counted, normalize=normalize_features)
 
 
 def flatness_through(
@@ -377,10 +422,10 @@ def _times_lengths(
     """Multiply curvatures along a W of the size 1 by the features' squared lengths, and by the size that W has."""
     if normalize:
         parts = parts if size is None else parts * size * size
-    else:
-        if size is not None:  # which the features take over
-            features = features * size
-        parts = times_squared_lengths(features, parts)
+    elif size is None:  # the features are not so large that a square would overflow
+        parts = parts * torch.linalg.vecdot(features, features)
+    else:  # which the features take over
+        parts = times_squared_lengths(features * size, parts)
     # Padding that the criterion ignores may hold anything, such as NaN, which 0 times is not 0.
     return parts if counted is None else parts.where(counted, 0.0)
 

@@ -20,6 +20,7 @@ from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm
 from lightning_relflat.functional import _softmax_trace
 from tests.models import Batch, Net, Resumable, focal, make_batches, make_trainer
 from tests.processes import COEFFICIENT, LR
+from tests.shares import Share
 
 TRAINING = [8, 8, 8, 8]
 VALIDATION = [7, 8, 5, 3]
@@ -156,6 +157,7 @@ def main(
     monitor: dict[str, Any] | None = None,
     timeout: int = 300,
     fam: dict[str, Any] | None = None,
+    auto: float | None = None,
     cap: dict[str, Any] | None = None,
     sanity: int = 0,
     layers: bool = False,
@@ -180,7 +182,9 @@ def main(
         )
     penalties = Penalties()
     callbacks: list[Callback] = [
-        FAM("head", **{"coefficient": COEFFICIENT, "loss": loss} | (fam or {})),
+        FAM("head", **{"coefficient": COEFFICIENT, "loss": loss} | (fam or {}))
+        if auto is None
+        else Share("head", auto, loss=loss),
         FlatnessMonitor("head", **monitor or {}),
         penalties,
     ]

@@ -28,6 +28,7 @@ from tests.callbacks.test_fam import (
     twins,
 )
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.shares import Share
 
 
 class Scaled(Net):
@@ -124,7 +125,7 @@ class ManualBehind(Behind, ManualNet):
     pass
 
 
-@pytest.mark.parametrize("options", [{}, {"loss": "cross_entropy"}, {"relative": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"loss": "cross_entropy"}, {"coefficient": "auto"}], ids=str)
 @pytest.mark.parametrize("layer", ["body", "head", None])
 @pytest.mark.parametrize("kind", [Behind, ManualBehind])
 def test_a_step_without_a_penalty_is_that_of_plain_training_bit_for_bit(
@@ -364,12 +365,10 @@ def test_the_logged_penalty_is_that_of_all_losses_of_the_step(name: str | None) 
     assert net.calls == [f"{group}/penalty", f"{group}/coefficient"]
 
 
-def test_a_relative_coefficient_is_one_for_all_losses_of_the_step() -> None:
+def test_an_automatic_coefficient_is_one_for_all_losses_of_the_step() -> None:
     net = Several().double()
     log = Log()
-    make_trainer(precision="64-true", callbacks=[FAM("head", 0.1, relative=True), log], max_epochs=4).fit(
-        net, make_loader([5, 5])
-    )
+    make_trainer(precision="64-true", callbacks=[Share("head", 0.1), log], max_epochs=4).fit(net, make_loader([5, 5]))
     assert len({values["fam/coefficient"] for values in log.seen}) > 4
     assert net.calls == ["fam/penalty", "fam/coefficient"] * 8
 
