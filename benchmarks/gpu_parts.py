@@ -183,7 +183,7 @@ def steps(bench: Bench) -> None:
 
 def compiled(bench: Bench) -> None:
     """Time the same with the body of the network compiled."""
-    _cells(bench, [name for name in CONTENDERS if name != "FAM, relative"], compiled=True)
+    _cells(bench, [name for name in CONTENDERS if name != "FAM, auto"], compiled=True)
 
 
 def _cells(bench: Bench, contenders: Sequence[str], *, compiled: bool) -> None:
@@ -338,7 +338,7 @@ def _strategies(bench: Bench, strategies: dict[str, Callable[[], Any]]) -> None:
     cases = {
         f"{name}, {contender}": lambda contender=contender, name=name: compare(contender, name)
         for name in strategies
-        for contender in ("plain", "FAM, named", "FAM, probe", "FAM, relative")
+        for contender in ("plain", "FAM, named", "FAM, probe", "FAM, auto")
     }
     bench.each(cases)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 WATCHED: dict[str, tuple[str, Callable[[], list[L.Callback]]]] = {
     "plain": ("plain", list),
     "SAM": ("SAM", list),
-    **{name: (name, CONTENDERS[name][1]) for name in ("FAM, named", "FAM, probe", "FAM, relative")},
+    **{name: (name, CONTENDERS[name][1]) for name in ("FAM, named", "FAM, probe", "FAM, auto")},
     "FAM, recognised": ("plain", lambda: [FAM("head", 0.01)]),
     "FAM, hidden layer": ("plain", lambda: [FAM("body.3", 0.01)]),
     "FlatnessMonitor": ("plain", lambda: [FlatnessMonitor("head")]),

@@ -50,7 +50,7 @@ def test_steps(modules: Any, bench: Any, part: str) -> None:
     found = run(modules, bench, part)
     assert set(found) == {"mlp, 32-true", "mlp, bf16-mixed"}
     for entry in found.values():
-        expected = set(modules.gpu_steps.CONTENDERS) - ({"FAM, relative"} if part == "compiled" else set())
+        expected = set(modules.gpu_steps.CONTENDERS) - ({"FAM, auto"} if part == "compiled" else set())
         assert set(entry) == expected
         assert entry["plain"]["ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0, "runs": 2}
         for contender in entry.values():
@@ -106,7 +106,7 @@ def test_a_form_that_there_is_not_is_told(modules: Any, bench: Any, monkeypatch:
 @pytest.mark.filterwarnings("ignore")
 def test_one_process_of_ddp_is_one_device(modules: Any, bench: Any) -> None:
     found = run(modules, bench, "nccl")
-    assert set(found) == {f"DDP, gloo, {name}" for name in ("plain", "FAM, named", "FAM, probe", "FAM, relative")}
+    assert set(found) == {f"DDP, gloo, {name}" for name in ("plain", "FAM, named", "FAM, probe", "FAM, auto")}
     for name, entry in found.items():
         assert entry["difference"] < 1e-5, name
         assert entry["milliseconds"] > 0 < entry["alone_milliseconds"], name
