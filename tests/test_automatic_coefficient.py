@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_relflat import FAM
 from tests.experiments import EXAMPLES, run_experiment
 from tests.models import make_trainer
+from tests.shares import Share
 
 
 @pytest.fixture
@@ -50,11 +51,16 @@ class Module(L.LightningModule):
 @pytest.mark.parametrize("name", ["wine", "diabetes", "digits, 200, BatchNorm", "digits, 300, transformer", "letters"])
 def test_the_plain_loop_is_fam_in_a_trainer(study: ModuleType, name: str) -> None:
     task = replace(study.TASKS[name], steps=12)
-    ways: dict[str, list[L.Callback]] = {"plain": [], "λ 0.01": [FAM("head", 0.01)], "auto": [FAM("head", "auto")]}
+    ways: dict[str, list[L.Callback]] = {
+        "plain": [],
+        "λ 0.01": [FAM("head", 0.01)],
+        "auto": [FAM("head", "auto")],
+        "share 0.1": [Share("head", 0.1)],  # whose λ is larger, so that more is seen
+    }
     networks = study.Networks(task, [3, 4], list(ways))
     coefficient, kappa = networks.train()
     assert (coefficient[:, 0] == 0).all()
-    assert (coefficient[:, 2] > 0).all()
+    assert (coefficient[:, 2:] > 0).all()
     assert (kappa > 0).all()
     x, y = task.split(4)["train"]
     for column, callbacks in enumerate(ways.values()):
