@@ -57,7 +57,7 @@ class Training:
         self.lr, self.steps, self.step = lr, steps, 0
         self.parameters = list(net.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=lr, weight_decay=value if method.kind == "weight decay" else 0.0, foreach=True
+            self.parameters, lr=lr, weight_decay=value if method.kind == "weight decay" else 0.0, fused=True
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.behind = Behind() if method.before else None
