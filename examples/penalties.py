@@ -55,7 +55,7 @@ class Training:
     ) -> None:
         self.net, self.method, self.unit, self.value = net.train(), method, unit, value
         self.lr, self.steps, self.step = lr, steps, 0
-        self.parameters = list(net.parameters())
+        self.parameters: list[Tensor] = list(net.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=lr, weight_decay=value if method.kind == "weight decay" else 0.0, fused=True
         )
@@ -125,7 +125,7 @@ class Training:
         before = [parameter.detach().clone() for parameter in self.parameters]
         norm = torch.stack(torch._foreach_norm(list(directions))).norm() + 1e-12
         with torch.no_grad():
-            torch._foreach_add_(self.parameters, torch._foreach_mul(list(directions), distance / norm))
+            torch._foreach_add_(self.parameters, list(torch._foreach_mul(list(directions), distance / norm)))
         yield
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, before)
