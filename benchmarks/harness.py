@@ -68,8 +68,15 @@ class Results:
             found = found.setdefault(key, {})
         found[keys[-1]] = value
         self.content["machine"] = machine()
-        self._path.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self._path, self.content)
         print(*keys, json.dumps(value, ensure_ascii=False), file=sys.stderr, flush=True)
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file such that whoever reads it, or kills this process meanwhile, finds the old or the new one."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    beside.replace(path)
 
 
 def peak_bytes() -> int | None:

@@ -6,9 +6,10 @@ on the machine hardly changes; a GPU by its own events. Peak memory is that of a
 what it held before the step. Forms:
 
 - plain: linear layer, cross-entropy, backward;
-- exact: λκ by `relative_flatness` from what a `LayerTap` recorded, as `FAM` does it: its gradients come late;
-- shared probes: the same with eight probes that the tokens share;
-- exact alone, shared probes alone: the same without a word of the loss, so that the gradients are made at once;
+- exact: λκ of the step's loss from what a `LayerTap` recorded, as `FAM()` does it;
+- shared probes: the same with eight probes that the tokens share, as `FAM(shared_probes=8)`;
+- chunked: `linear_cross_entropy` of PyTorch 2.13 with its default options, which never makes all outputs, backward;
+- chunked, exact and chunked, shared probes: the same with λκ as `FAM` does it;
 - textbook: Σ_i c_i ‖φ_i‖² (Σ_s p_s ‖w_s‖² − ‖Σ_s p_s w_s‖²), differentiated by autograd;
 - centred: the same about the most probable row, so that float32 keeps its digits, differentiated by autograd;
 - from loss: λκ from the loss tensor, with one probe for every token.
@@ -30,38 +31,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_relflat.functional import output_hessian, relative_flatness
+from lightning_relflat.functional import output_hessian
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional.layer_flatness import flatness_of_layers
 from lightning_relflat.layer_tap import LayerRecord, LayerTap
 
 # κ of a pass through the layer, given the target and the loss.
-Form = Callable[[LayerRecord, Tensor, Tensor], Tensor]
+Form = Callable[[LayerTap, LayerRecord, Tensor, Tensor], Tensor]
 
 
-def named(probes: int | None, *, late: bool) -> Form:
-    """Return κ by `relative_flatness`."""
+def as_fam(probes: int | None) -> Form:
+    """Return κ as `FAM` takes it."""
 
-    def form(record: LayerRecord, target: Tensor, loss: Tensor) -> Tensor:
-        return relative_flatness(
-            record.features,
-            record.weight,
-            record.outputs,
-            target,
-            loss="cross_entropy",
-            probes=probes,
-            beside=record.beside(loss) if late else None,
-        )
+    def form(tap: LayerTap, record: LayerRecord, _: Tensor, loss: Tensor) -> Tensor:
+        generator = torch.Generator(loss.device).manual_seed(0)
+        kappa = tap.flatness_of(loss, [record], shared_probes=probes, generator=lambda: generator)
+        assert kappa is not None  # the loss depends on the head
+        return kappa
 
     return form
 
 
-def textbook(record: LayerRecord, *_: Tensor) -> Tensor:
+def textbook(_: LayerTap, record: LayerRecord, *__: Tensor) -> Tensor:
     """Return κ by the plain formula."""
     features, weight = record.features.float(), record.weight.float()
     p = record.outputs.float().softmax(dim=1)
@@ -69,13 +64,13 @@ def textbook(record: LayerRecord, *_: Tensor) -> Tensor:
     return (features.square().sum(dim=1) * traces).mean()
 
 
-def centred(record: LayerRecord, target: Tensor, _: Tensor) -> Tensor:
+def centred(_: LayerTap, record: LayerRecord, target: Tensor, __: Tensor) -> Tensor:
     """Return κ about the most probable row."""
     hessian = output_hessian(record.outputs, target, loss="cross_entropy")
     return (record.features.float().square().sum(dim=1) * hessian.trace_through(record.weight.float())).mean()
 
 
-def from_loss(record: LayerRecord, _: Tensor, loss: Tensor) -> Tensor:
+def from_loss(_: LayerTap, record: LayerRecord, __: Tensor, loss: Tensor) -> Tensor:
     """Return an estimate of κ by differentiating the loss twice."""
     use = as_use(record.layer, record.features, record.outputs, record.weight)
     [[parts]] = flatness_of_layers(loss, [[use]], lookers=[LOOKER])
@@ -84,16 +79,20 @@ def from_loss(record: LayerRecord, _: Tensor, loss: Tensor) -> Tensor:
 
 
 LOOKER = Looker()  # so that how rows meet is looked for once
+CHUNKED = "chunked"
 FORMS: dict[str, Form | None] = {
     "plain": None,
-    "exact": named(None, late=True),
-    "shared probes": named(8, late=True),
-    "exact alone": named(None, late=False),
-    "shared probes alone": named(8, late=False),
+    "exact": as_fam(None),
+    "shared probes": as_fam(8),
+    CHUNKED: None,
+    f"{CHUNKED}, exact": as_fam(None),
+    f"{CHUNKED}, shared probes": as_fam(8),
     "textbook": textbook,
     "centred": centred,
     "from loss": from_loss,
 }
+if not hasattr(F, "linear_cross_entropy"):
+    FORMS = {name: form for name, form in FORMS.items() if not name.startswith(CHUNKED)}
 
 
 class Head:
@@ -106,55 +105,61 @@ class Head:
         self.layer = nn.Linear(m, d, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.layer.weight, std=m**-0.5)
         self.target = torch.randint(d, (n,), device=device)
-        self.tap = LayerTap(self.layer, "", late=True, through_loss=False)
+        self.tap = LayerTap(self.layer, "", through_loss=False)
 
-    def step(self, form: Form | None) -> None:
+    def loss(self, name: str) -> Tensor:
+        if name.startswith(CHUNKED):
+            options: Any = nn.LinearCrossEntropyOptions()
+            value: Tensor = F.linear_cross_entropy(self.features, self.layer.weight, self.target, options=options)
+            return value
+        return F.cross_entropy(self.layer(self.features).float(), self.target)
+
+    def step(self, name: str) -> None:
         self.features.grad = self.layer.weight.grad = None
+        form = FORMS[name]
         if form is not None:
             self.tap.start()
-        logits = self.layer(self.features)
-        loss = F.cross_entropy(logits.float(), self.target)
-        del logits
+        loss = self.loss(name)
         if form is not None:
-            [record] = self.tap.take()
-            loss = loss + 0.1 * form(record, self.target, loss)
+            [record] = self.tap.take(loss)
+            loss = loss + 0.1 * form(self.tap, record, self.target, loss)
             del record
             self.tap.stop()
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def seconds(self, form: Form | None) -> float:
+    def seconds(self, name: str) -> float:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize()
             start = time.perf_counter()
-            self.step(form)
+            self.step(name)
             torch.cuda.synchronize()
             return time.perf_counter() - start
         start = time.process_time()
-        self.step(form)
+        self.step(name)
         return time.process_time() - start
 
-    def peak_mib(self, form: Form | None) -> float:
+    def peak_mib(self, name: str) -> float:
         """Return how much more memory the step took at its peak than there was before it."""
         if self.target.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            self.step(form)
+            self.step(name)
             return (torch.cuda.max_memory_allocated() - before) / 2**20
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: a process inherits that of its parent
         before = peak_rss_kib()
-        self.step(form)
+        self.step(name)
         return (peak_rss_kib() - before) / 2**10
 
 
 def measure(size: list[int], turns: int, device: str, dtype: str) -> dict[str, dict[str, float]]:
     """Return the quartiles of seconds and of ratios to the plain step, and the peak memory, of every form."""
     head = Head(size, device, getattr(torch, dtype))
-    for form in FORMS.values():
-        head.step(form)  # warm
+    for name in FORMS:
+        head.step(name)  # warm
     seconds: dict[str, list[float]] = {name: [] for name in FORMS}
     for _ in range(turns):
-        for name, form in FORMS.items():
-            seconds[name].append(head.seconds(form))
+        for name in FORMS:
+            seconds[name].append(head.seconds(name))
     del head
     results = {}
     for name, values in seconds.items():
@@ -218,12 +223,12 @@ def main(
     torch.set_num_threads(threads)
     if peak_of is not None:
         name, size, device, dtype = peak_of
-        Head([8, 8, 8], device, getattr(torch, dtype)).step(FORMS[name])  # libraries loaded
-        print(Head(json.loads(size), device, getattr(torch, dtype)).peak_mib(FORMS[name]))
+        Head([8, 8, 8], device, getattr(torch, dtype)).step(name)  # libraries loaded
+        print(Head(json.loads(size), device, getattr(torch, dtype)).peak_mib(name))
         return
     if smoke:
         sizes, turns = [[16, 8, 32]], 2
-    sizes = sizes or [[1024, 512, 16384], [512, 1024, 32768], [2048, 512, 16384]]
+    sizes = sizes or [[1024, 512, 16384], [512, 1024, 32768], [2048, 512, 16384], [4096, 256, 16384]]
     machine: dict[str, Any] = {"processor": processor(), "torch": torch.__version__}
     if device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
@@ -240,4 +245,6 @@ def main(
 
 
 if __name__ == "__main__":
+    from jsonargparse import auto_cli  # here, because `gpu.py` takes parts of this on machines that may lack it
+
     auto_cli(main)

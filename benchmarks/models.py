@@ -53,8 +53,39 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
 
 
+def perceptron() -> nn.Sequential:
+    """Return the body of a three-layer perceptron of 64 numbers of an image, whose step takes nothing at all."""
+    return nn.Sequential(Columns(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+
+
+class Columns(nn.Module):
+    """The first of all numbers of a sample."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.flatten(1)[:, : self.count]
+
+
+def cnn() -> nn.Sequential:
+    """Return the body of a small convolutional network."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()),
+        *(nn.Linear(512, 64), nn.ReLU()),
+    )
+
+
 # The body, and how many features it ends in.
-BODIES = {"resnet18": (resnet18, 512), "vit": (ViT, 128), "mlp": (mlp, 64)}
+BODIES = {
+    "perceptron": (perceptron, 64),
+    "mlp": (mlp, 64),
+    "cnn": (cnn, 64),
+    "vit": (ViT, 128),
+    "resnet18": (resnet18, 512),
+}
 
 
 class Classifier(L.LightningModule):

@@ -190,7 +190,7 @@ def fit_of(rank: int, world: int, folder: str, counts_of_steps: list[int]) -> No
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
     found = {}
-    for kind in ("plain", "FAM, named loss", "FAM, probe", "FAM, relative", "FlatnessMonitor"):
+    for kind in ("plain", "FAM, named loss", "FAM, probe", "FAM, auto", "FlatnessMonitor"):
         for steps in counts_of_steps:
             found[f"{kind}, {steps} steps"] = fit(kind, world, steps)
     if rank == 0:
@@ -204,7 +204,7 @@ def fit(kind: str, world: int, steps: int) -> dict[str, Any]:
         "plain": [],
         "FAM, named loss": [FAM("head", 0.01, loss="cross_entropy")],
         "FAM, probe": [FAM("head", 0.01)],
-        "FAM, relative": [FAM("head", 0.01, loss="cross_entropy", relative=True)],
+        "FAM, auto": [FAM("head", "auto", loss="cross_entropy")],
         "FlatnessMonitor": [FlatnessMonitor("head")],
     }
     trainer = L.Trainer(

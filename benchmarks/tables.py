@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import matplotlib as mpl
 from jsonargparse import auto_cli
 
@@ -250,6 +251,9 @@ def main() -> None:
         "Scaling": ("scaling", scaling()),
         "Importing": ("import_time", importing()),
     }
+    on_gpu = read("gpu")  # nobody has a GPU always: without its results there is no section
+    if on_gpu:
+        sections["On a GPU"] = ("gpu", gpu_tables.section(on_gpu, table, times))
     text = "# What it costs\n\nWritten by `python benchmarks/tables.py` from the results in `benchmarks/*.json`.\n"
     for title, (name, section) in sections.items():
         text += f"\n## {title}\n\n`python benchmarks/{name}.py` measures it again. {section}"

@@ -1,8 +1,9 @@
-"""What FAM adds to a training step, beside SAM and the algorithm as it was published, through a real Trainer.
+"""What FAM and the monitor add to a training step, beside SAM and the published algorithm, through a real Trainer.
 
 Every contender has its own model and Trainer; they take turns, a step each, so that all see the same machine. The
-figures are ratios to the plain step of the same round: their median and quartiles. The peak memory is that of a process
-of the contender's own. Results that the output file holds are not measured again.
+figures are ratios to the plain step of the same round: their median and quartiles; and what a step takes more of one
+thread's processor time than that plain step. The peak memory is that of a process of the contender's own. Results that
+the output file holds are not measured again.
 
     python benchmarks/training_step.py                  # the whole table
     python benchmarks/training_step.py --cases '[{"body": "vit", "classes": 10, "batch_size": 128, "steps": 40}]'
@@ -25,13 +26,12 @@ from typing import Any
 import lightning as L
 import torch
 from harness import MIB, Results, Turns, alone, peak_bytes, spread
-from jsonargparse import auto_cli
 from models import BODIES, Classifier
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_relflat import FAM
+from lightning_relflat import FAM, FlatnessMonitor
 
 CONTENDERS = [
     "plain",
@@ -40,11 +40,18 @@ CONTENDERS = [
     "FAM, probe",
     "FAM, every 10th step",
     "FAM, hidden layer",
+    "FlatnessMonitor",
     "SAM",
     "published FAM",
 ]
 # A convolution in the middle of the ResNet, with batch normalisation behind it; the end of the ViT's fourth block.
-HIDDEN = {"resnet18": "body.7.second.0", "vit": "body.layers.layers.3.linear2", "mlp": "body.3"}
+HIDDEN = {
+    "resnet18": "body.7.second.0",
+    "vit": "body.layers.layers.3.linear2",
+    "cnn": "body.7",
+    "mlp": "body.3",
+    "perceptron": "body.3",
+}
 OUTPUT = Path(__file__).with_suffix(".json")
 EVERY = 10
 
@@ -72,11 +79,13 @@ class Case:
 
 
 DEFAULT = [
-    Case("resnet18", 10),
-    Case("resnet18", 100),
+    Case("perceptron", 10, steps=400),
+    Case("mlp", 10, steps=400),
+    Case("cnn", 10, steps=200),
     Case("vit", 10, steps=40),
     Case("vit", 100, steps=40),
-    Case("mlp", 10, steps=400),
+    Case("resnet18", 10, steps=10),
+    Case("resnet18", 100, steps=10),
 ]
 
 
@@ -137,16 +146,19 @@ class Clock(L.Callback):
 
     def __init__(self, index: int, turns: Turns) -> None:
         self.seconds: list[float] = []
+        self.processor: list[float] = []  # seconds of this thread
         self._index = index
         self._turns = turns
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._turns.take(self._index)
-        self._start = time.perf_counter()
+        self._start = time.perf_counter(), time.thread_time()
 
     def end(self) -> None:
         """Stop the clock, after the other callbacks."""
-        self.seconds.append(time.perf_counter() - self._start)
+        seconds, processor = self._start
+        self.seconds.append(time.perf_counter() - seconds)
+        self.processor.append(time.thread_time() - processor)
         self._turns.pass_on(self._index)
 
 
@@ -181,7 +193,9 @@ def fit(contender: str, case: Case, steps: int, clock: Clock) -> None:
         "FAM, hidden layer": {},
     }
     layer = HIDDEN[case.body] if contender == "FAM, hidden layer" else "head"
-    penalty = [FAM(layer, 0.01, **options[contender])] if contender in options else []
+    penalty: list[L.Callback] = [FAM(layer, 0.01, **options[contender])] if contender in options else []
+    if contender == "FlatnessMonitor":
+        penalty = [FlatnessMonitor("head")]
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=2 * steps if contender == "SAM" else steps,  # it counts the optimizer's steps
@@ -209,11 +223,17 @@ def time_of(case: Case, contenders: list[str]) -> dict[str, dict[str, Any]]:
         fit(contenders[index], case, case.steps + warm, clocks[index])
 
     turns.run([lambda index=index: work(index) for index in range(len(contenders))])  # type: ignore[misc]
-    plain = clocks[0].seconds
-    results = {}
+    plain = clocks[0]
+    results: dict[str, dict[str, Any]] = {}
     for contender, clock in zip(contenders, clocks, strict=True):
-        ratios = [b / a for a, b in zip(plain, clock.seconds, strict=True)][warm:]
-        results[contender] = {"ratio": spread(ratios), "seconds": statistics.median(clock.seconds[warm:])}
+        ratios = [b / a for a, b in zip(plain.seconds, clock.seconds, strict=True)][warm:]
+        more = [1000 * (b - a) for a, b in zip(plain.processor, clock.processor, strict=True)][warm:]
+        results[contender] = {
+            "ratio": spread(ratios),
+            "seconds": statistics.median(clock.seconds[warm:]),
+            "processor_seconds": statistics.median(clock.processor[warm:]),
+            "more_processor_ms": spread(more),
+        }
         if contender == "FAM, every 10th step":
             due = [ratio for index, ratio in enumerate(ratios, warm) if index % EVERY == 0]
             others = [ratio for index, ratio in enumerate(ratios, warm) if index % EVERY]
@@ -273,4 +293,6 @@ def main(
 
 
 if __name__ == "__main__":
+    from jsonargparse import auto_cli  # here, because `gpu.py` takes parts of this on machines that may lack it
+
     auto_cli(main)

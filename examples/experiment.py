@@ -15,7 +15,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 GREY = "#757d87"  # legible on white and on black
 
@@ -44,6 +44,16 @@ def interval(differences: Sequence[float]) -> dict[str, float]:
     mean, count = statistics.mean(differences), len(differences)
     half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def passes(network: nn.Sequential, inputs: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """Return every layer of a network with what enters it and what leaves it, in one graph."""
+    found = []
+    for layer in network:
+        outputs = layer(inputs)
+        found.append((layer, inputs, outputs))
+        inputs = outputs
+    return found
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat._behind import Behind
-from lightning_relflat.callbacks.coefficients import LossRatio
+from lightning_relflat.callbacks.coefficients import Automatic
 from lightning_relflat.layer_tap import LayerTap
 
 
@@ -64,7 +64,8 @@ class Training:
         self.taps = [LayerTap(net, name, behind=self.behind) for name in method.layers]
         # A tap on an earlier layer opens a door there: up to it the penalty's gradient has a way of its own.
         self.first = LayerTap(net, method.before, behind=self.behind) if method.before else None
-        self.ratios = [LossRatio() for _ in method.layers]
+        # What holds `coefficient="auto"` back, without the largest λ that it has beside.
+        self.rules = [Automatic(share=value / len(method.layers), most=1e6) for _ in method.layers]
         self.norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def train(self, x: Tensor, y: Tensor) -> None:
@@ -92,13 +93,13 @@ class Training:
                     stack.enter_context(listener)
             loss = F.cross_entropy(self.net(x), y)
             penalised = loss
-            for tap, ratio in zip(self.taps, self.ratios, strict=True):
+            for tap, rule in zip(self.taps, self.rules, strict=True):
                 kappa = tap.relative_flatness(loss, generator=self.generator)
                 coefficient: Tensor | float = self.value
                 if self.unit == "c":
-                    coefficient = self.value / len(self.taps) * ratio.ratio(kappa)
-                    ratio.measure(loss, kappa)
-                    ratio.end(loss.device, 1)
+                    coefficient = rule.coefficient(kappa)
+                    rule.measure(loss, kappa)
+                    rule.end(loss.device, 1)
                 penalised = penalised + coefficient * kappa
             penalised.backward()
         if self.behind is not None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         MaxNorm,
         SharpestMonitor,
     )
+    from lightning_relflat.coefficient import find_coefficient
     from lightning_relflat.metrics import RelativeFlatness
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "MaxNorm",
     "RelativeFlatness",
     "SharpestMonitor",
+    "find_coefficient",
 ]
 
 
@@ -33,6 +35,10 @@ def __getattr__(name: str) -> Any:
         from lightning_relflat.metrics import RelativeFlatness
 
         return RelativeFlatness
+    if name == "find_coefficient":
+        from lightning_relflat.coefficient import find_coefficient
+
+        return find_coefficient
     if name in __all__:
         from lightning_relflat import callbacks
 

@@ -8,6 +8,7 @@ same formula in elementary operations. Needs torch alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
@@ -196,7 +197,7 @@ class Behind(TorchFunctionMode):
     ) -> Any:
         """Write out what has a form of its own and lies behind the layer."""
         kwargs = kwargs or {}
-        form = _FORMS.get(func)
+        form = FORMS.get(func)
         if (
             form is None
             or self._paused
@@ -348,6 +349,21 @@ def _drops(func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> bool
     return bool(given["training"] and given["dropout_p"])
 
 
+def _linear_cross_entropy(mode: Behind, func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Let the head that a call takes the weight of make its outputs; made in chunks, they hide their curvature."""
+    options = kwargs.get("options")
+    if options is None:
+        return func(*args, **kwargs)
+    mode.rewrote = True
+    written_out = func(*args, **{**kwargs, "options": None})
+    if not mode.measures:
+        return written_out
+    # Its gradients are asked for, and passed over, whenever curvature is taken; without this that could be once.
+    lasting = dataclasses.replace(options, allow_retain_graph=True)
+    result: Tensor = _apply(_Gate, func(*args, **{**kwargs, "options": lasting}), written_out, mode.switch)
+    return result
+
+
 def _apply(function: Any, *args: Any) -> Any:
     """Apply an autograd function, which PyTorch has no types for."""
     return function.apply(*args)
@@ -362,7 +378,8 @@ _MULTI_HEAD = (
     *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
     *("add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training"),
 )
-_FORMS: dict[_Function, Callable[[Behind, _Function, Sequence[Any], dict[str, Any]], Any]] = {
+# What to do with which function.
+FORMS: dict[_Function, Callable[[Behind, _Function, Sequence[Any], dict[str, Any]], Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
@@ -371,6 +388,8 @@ _FORMS: dict[_Function, Callable[[Behind, _Function, Sequence[Any], dict[str, An
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _attention,
 }
+if hasattr(F, "linear_cross_entropy"):  # since PyTorch 2.13
+    FORMS[F.linear_cross_entropy] = _linear_cross_entropy
 
 
 def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class CriterionCall:
 
     def as_criterion(self) -> tuple[nn.Module, Any] | None:
         """Return the call as a criterion and its target; ``None`` if it is not one with a closed form of all rows."""
-        kind = _CRITERIA[self.function]
+        kind = _CRITERIA.get(self.function)
         rows = self.source is not None and all(step[0] in _KEEPS_ROWS for step in self.source.steps)
         if kind is None or not rows:
             return None
@@ -98,6 +98,10 @@ class CriterionCall:
         target = given.pop("target")
         options = {name: value for name, value in given.items() if name not in ("size_average", "reduce")}
         return kind(**{name: value for name, value in options.items() if value is not None}), target
+
+
+def _itself(result: Tensor) -> Tensor:
+    return result
 
 
 _KEEPS_ROWS = {Tensor.float, Tensor.double, Tensor.to, Tensor.contiguous, Tensor.clone, Tensor.detach}
@@ -125,13 +129,16 @@ class CriterionCalls(TorchFunctionMode):
         self.calls: list[CriterionCall] = []
         self._derived: dict[int, Derived] = {}
 
-    def track(self, outputs: Tensor) -> None:
+    def track(self, outputs: Tensor, *, whole: bool = False) -> None:
         """Take notice of what left a layer.
 
         Args:
             outputs: the tensor that the step goes on with.
+            whole: whether they are a criterion's result already, as of a head that went into ``linear_cross_entropy``.
         """
-        self._derived.setdefault(id(outputs), Derived(outputs, outputs))
+        derived = self._derived.setdefault(id(outputs), Derived(outputs, outputs))
+        if whole:
+            self.calls.append(CriterionCall(_itself, (), {}, outputs, derived))
 
     def __torch_function__(
         self, func: _Function, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_relflat._behind import Behind
 from lightning_relflat.functional._checks import plain
 from lightning_relflat.functional._graph import depends
-from lightning_relflat.functional._late_gradients import Beside, LateGradients
-from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional._weights import (
     adapted_weight,
     class_path,
@@ -22,6 +20,10 @@ from lightning_relflat.functional._weights import (
     layer_weight,
     may_be_linear,
 )
+from lightning_relflat.functional.large_head import is_head_of_many
+
+if TYPE_CHECKING:
+    from lightning_relflat._head_calls import HeadCall
 
 _Function = TypeVar("_Function")
 
@@ -34,13 +36,14 @@ class LayerRecord:
         layer: the layer.
         features: what entered it.
         outputs: what left it.
-        weight: a copy of its kernel or of its matrix, of shape (d, m), at that time; in the graph where there is one,
-            so that gradients reach the parameter, which an optimizer may since have changed in place or a sharding
-            strategy freed.
+        weight: its kernel or its matrix, of shape (d, m), in the graph where there is one, so that gradients reach the
+            parameter. A copy, unless all who listen say that it stays as it is: an optimizer may change it in place
+            before it is needed, or a sharding strategy free it.
         version: how often ``outputs`` had been written to when it left, or ``None`` for a copy.
-        late: a node in the layer's place, if the tap is to have one and the pass can; then ``weight`` is no copy.
         handed: the copy of the outputs that was handed on, if one was, so that it may be changed in place.
         age: how often the layer's parameters had been changed in place.
+        call: where the weight went into ``linear_cross_entropy``, the call; then ``outputs`` is what that returned, and
+            ``weight`` is no copy.
     """
 
     layer: nn.Module
@@ -48,20 +51,9 @@ class LayerRecord:
     outputs: Tensor
     weight: Tensor
     version: int | None
-    late: LateGradients | None = None
     handed: Tensor | None = None
     age: int = 0
-
-    def beside(self, loss: Tensor) -> Beside | None:
-        """Return what lets the gradients of a penalty be made after those of a loss, where the pass has such a node.
-
-        Args:
-            loss: the loss.
-
-        Returns:
-            An argument for :func:`~lightning_relflat.functional.relative_flatness`.
-        """
-        return None if self.late is None else Beside(self.late, loss)
+    call: HeadCall | None = None
 
     def is_in(self, loss: Tensor) -> bool:
         """Return whether a loss depends on the pass.
@@ -87,8 +79,7 @@ class LayerRecord:
     def copied(self) -> LayerRecord:
         """Return the record cut from the graph, with its own copies of features and outputs."""
         features, outputs = self.features.detach().clone(), plain(self.outputs).detach().clone()
-        weight = self.weight.detach() if self.late is None else self.weight.detach().clone()
-        return LayerRecord(self.layer, features, outputs, weight, None, age=self.age)
+        return LayerRecord(self.layer, features, outputs, self.weight.detach(), None, self.handed, self.age, self.call)
 
     def check_unwritten(self, name: str) -> None:
         """Raise if the outputs were written to since they left the layer.
@@ -99,6 +90,11 @@ class LayerRecord:
         Raises:
             RuntimeError: if they were.
         """
+        if self.call is not None and not self.call.is_current(self.weight):
+            raise RuntimeError(
+                f"The weight of layer {name!r} was changed in place after it went into `linear_cross_entropy`, and "
+                "before its flatness was taken."
+            )
         if self.version is not None and self.outputs._version != self.version:
             raise RuntimeError(
                 f"The outputs of layer {name!r} were changed in place after they left it, which they were not in the "
@@ -112,9 +108,13 @@ class Listener(Protocol):
 
     recording: bool
     copies: bool
-    late: bool
     opens: bool
+    stays: bool
     behind: Behind | None
+
+    @property
+    def looks(self) -> bool:
+        """Whether there may be anything to write out behind the layer."""
 
     @property
     def name(self) -> str | None:
@@ -128,28 +128,20 @@ class LayerHook:
     """The one forward hook on a layer, for all taps that listen to it; there while any of them records."""
 
     _of_layer: ClassVar[weakref.WeakKeyDictionary[nn.Module, LayerHook]] = weakref.WeakKeyDictionary()
-    # Whether a copy of the outputs has to be handed on, because what follows changes them in place; where that is not
-    # known, one is.
-    _hands_copies: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
-    # Whether a foreign layer's weight has the shape (m, d).
-    _seen_transposed: ClassVar[weakref.WeakKeyDictionary[nn.Module, bool]] = weakref.WeakKeyDictionary()
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = weakref.ref(layer)
         self.taps: list[Listener] = []
-        # Looked up here, because the hook itself may be traced by a compiler.
-        self._copies = self._hands_copies.get(layer, True)
-        self._transposed = self._seen_transposed.get(layer) if may_be_linear(layer) else False
+        # Whether a copy of the outputs has to be handed on, because what follows changes them in place; where that is
+        # not known (``None``), one is.
+        self._copies: bool | None = None
+        # Whether a foreign layer's weight has the shape (m, d); ``None`` as long as that is not known.
+        self._transposed: bool | None = None if may_be_linear(layer) else False
         # It differentiates, which is not to be traced.
         self._adapted_weight = _untraced(adapted_weight) if is_adapted(layer) else None
-        self._record_untraced = self._record
-        # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
-        self._handles = [layer.register_forward_hook(self, prepend=True, with_kwargs=True)]
-        # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
+        self._record_untraced = _untraced(self._record)
+        self._handles: list[Any] = []
         self._computed: list[Tensor] = []
-        if is_parametrized(layer, "weight"):
-            parametrization = layer.get_submodule("parametrizations.weight")
-            self._handles.append(parametrization.register_forward_hook(_Note(self._computed)))
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerHook:
@@ -159,33 +151,48 @@ class LayerHook:
             hook = cls._of_layer[layer] = cls(layer)
         return hook
 
+    @classmethod
+    def listening(cls) -> list[nn.Module]:
+        """Return the layers that are listened to."""
+        return [layer for layer, hook in cls._of_layer.items() if hook.taps]
+
     def join(self, tap: Listener) -> None:
         """Add a tap."""
         self.taps.append(tap)
-        if _is_to_be_left_out(tap):
-            self._record_untraced = _untraced(self._record)
+        layer = self.layer()
+        if self._handles or layer is None:
+            return
+        # Before the hooks that are there: a sharding strategy's own hook frees the whole weight.
+        self._handles.append(layer.register_forward_hook(self, prepend=True, with_kwargs=True))
+        # Asking a parametrized layer for its weight would compute it anew, and change the state of spectral_norm.
+        if is_parametrized(layer, "weight"):
+            parametrization = layer.get_submodule("parametrizations.weight")
+            self._handles.append(parametrization.register_forward_hook(_Note(self._computed)))
 
-    @classmethod
-    def note(cls, record: LayerRecord) -> None:
-        """Note whether what follows a layer changes its outputs in place."""
-        found = cls._hands_copies[record.layer] = record.is_overwritten()
-        hook = cls._of_layer.get(record.layer)
-        if hook is not None:
-            hook._copies = found
+    def drop(self, tap: Listener) -> None:
+        """Forget a tap, and leave the layer with the last one."""
+        self.taps.remove(tap)
+        if not self.taps:
+            self._computed.clear()
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
 
-    @classmethod
-    def forget(cls, layer: nn.Module) -> None:
+    def note(self, record: LayerRecord) -> None:
+        """Note whether what follows the layer changes its outputs in place, if that is not known; reads the device."""
+        if self._copies is None:
+            self._copies = record.is_overwritten()
+
+    def forget(self) -> None:
         """Forget it."""
-        cls._hands_copies.pop(layer, None)
-        hook = cls._of_layer.get(layer)
-        if hook is not None:
-            hook._copies = True
+        self._copies = None
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
     ) -> Tensor | None:
         computed = self._computed.pop() if self._computed else None
-        taps = [tap for tap in self.taps if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]
+        graph = torch.is_grad_enabled()
+        taps = [tap for tap in self.taps if tap.recording and (graph or tap.copies or tap.opens)]
         if not taps:
             return None
         if any(tap.opens for tap in taps):
@@ -208,29 +215,20 @@ class LayerHook:
                 f"Expected argument `layer` to name a linear or convolution layer, but got {taps[0].name!r}, whose "
                 f"outputs are not x Wᵀ + b: a {class_path(layer)}."
             )
-        late = None
-        large = any(tap.late for tap in taps) and is_large(outputs)
-        if (
-            large
-            and computed is None
-            and isinstance(layer, nn.Linear)
-            and weight is layer.weight
-            and LateGradients.suit(features, weight, outputs)
-        ):
-            late = LateGradients(features, weight, layer.bias, outputs)
-            outputs = late.outputs
         for tap in taps:
-            if tap.behind is not None and late is None and not torch.compiler.is_compiling():
+            if tap.behind is not None and tap.looks and not torch.compiler.is_compiling():
                 outputs = tap.behind.begin(outputs, layer)
         version = None if outputs.is_inference() else outputs._version
         handed = None
-        in_graph = late is None and any(not tap.copies for tap in taps)
-        copies = self._copies or any(tap.opens for tap in taps)
+        in_graph = any(not tap.copies for tap in taps)
+        # A second copy of very many outputs would be the largest thing in the step; changed in place, they are refused.
+        copies = (self._copies is not False and not is_head_of_many(outputs, weight)) or any(tap.opens for tap in taps)
         if in_graph and copies and not torch.compiler.is_compiling():
             handed = outputs.clone()
-        age = sum(parameter._version for parameter in layer.parameters())
-        copied = weight if late else weight.clone()
-        record = LayerRecord(layer, features, outputs, copied, version, late, handed, age)
+        parameters = layer._parameters.values() if isinstance(layer, nn.Linear) else layer.parameters()
+        age = sum(parameter._version for parameter in parameters if parameter is not None)
+        copied = weight if all(tap.stays for tap in taps) else weight.clone()
+        record = LayerRecord(layer, features, outputs, copied, version, handed, age)
         for tap in taps:
             tap.receive(record)
         return outputs if handed is None else handed
@@ -242,21 +240,10 @@ class LayerHook:
                 weight = layer_weight(layer, features, outputs)
             except TypeError:
                 return None
-            self._transposed = self._seen_transposed[layer] = weight is not layer._parameters["weight"]
+            self._transposed = weight is not layer._parameters["weight"]
             return weight
         weight = layer.weight if self._adapted_weight is None else self._adapted_weight(layer)  # type: ignore[assignment]
         return weight.mT if self._transposed else weight
-
-    def drop(self, tap: Listener) -> None:
-        """Forget a tap, and go with the last one."""
-        self.taps.remove(tap)
-        if not self.taps:
-            self._computed.clear()
-            for handle in self._handles:
-                handle.remove()
-            layer = self.layer()
-            if layer is not None:
-                del self._of_layer[layer]
 
     # Models are copied (averaging callbacks) and pickled while a tap listens; the copy has nobody to tell.
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deaf:

@@ -20,9 +20,20 @@ def staying_whole(module: nn.Module | None) -> Iterator[None]:
     Args:
         module: the model; ``None`` for none.
     """
-    groups = [] if module is None else [group for part in module.modules() for group in _groups(part)]
-    with holding(groups, "reshard_after_backward", False):
+    with holding(sharded_groups(module), "reshard_after_backward", False):
         yield
+
+
+def sharded_groups(module: nn.Module | None) -> list[Any]:
+    """Return what PyTorch's ``fully_shard`` gathers in a model, whose ``reshard_after_backward`` says when it goes.
+
+    Args:
+        module: the model; ``None`` for none.
+
+    Returns:
+        The groups of parameters.
+    """
+    return [] if module is None else [group for part in module.modules() for group in _groups(part)]
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.functional._called_batch import Target
+from lightning_relflat.functional._called_batch import Target, read_batch
 from lightning_relflat.functional._checks import full_precision, ordinary
 from lightning_relflat.functional._graph import nodes_between
+from lightning_relflat.functional._recognised import recognise
 from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
+from lightning_relflat.functional.large_head import is_large
 from lightning_relflat.functional.output_hessian import output_hessian
 
 Criterion: TypeAlias = "nn.Module | Callable[[Tensor, Any], Tensor]"
@@ -40,6 +42,9 @@ class Verdict:
 
     holds: bool | None
     reason: str = ""
+
+
+_NO_GRADIENT = Verdict(None, "its gradient cannot be taken before the backward pass")
 
 
 class Claim:
@@ -110,8 +115,9 @@ def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criteri
     Along one random probe: Hu by differentiating the loss twice, beside Au with A = ∇²_z of the criterion in closed
     form, or by differentiating a callable twice. What does not change κ passes: undeclared label smoothing, mixup,
     auxiliary terms, weight decay. A factor, scaled outputs, class weights, masked or shifted positions, a layer further
-    back do not. Where the loss cannot be
-    differentiated twice, its gradient is compared with the criterion's. Reads the device.
+    back do not. Where the loss cannot be differentiated twice, its gradient is compared with the criterion's. So it is
+    with 2²¹ outputs of a cross-entropy and more, beside which second derivatives would not fit; but where the loss's
+    graph says what its curvature is, what every row weighs is compared. Reads the device.
 
     Source: the chain rule; the thresholds are from 20 claims about real models.
 
@@ -139,15 +145,17 @@ def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criteri
         >>> check_claim(0.3 * F.cross_entropy(outputs, target), [outputs], target, cross_entropy).reason
         'its curvature there is 0.3 times that of the named loss'
     """
+    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in outputs)
+    tolerance = _TOLERANCE_OF_HALF_PRECISION if half else _TOLERANCE
+    if isinstance(criterion, nn.CrossEntropyLoss) and any(map(is_large, outputs)):
+        return _judge_large(loss, outputs, target, criterion, tolerance)
     with full_precision(loss), torch.enable_grad():
         try:
             gradients = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
         except RuntimeError:  # compiled with buffers that a backward pass gives away
-            return Verdict(None, "its gradient cannot be taken before the backward pass")
+            return _NO_GRADIENT
         probes = [_signs(tensor) for tensor in outputs]
         products = _products(gradients, outputs, probes)
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in outputs)
-    tolerance = _TOLERANCE_OF_HALF_PRECISION if half else _TOLERANCE
     if products is None or not any(bool(product.any()) for product in products):
         return _judge_gradients(gradients, outputs, target, criterion, tolerance)
     claimed = [_expected(tensor, target, criterion, probe) for tensor, probe in zip(outputs, probes, strict=True)]
@@ -270,8 +278,56 @@ def _judge_gradients(
     found = torch.cat([gradient.detach().flatten().float() for gradient in gradients])
     expected = torch.cat([gradient.flatten().float() for gradient in claimed])
     difference, size = torch.stack([(found - expected).norm(), torch.maximum(found.norm(), expected.norm())]).tolist()
+    return _judge_difference(difference, size, tolerance, "it has no second derivatives")
+
+
+def _judge_difference(difference: float, size: float, tolerance: float, why: str) -> Verdict:
+    """Say what a difference of gradients means beside their size, and why they were compared."""
     if size == 0:
         return Verdict(None, "its gradient is 0")
     if difference <= tolerance * size:
         return Verdict(True)
-    return Verdict(False, f"its gradient there differs by {difference / size:.0%}, and it has no second derivatives")
+    return Verdict(False, f"its gradient there differs by {difference / size:.0%}, and {why}")
+
+
+def _judge_large(
+    loss: Tensor, outputs: Sequence[Tensor], target: Target, criterion: nn.CrossEntropyLoss, tolerance: float
+) -> Verdict:
+    """Compare what rows weigh, or else gradients, a block of rows at a time; no array is added to the loss's own."""
+    batches = [read_batch(criterion, tensor.detach(), target) for tensor in outputs]
+    means = criterion.reduction != "sum"
+    try:
+        recognised = recognise(loss, outputs, [])
+        if recognised is not None:
+            if recognised.kind != "softmax":
+                return Verdict(False, "it is another criterion of them")
+            found = torch.cat([factor.detach().flatten() for factor in recognised.factors])
+            expected = torch.cat([batch.weight / batch.total_weight if means else batch.weight for batch in batches])
+            return _judge(found.to(expected)[:, None], expected[:, None], None, tolerance)
+        if not all(batch.targets for batch in batches):
+            return Verdict(None, "its gradient tells nothing without a target")
+        gradients = torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)
+    except RuntimeError:  # compiled with buffers that a backward pass gives away
+        return _NO_GRADIENT
+    sums: list[Tensor] = []
+    for gradient, batch in zip(gradients, batches, strict=True):
+        [whole], dtype = batch.targets, batch.weight.dtype
+        options: Any = {"ignore_index": criterion.ignore_index, "label_smoothing": criterion.label_smoothing}
+        options["weight"] = None if criterion.weight is None else criterion.weight.to(batch.weight)
+        rows = max(1, _BLOCK // max(1, batch.outputs.shape[1]))
+        for start in range(0, len(batch.outputs), rows):
+            part = slice(start, start + rows)
+            with full_precision(loss), torch.enable_grad():
+                copy = batch.outputs[part].to(dtype, copy=True).requires_grad_()
+                labels = whole[part].to(dtype) if whole.is_floating_point() else whole[part]
+                value = nn.functional.cross_entropy(copy, labels, reduction="sum", **options)
+                [own] = torch.autograd.grad(value / batch.total_weight if means else value, copy)
+            found = gradient.reshape(batch.outputs.shape)[part].to(own)
+            sums.append(torch.stack([(found - own).square().sum(), found.square().sum(), own.square().sum()]))
+    difference, has, claimed = torch.stack(sums).sum(dim=0).sqrt().tolist()
+    why = "its outputs are too many for second derivatives"
+    return _judge_difference(difference, max(has, claimed), tolerance, why)
+
+
+# Outputs of a block whose gradients are compared.
+_BLOCK = 1 << 22

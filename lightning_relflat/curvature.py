@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
+from lightning_relflat._head_calls import parts_of_call, shares_of_calls
 from lightning_relflat._layer_hook import LayerRecord
 from lightning_relflat.claims import Criterion, value_of_callable
 from lightning_relflat.functional._checks import (
@@ -22,22 +23,23 @@ from lightning_relflat.functional._checks import (
     check_probes,
     compute_dtype,
     ordinary,
+    plain,
     shape_of,
+    sum_of,
 )
 from lightning_relflat.functional._errors import independent, missing, moments
 from lightning_relflat.functional._linear_map import LayerUse, as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
-from lightning_relflat.functional._recognised import Recognised, mean_divisor, recognise
-from lightning_relflat.functional._softmax_trace import is_large
+from lightning_relflat.functional._recognised import Recognised, mean_divisor, recognise, recognise_cross_entropy
 from lightning_relflat.functional._weights import has_matrix
 from lightning_relflat.functional.criteria import has_closed_form, owned_criterion
 from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
 from lightning_relflat.functional.output_hessian import OutputHessian
 from lightning_relflat.functional.relative_flatness import (
     flatness_through,
-    relative_flatness,
     relative_flatness_sums,
+    softmax_parts,
 )
 
 Loss: TypeAlias = "str | Criterion"
@@ -68,13 +70,27 @@ def recognise_passes(loss: Tensor, records: Sequence[LayerRecord]) -> Recognised
         records: the passes through the layer that it depends on, in their graph.
 
     Returns:
-        The curvature; ``None`` where it is not recognised, for a convolution, and for 2²¹ outputs and more, whose
-        closed form would need their memory once more.
+        The curvature; ``None`` where it is not recognised, and for a convolution.
     """
-    outputs = [record.outputs for record in records]
-    if not records or not has_matrix(records[0].layer) or any(map(is_large, outputs)):
+    if not records or not has_matrix(records[0].layer):
         return None
-    return recognise(loss, outputs, [record.features for record in records])
+    called = [record for record in records if record.call is not None]
+    passed = [record for record in records if record.call is None]
+    outputs, features = [record.outputs for record in passed], [record.features for record in passed]
+    if not called:
+        return recognise(loss, outputs, features)
+    shares, total = shares_of_calls(loss, called)
+    if not passed:
+        return Recognised("softmax", tuple(shares), total)
+    others = recognise(loss, outputs, features)
+    if others is None or others.kind != "softmax":
+        raise RuntimeError(
+            "The layer's weight went into `linear_cross_entropy`, and the loss depends on its outputs too, in a way "
+            "that is not recognised as a cross-entropy. Then its curvature cannot be had."
+        )
+    own, other = iter(shares), iter(others.factors)
+    factors = tuple(next(own if record.call is not None else other) for record in records)
+    return Recognised("softmax", factors, total + others.total)
 
 
 def exact_parts(
@@ -84,8 +100,10 @@ def exact_parts(
     through_hessian: bool = True,
     measure: Measure = "relative_flatness",
     normalize_features: bool = False,
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    r"""Return the part of every row in κ of a linear layer, exactly, differentiable.
+    r"""Return the part of every row in κ of a linear layer, exactly unless probes are given, differentiable.
 
     .. math:: κ = \sum_p ‖φ_p‖^2 \operatorname{Tr}(W^⊤ A_p W)
 
@@ -97,34 +115,98 @@ def exact_parts(
         through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
         measure: as for :func:`~lightning_relflat.functional.relative_flatness`.
         normalize_features: as there.
+        probes: as there; for a softmax.
+        generator: as there.
 
     Returns:
-        For each pass the parts, of shape (rows,).
+        For each pass the parts, of shape (rows,); of one that went into ``linear_cross_entropy`` and is differentiated
+        their sum, of shape (1,).
+
+    Raises:
+        RuntimeError: if another measure is asked for of a pass that went into ``linear_cross_entropy``.
     """
-    options: Any = {"measure": measure, "normalize_features": normalize_features}
     parts = []
     for record, factor in zip(records, recognised.factors, strict=True):
+        if record.call is not None:
+            if measure != "relative_flatness":
+                raise RuntimeError(
+                    "Expected argument `measure` to be 'relative_flatness' where the layer's weight goes into "
+                    f"`linear_cross_entropy`, which never makes its outputs, but got {measure!r}."
+                )
+            shared: Any = {"probes": probes, "generator": generator, "normalize_features": normalize_features}
+            parts.append(parts_of_call(record, factor, through_hessian=through_hessian, **shared))
+            continue
         features, outputs, factor = (
             value if through_hessian else value.detach() for value in (record.features, record.outputs, factor)
         )
-        if recognised.kind == "softmax":
-            # Rows without a share count as ignored: they may hold anything, such as NaN.
-            shares = torch.where(factor != 0, 0, -100)
-            own = relative_flatness(
-                features, record.weight, outputs, shares, loss=_SOFTMAX, reduction="none", class_dim=-1, **options
-            )
-            parts.append((own * factor.to(own)).flatten())
-            continue
         dtype = compute_dtype(features, record.weight, outputs)
-        rows = outputs.reshape(-1, outputs.shape[-1]).to(dtype)
-        diagonal = factor.reshape(rows.shape).to(dtype)
-        if recognised.kind == "sigmoid":
-            diagonal = diagonal * rows.sigmoid() * (-rows).sigmoid()
-        ones = diagonal.new_ones(len(rows))
-        hessian = OutputHessian(diagonal, None, ones, ones.sum())
+        rows = plain(outputs).reshape(-1, outputs.shape[-1])
+        if recognised.kind == "softmax":
+            shares = factor.flatten().to(dtype)
+            counted = None if recognised.all_count else shares != 0
+            if measure == "relative_flatness":
+                parts.append(
+                    softmax_parts(
+                        features,
+                        record.weight,
+                        rows,
+                        shares,
+                        counted,
+                        recognised.log_p,
+                        normalize_features=normalize_features,
+                        probes=probes,
+                        generator=generator,
+                    )
+                )
+                continue
+            p = rows.to(dtype).softmax(dim=1)
+            hessian = OutputHessian(p, p, shares, shares.sum(), annihilates_constants=True, counted=counted)
+        else:
+            rows = rows.to(dtype)
+            diagonal = factor.reshape(rows.shape).to(dtype)
+            if recognised.kind == "sigmoid":
+                diagonal = diagonal * rows.sigmoid() * (-rows).sigmoid()
+            ones = diagonal.new_ones(len(rows))
+            hessian = OutputHessian(diagonal, None, ones, ones.sum())
         flat = features.reshape(len(rows), -1).to(dtype)
-        parts.append(flatness_through(hessian, flat, record.weight.to(dtype), **options))
+        parts.append(
+            flatness_through(
+                hessian, flat, record.weight.to(dtype), measure=measure, normalize_features=normalize_features
+            )
+        )
     return parts
+
+
+def plainly_exact(
+    loss: Tensor,
+    records: Sequence[LayerRecord],
+    *,
+    through_hessian: bool = True,
+    measure: Measure = "relative_flatness",
+    normalize_features: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """Return κ of a linear layer where the loss is PyTorch's own cross-entropy of its outputs and nothing else.
+
+    The most frequent case, and the cheapest to tell.
+
+    Args:
+        loss: a loss.
+        records: passes through the layer, in their graph.
+        through_hessian: as for :func:`exact_parts`.
+        measure: as there.
+        normalize_features: as there.
+
+    Returns:
+        κ, differentiable, and what the loss's mean divides by; ``None`` if the loss is another.
+    """
+    if len(records) != 1 or records[0].call is not None or not has_matrix(records[0].layer):
+        return None
+    recognised = recognise_cross_entropy(loss, records[0].outputs)
+    if recognised is None:
+        return None
+    options: Any = {"measure": measure, "normalize_features": normalize_features}
+    [parts] = exact_parts(recognised, records, through_hessian=through_hessian, **options)
+    return parts.sum(), recognised.total
 
 
 class Trying:
@@ -147,7 +229,8 @@ class Trying:
         Returns:
             What it returns.
         """
-        if not self._found and self._misses >= _MISSES:
+        called = any(record.call is not None for record in records)
+        if not self._found and self._misses >= _MISSES and not called:
             return None
         recognised = recognise_passes(loss, records)
         self._found |= recognised is not None
@@ -156,7 +239,6 @@ class Trying:
 
 
 _MISSES = 3
-_SOFTMAX = nn.CrossEntropyLoss()
 
 
 class Probes:
@@ -262,13 +344,17 @@ def sums_of_loss(
     probes.batches += 1
     if not any(record.outputs.numel() for record in records):  # a process may have a batch of no samples
         return loss.new_zeros(4, dtype=torch.float64)
+    with torch.no_grad():
+        plain = plainly_exact(loss, records)
+    if plain is not None:
+        probes.exact = True
+        return exactly(plain[0] * plain[1], plain[1])
     recognised = probes.trying.recognise(loss, records)
     probes.exact = recognised is not None
     if recognised is not None:
         with torch.no_grad():
-            kappa = torch.stack([part.double().sum() for part in exact_parts(recognised, records)]).sum()
-        total = recognised.total.double()
-        return torch.stack([kappa * total, total, *torch.zeros_like(kappa).expand(2)])
+            kappa = sum_of([part.sum(dtype=torch.float64) for part in exact_parts(recognised, records)])
+        return exactly(kappa * recognised.total, recognised.total)
     features = records[0].features
     uses = [as_use(record.layer, record.features, record.outputs, record.weight) for record in records]
     with (behind or Behind()).curvature():
@@ -298,8 +384,7 @@ def sums_of_criterion(
     """
     with torch.no_grad():
         value, total = relative_flatness_sums(features, weight, outputs, target, loss=criterion, class_dim=class_dim)
-    value, total = value.double(), total.double()
-    return torch.stack([value, total, *torch.zeros_like(value).expand(2)])
+    return exactly(value, total)
 
 
 def sums_of_callable(
@@ -346,6 +431,21 @@ def sums_of_callable(
     return weighted(found, samples)
 
 
+def exactly(value: Tensor, weight: Tensor) -> Tensor:
+    """Return the sums of a batch whose κ is exact.
+
+    Args:
+        value: κ times the batch's weight.
+        weight: the weight.
+
+    Returns:
+        The sums.
+    """
+    found = torch.zeros(4, dtype=torch.float64, device=value.device)
+    found[0], found[1] = value, weight
+    return found
+
+
 def weighted(found: Tensor, weight: Tensor) -> Tensor:
     """Return the sums of a batch from its κ and its weight.
 
@@ -370,9 +470,9 @@ def of_one_batch(sums: Sequence[Tensor]) -> Tensor:
     Returns:
         The sums.
     """
+    if len(sums) == 1:
+        return sums[0]
     stacked = torch.stack(list(sums))
-    if len(stacked) == 1:
-        return stacked[0]
     scale = torch.where(stacked[:, 1] == 0, 1, stacked[0, 1] / stacked[:, 1])
     return (stacked * torch.stack([scale, scale / len(stacked), scale**2, scale**4], dim=1)).sum(dim=0)
 

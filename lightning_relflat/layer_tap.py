@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
+from lightning_relflat._head_calls import leave, listen
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
-from lightning_relflat._sharded import holding, staying_whole
-from lightning_relflat.curvature import Trying, exact_parts
-from lightning_relflat.functional._checks import ordinary
+from lightning_relflat._sharded import holding, sharded_groups
+from lightning_relflat.curvature import Trying, exact_parts, plainly_exact
+from lightning_relflat.functional._checks import ordinary, sum_of
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
@@ -48,16 +49,16 @@ class LayerTap:
         layer: the dotted name of a linear or convolution layer in it, or ``None`` for the last linear one that runs
             while the tap records for the first time. Linear is an ``nn.Linear``; a layer around one that is called
             ``base_layer``, as LoRA's, as a whole, with the weight W + BA; and what has a matrix ``weight`` and turns
-            out to compute x Wᵀ + b, as Hugging Face's ``Conv1D`` or PyTorch Geometric's ``Linear``.
+            out to compute x Wᵀ + b, as Hugging Face's ``Conv1D`` or PyTorch Geometric's ``Linear``. A call of
+            ``torch.nn.functional.linear_cross_entropy`` with a layer's weight counts as if the layer ran.
         copies: whether records are detached copies, fit to be read at any later time, or the tensors in their graph;
             then only passes with gradients are recorded.
-        late: whether, for a named cross-entropy, the gradients of a penalty are made after those of the loss where
-            there are very many outputs (2²¹ in all), as ``LayerRecord.beside`` says. The weight of such a record is
-            the layer's own and no copy: let nothing change it or free it before the backward pass.
         through_loss: whether κ is to be taken from the loss. Then, while the tap records, normalisations behind the
             layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
             attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
             in ``start`` and left in ``stop``. It is left out from the second time on if it has found nothing to do.
+        stays: whether the layer's weight is neither changed nor freed between its pass and the backward pass, so that
+            no copy of it is needed.
         measures: whether κ is only looked at and not trained with. Then what is written out leaves the loss and its
             gradients as they are, bit for bit.
         behind: such a mode, to be shared by several taps, which somebody else enters.
@@ -89,7 +90,7 @@ class LayerTap:
         layer: str | None = None,
         *,
         copies: bool = False,
-        late: bool = False,
+        stays: bool = False,
         through_loss: bool = True,
         measures: bool = False,
         behind: Behind | None = None,
@@ -97,7 +98,7 @@ class LayerTap:
         self._module = weakref.ref(module)
         self._candidates = _find_layers(module, layer)
         self.copies = copies
-        self.late = late
+        self.stays = stays
         self.opens = False
         self.calls: CriterionCalls | None = None
         self.recording = False
@@ -105,6 +106,7 @@ class LayerTap:
         self._own_behind = Behind(measures=measures) if behind is None and through_loss and not copies else None
         self.behind = behind or self._own_behind
         self._mode = ExitStack()
+        self._within = False  # whether the mode is entered
         self._records: list[LayerRecord] = []
         self._originals: list[Tensor] = []  # what the step went on with, while calls are followed
         self._hooks: list[LayerHook] = []
@@ -117,6 +119,11 @@ class LayerTap:
         return next(iter(self._candidates)) if len(self._candidates) == 1 else None
 
     @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """The layers that it listens to: one, once it is known which."""
+        return self._candidates
+
+    @property
     def layer(self) -> nn.Module | None:
         """The layer, once it is known."""
         return next(iter(self._candidates.values())) if len(self._candidates) == 1 else None
@@ -127,6 +134,11 @@ class LayerTap:
         return self._looker.last is not None and self._looker.last.flat
 
     @property
+    def looks(self) -> bool:
+        """Whether there may be anything to write out behind the layer."""
+        return self._own_behind is None or self._looking or self.opens
+
+    @property
     def pending(self) -> bool:
         """Whether there are records that have not been handed out."""
         return bool(self._records)
@@ -134,7 +146,7 @@ class LayerTap:
     def attach(self) -> None:
         """Put the hooks on, without recording: what is compiled now has them when there is something to record."""
         self.stop()
-        self._hooks = [LayerHook.of(candidate) for candidate in self._candidates.values()]
+        self._hooks = self._own_hooks()
         for hook in self._hooks:
             hook.join(self)
 
@@ -142,27 +154,39 @@ class LayerTap:
         """Put the hooks on, forget what was recorded and begin to record."""
         self.attach()
         self.recording = True
-        if self._own_behind is not None and (self._looking or self.opens) and not self.copies:
+        listen(self)
+        if self._own_behind is not None and self.looks and not self.copies:
             self._mode.enter_context(self._own_behind)
+            self._within = True
 
     def stop(self) -> None:
         """Stop recording, forget what was recorded and take the hooks away."""
         self._records, self._originals = [], []
         self.recording = False
+        leave(self)
         for hook in self._hooks:
             hook.drop(self)
         self._hooks = []
-        self._mode.close()
+        if self._within:
+            self._mode.close()
+            self._within = False
         if self._own_behind is not None:
             self._own_behind.forget()
 
     def look_again(self) -> None:
         """Look anew, with the next step, for what there is to write out or is changed in place, and how rows meet."""
-        for layer in self._candidates.values():
-            LayerHook.forget(layer)
+        for hook in self._own_hooks():
+            hook.forget()
+        self._sharded: list[Any] | None = None
         self._looking = True  # whether it is not yet known if there is anything to write out
         self._trying = Trying()
         self._looker.look_again()
+
+    def staying_whole(self) -> AbstractContextManager[None]:
+        """Return a context in which fully sharded weights stay whole after a backward pass; see ``_sharded``."""
+        if self._sharded is None:
+            self._sharded = sharded_groups(self._module())
+        return holding(self._sharded, "reshard_after_backward", False) if self._sharded else nullcontext()
 
     def has_measured(self, *, exact: bool) -> None:
         """Take notice that κ was taken elsewhere, so that what need not be looked at is let be until the next look.
@@ -199,8 +223,8 @@ class LayerTap:
         records = [record for record in records if record.layer is self.layer]
         for record in records:
             record.check_unwritten(self.name or "")
-            if record.handed is not None:
-                LayerHook.note(record)
+            if record.handed is not None and record.call is None:
+                LayerHook.of(record.layer).note(record)
         return records
 
     def peek(self) -> list[LayerRecord]:
@@ -280,6 +304,7 @@ class LayerTap:
         through_hessian: bool = True,
         measure: Measure = "relative_flatness",
         normalize_features: bool = False,
+        shared_probes: int | None = None,
     ) -> Tensor | None:
         """Return κ of the layer in a loss, over all those of some passes on which the loss depends.
 
@@ -293,6 +318,8 @@ class LayerTap:
             through_hessian: as for :func:`~lightning_relflat.functional.layer_flatness`.
             measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace in its place.
             normalize_features: whether every row counts as if it had the length 1.
+            shared_probes: how many random probes, shared by all rows, stand for the exact κ of a cross-entropy; drawn
+                by ``generator``.
 
         Returns:
             κ, a scalar, or ``None`` if the loss depends on none of them.
@@ -303,48 +330,76 @@ class LayerTap:
         """
         if not records:
             return None
-        behind, module = self.behind, self._module()
-        with ExitStack() as stack:
-            stack.enter_context(_within_fabric())
-            stack.enter_context(ordinary())
-            stack.enter_context(staying_whole(module))
+        options: Any = {"measure": measure, "normalize_features": normalize_features}
+        if shared_probes is None:
+            plain = self.plain_flatness_of(loss, records, through_hessian=through_hessian, **options)
+            if plain is not None:
+                return plain
+        module = self._module()
+        with _within_fabric(), ordinary(), self.staying_whole():
             mine = [record for record in records if record.is_in(loss)]
             recognised = self._trying.recognise(loss, mine)
             self.exact = recognised is not None
+            if shared_probes is not None and (recognised is None or recognised.kind != "softmax"):
+                raise RuntimeError(
+                    "Expected the loss to be a cross-entropy of the layer's outputs where random probes are shared by "
+                    "its rows, but got one that is not recognised as such. Leave out `shared_probes`, or name the loss."
+                )
             if recognised is not None:
                 self.has_measured(exact=True)
                 exact = exact_parts(
                     recognised,
                     mine,
                     through_hessian=through_hessian,
-                    measure=measure,
-                    normalize_features=normalize_features,
+                    probes=shared_probes,
+                    generator=generator() if shared_probes is not None and callable(generator) else None,
+                    **options,
                 )
-                return torch.stack([part.sum() for part in exact]).sum()
-            gated = False
-            if behind is not None:
-                stack.enter_context(behind.curvature())
-                self._looking, gated = behind.rewrote, behind.gated
-            enter = behind.enter if behind is not None and gated else _as_it_is
-            uses = [
-                as_use(record.layer, enter(record.features), record.outputs, enter(record.weight)) for record in records
-            ]
-            [parts] = flatness_of_layers(
-                loss,
-                [uses],
-                lookers=[self._looker],
-                mode=(module is not None and module.training, records[0].layer.training),
-                probes=probes,
-                generator=generator() if callable(generator) else generator,
-                through_hessian=through_hessian,
-                measure=measure,
-                normalize_features=normalize_features,
-            )
-            sums = [part.sum() / (probes or 1) for part in parts if part is not None]
-            if not sums:
-                return None
-            kappa = torch.stack(sums).sum()
-            return kappa if behind is None else behind.deposit(kappa)
+                return sum_of([part.sum() for part in exact])
+            behind = self.behind
+            with nullcontext() if behind is None else behind.curvature():
+                gated = False
+                if behind is not None:
+                    self._looking, gated = behind.rewrote, behind.gated
+                enter = behind.enter if behind is not None and gated else _as_it_is
+                uses = [
+                    as_use(record.layer, enter(record.features), record.outputs, enter(record.weight))
+                    for record in records
+                ]
+                [parts] = flatness_of_layers(
+                    loss,
+                    [uses],
+                    lookers=[self._looker],
+                    mode=(module is not None and module.training, records[0].layer.training),
+                    probes=probes,
+                    generator=generator() if callable(generator) else generator,
+                    through_hessian=through_hessian,
+                    **options,
+                )
+                sums = [part.sum() / (probes or 1) for part in parts if part is not None]
+                if not sums:
+                    return None
+                kappa = sum_of(sums)
+                return kappa if behind is None else behind.deposit(kappa)
+
+    def plain_flatness_of(self, loss: Tensor, records: Sequence[LayerRecord], **options: Any) -> Tensor | None:
+        """Return what :meth:`flatness_of` does, where the loss is PyTorch's own cross-entropy and nothing else.
+
+        Args:
+            loss: as there.
+            records: as there.
+            options: as there.
+
+        Returns:
+            κ, exact; ``None`` if the loss is another.
+        """
+        with ordinary():
+            found = plainly_exact(loss, records, **options)
+        if found is None:
+            return None
+        self.exact = True
+        self.has_measured(exact=True)
+        return found[0]
 
     def __enter__(self) -> LayerTap:
         self.start()
@@ -365,8 +420,11 @@ class LayerTap:
         """
         if self.calls is not None and not torch.compiler.is_compiling():
             self._originals.append(record.outputs if record.handed is None else record.handed)
-            self.calls.track(self._originals[-1])
+            self.calls.track(self._originals[-1], whole=record.call is not None)
         self._records.append(record.copied() if self.copies else record)
+
+    def _own_hooks(self) -> list[LayerHook]:
+        return [LayerHook.of(candidate) for candidate in self._candidates.values()]
 
     def _settle(self, layer: nn.Module) -> None:
         self._candidates = {name: candidate for name, candidate in self._candidates.items() if candidate is layer}

@@ -23,7 +23,7 @@ def nothing_leaks() -> Iterator[None]:
     threads = set(threading.enumerate())
     LayerHook._of_layer.clear()
     yield
-    assert not LayerHook._of_layer, f"hooks left on {list(LayerHook._of_layer)}"
+    assert not LayerHook.listening(), f"hooks left on {LayerHook.listening()}"
     left = [thread for thread in set(threading.enumerate()) - threads if thread.is_alive() and not thread.daemon]
     assert not left, f"threads left: {left}"
     assert not (torch.distributed.is_available() and torch.distributed.is_initialized()), "process group left"

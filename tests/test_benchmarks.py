@@ -37,7 +37,7 @@ def test_training_step(tmp_path: Path) -> None:
     found = run("training_step", tmp_path, cases=[case], memory=False)["mlp, 3 classes, batch 4"]
     assert set(found) == {
         "plain", "FAM, named loss", "FAM, unnamed loss", "FAM, probe", "FAM, every 10th step", "FAM, hidden layer",
-        "SAM", "published FAM"
+        "FlatnessMonitor", "SAM", "published FAM"
     }  # fmt: skip
     assert found["plain"]["ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0, "runs": 10}
     for name, entry in found.items():
@@ -134,7 +134,7 @@ def test_scaling(tmp_path: Path) -> None:
         for kind in ("FAM, named loss", "FAM, probe"):
             assert training[f"{kind}, {steps} steps"] == plain  # FAM moves nothing
         assert plain["gradient_bytes_per_step"] > 0
-        relative = training[f"FAM, relative, {steps} steps"]["calls"]
+        relative = training[f"FAM, auto, {steps} steps"]["calls"]
         assert relative["all_reduce"] == plain["calls"].get("all_reduce", 0) + steps
     assert found["state_bytes"]["RelativeFlatness"] == 40
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor, claims
 from lightning_relflat.claims import check_claim
+from lightning_relflat.functional.large_head import _from_outputs
 from tests.callbacks.test_fam import assert_same_weights, definition, train_by_hand
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 
@@ -75,6 +76,82 @@ def test_what_changes_it_is_caught_with_a_reason(case: str, dtype: torch.dtype) 
     verdict = check_claim(loss(mixed, target), [mixed], target, nn.CrossEntropyLoss())
     assert verdict.holds is False
     assert any(part in verdict.reason for part in reason.split("|")), verdict.reason
+
+
+def linear_beside(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y) + z.mean()
+
+
+LARGE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    **{case: (loss, "") for case, loss in HOLDS.items() if "linear in the outputs" not in case},
+    "a term that is linear in the outputs": (linear_beside, "43%, and its outputs are too many"),
+    "a factor": (FAILS["a factor"][0], "0.3 times"),
+    "a sum": (FAILS["a sum"][0], f"{N} times"),
+    "class weights left out": (FAILS["class weights left out"][0], "differs by 62%"),
+    "masked rows": (FAILS["masked rows"][0], "17 of 24 rows have no share"),
+    "another criterion": (FAILS["another criterion"][0], "another criterion"),
+    "scaled outputs": (FAILS["scaled outputs"][0], "93%, and its outputs are too many"),
+    "a layer between": (FAILS["a layer between"][0], "122%, and its outputs are too many"),
+    "focal loss": (focal, "18%, and its outputs are too many"),
+    "an entropy bonus": (FAILS["an entropy bonus"][0], "3%, and its outputs are too many"),
+}
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_from_outputs, "_FEW", 0)
+    monkeypatch.setattr(claims, "_BLOCK", 3 * D)
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("case", LARGE)
+def test_with_very_many_outputs_rows_or_gradients_are_compared(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, reason = LARGE[case]
+    outputs, target = outputs_and_target()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("second derivatives")
+
+    monkeypatch.setattr(claims, "_products", refuse)
+    verdict = check_claim(loss(outputs, target), [outputs], target, nn.CrossEntropyLoss())
+    assert verdict.holds is (not reason)
+    assert reason in verdict.reason
+
+
+class Kernel(torch.autograd.Function):
+    """A cross-entropy whose graph says nothing, with a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, weight: Tensor | None, ignore: int, smooth: float, k: float) -> Tensor:
+        copy = z.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(copy, y, weight=weight, ignore_index=ignore, label_smoothing=smooth)
+            [gradient] = torch.autograd.grad(k * loss, copy)
+        ctx.save_for_backward(gradient)
+        return k * loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.saved_tensors[0], *(None,) * 5
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize(("factor", "holds"), [(1.0, True), (1.03, False)])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weight", [None, WEIGHTS])
+def test_with_very_many_outputs_a_kernel_is_judged_by_its_gradient(
+    weight: Tensor | None, soft: bool, factor: float, holds: bool
+) -> None:
+    outputs, target = outputs_and_target()
+    if soft:
+        target = F.one_hot(target, D).double() * 0.9 + 0.1 / D
+    ignore = -100 if soft else 2
+    loss = Kernel.apply(outputs, target, weight, ignore, 0.1, factor)
+    criterion = nn.CrossEntropyLoss(weight, ignore_index=ignore, label_smoothing=0.1)
+    assert check_claim(loss, [outputs], target, criterion).holds is holds
+    if not soft:
+        unsmoothed = nn.CrossEntropyLoss(weight, ignore_index=ignore)
+        assert check_claim(loss, [outputs], target, unsmoothed).holds is False  # its graph does not say
 
 
 def test_two_passes_count_by_themselves() -> None:

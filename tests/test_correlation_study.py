@@ -25,7 +25,10 @@ CHANGED_BY_LAYERS = {
     *("hessian_trace", "hessian_eigenvalue", "weight_norm", "feature_norm", "parameter_norm"),
     *("sam", "pac_bayes"),
 }
-UNCHANGED_BY_NEURONS = {"standardized", "column_flatness_max", "column_flatness_sum", "fisher_rao"}
+UNCHANGED_BY_NEURONS = {
+    *("standardized", "column_flatness_max", "column_flatness_sum", "fisher_rao"),
+    "first_layer_flatness",  # its inputs are the digits, which nothing rescales; its rows may be
+}
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +150,11 @@ def test_gap_and_measures_are_those_of_the_network(
         assert result["measures"]["as trained"][name] == pytest.approx(value.item(), rel=1e-5), name
 
 
-def test_the_sum_over_layers(study: ModuleType) -> None:
+def test_hidden_layers_by_the_definition(study: ModuleType) -> None:
     torch.manual_seed(0)
     network: Any = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
-    inputs, labels = torch.randn(400, 6, dtype=torch.float64), torch.randint(3, (400,))
-    total = 0.0
+    inputs, labels = torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
+    expected = []
     for layer in (network[0], network[2], network[4]):
 
         def loss(weight: torch.Tensor, layer: Any = layer) -> torch.Tensor:
@@ -160,8 +163,15 @@ def test_the_sum_over_layers(study: ModuleType) -> None:
                 features = features @ weight.T + layer.bias.detach() if part is layer else part(features)
             return F.cross_entropy(features, labels)
 
-        total += oracles.kappa(loss, layer.weight.detach()).item()
-    assert study.layers_flatness(network, (inputs, labels)).item() == pytest.approx(total, rel=0.1)
+        expected.append(oracles.kappa(loss, layer.weight.detach()).item())
+    assert study.hidden_flatness(network, (inputs, labels)).tolist() == pytest.approx(expected[:2], rel=1e-10)
+    assert study.hidden_flatness(network, (inputs, labels)).shape == (2,)
+
+
+def test_the_sum_over_layers(trained: dict[str, Any]) -> None:
+    of_layers = ("first_layer_flatness", "second_layer_flatness", "relative_flatness")
+    for measures in trained["measures"].values():
+        assert measures["layers_flatness"] == pytest.approx(sum(measures[name] for name in of_layers), rel=1e-5)
 
 
 def test_rescaling_leaves_outputs_and_invariant_measures_and_nothing_else(

@@ -157,6 +157,7 @@ def test_the_metric_needs_no_lightning() -> None:
         "from lightning_relflat import FAM",
         "from lightning_relflat import FlatnessMonitor",
         "from lightning_relflat import RelativeFlatness",
+        "from lightning_relflat import find_coefficient",
         *(f"import {name}" for name in BLOCKED),
     ],
 )
@@ -169,5 +170,5 @@ def test_the_blocker_blocks(line: str) -> None:
 
 
 def test_nothing_is_blocked_without_the_blocker() -> None:
-    found = run("from lightning_relflat import FAM, FlatnessMonitor, RelativeFlatness")
+    found = run("from lightning_relflat import FAM, FlatnessMonitor, RelativeFlatness, find_coefficient")
     assert found.returncode == 0, found.stderr

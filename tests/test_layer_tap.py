@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat._layer_hook import LayerHook
+from lightning_relflat.functional.large_head import _from_outputs
 from lightning_relflat.layer_tap import LayerTap
 
 
@@ -149,7 +150,7 @@ def test_taps_share_one_hook_and_one_copy_of_the_weight() -> None:
     assert records[0].weight.data_ptr() == records[2].weight.data_ptr()
     assert records[1].layer is net[2]
     for tap in (taps[0], taps[2], taps[1]):
-        assert LayerHook._of_layer
+        assert LayerHook.listening()
         tap.close()
         tap.close()
     assert not any(module._forward_hooks for module in net.modules())
@@ -212,3 +213,21 @@ def test_a_linear_subclass_that_computes_something_else_is_refused_when_it_runs(
         net(torch.ones(3, 2))
         net[0](torch.ones(3, 2))
         assert [record.layer for record in tap.take()] == [net[1]]
+
+
+@pytest.mark.parametrize(("width", "copied"), [(8, True), (9, False)])
+def test_a_head_of_very_many_outputs_hands_on_no_copy(
+    width: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_from_outputs, "_FEW", 0)
+    head = nn.Linear(2, width)
+    with LayerTap(head, "") as tap:
+        outputs = head(torch.ones(3, 2))
+        [record] = tap.peek()
+        assert (outputs.data_ptr() != record.outputs.data_ptr()) == copied
+        outputs += 1
+        if copied:
+            assert len(tap.take()) == 1
+            return
+        with pytest.raises(RuntimeError, match="changed in place after they left it"):
+            tap.take()

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_relflat.callbacks.coefficients import LossRatio
+from lightning_relflat.callbacks.coefficients import Automatic
 from lightning_relflat.functional import layer_flatness
 from tests import oracles
 from tests.experiments import EXAMPLES, run_experiment
@@ -175,7 +175,7 @@ def test_steps_by_hand(penalties: ModuleType, way: str) -> None:
     net = mlp()
     parameters: list[Tensor] = list(net.parameters())
     first, second = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
-    ratio = LossRatio()
+    rule = Automatic(share=1.0, most=1e6)
     for step, (x, y) in enumerate(data):
 
         def gradients(x: Tensor = x, y: Tensor = y, *, penalised: bool = False) -> list[Tensor]:
@@ -189,9 +189,9 @@ def test_steps_by_hand(penalties: ModuleType, way: str) -> None:
                 )
                 scale = 1.0
                 if unit == "c":
-                    scale = float(ratio.ratio(kappa))
-                    ratio.measure(loss, kappa)
-                    ratio.end(kappa.device, 1)
+                    scale = float(rule.coefficient(kappa))
+                    rule.measure(loss, kappa)
+                    rule.end(kappa.device, 1)
                 loss = loss + value * scale * kappa
             return list(torch.autograd.grad(loss, parameters))
 

@@ -268,3 +268,19 @@ def _kind(batch: Any) -> str:
     if isinstance(batch, Sequence):
         return f"a {kind} of {len(batch)}"
     return f"a {kind}"
+
+
+def loggers_are_due(trainer: Trainer) -> bool:
+    """Return whether what is logged in the present training step reaches a logger, or is the last of its epoch.
+
+    A call of ``self.log`` takes as long as a small network's forward pass; between the steps that ``log_every_n_steps``
+    counts nobody reads what it has written.
+
+    Args:
+        trainer: the Trainer.
+
+    Returns:
+        Whether that is so.
+    """
+    # Lightning's own monitors of learning rates and devices ask there, too; it says so nowhere else.
+    return trainer._logger_connector.should_update_logs or trainer.is_last_batch

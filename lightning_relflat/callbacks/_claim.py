@@ -34,6 +34,7 @@ def refuse_false_claim(
     Raises:
         RuntimeError: if it does not hold.
     """
+    refuse_calls(who, layer, records)
     verdict = claim.check(loss, [record.outputs for record in records], target)
     if verdict.holds is False:
         raise RuntimeError(
@@ -42,11 +43,28 @@ def refuse_false_claim(
         )
 
 
+def refuse_calls(who: object, layer: str | None, records: Sequence[LayerRecord]) -> None:
+    """Raise if a criterion of a layer's outputs is named, but there are none.
+
+    Args:
+        who: the callback, for the message.
+        layer: the layer's name.
+        records: the passes through the layer.
+
+    Raises:
+        RuntimeError: if the layer's weight went into ``linear_cross_entropy`` in one of them.
+    """
+    if any(record.call is not None for record in records):
+        raise RuntimeError(
+            f"{who!r}: the weight of layer {layer!r} goes into `linear_cross_entropy`, whose call says itself which "
+            "loss it is. Leave out `loss` and `target`."
+        )
+
+
 def flatness_of_criterion(
     records: Sequence[LayerRecord],
     target: Any,
     criterion: nn.Module,
-    loss: Tensor,
     *,
     through_hessian: bool,
     probes: int | None,
@@ -59,7 +77,6 @@ def flatness_of_criterion(
         records: the passes.
         target: the criterion's target.
         criterion: a criterion with a closed form.
-        loss: the loss that is trained with, with whose gradients those of κ may be made.
         through_hessian: whether gradients flow through the Hessian and the features.
         probes: as for :func:`~lightning_relflat.functional.relative_flatness`.
         generator: as there.
@@ -79,7 +96,6 @@ def flatness_of_criterion(
                 class_dim=-1,
                 probes=probes,
                 generator=generator,
-                beside=record.beside(loss) if through_hessian else None,
                 **options,
             )
             for record in records

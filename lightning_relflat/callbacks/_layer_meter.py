@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat.callbacks._base import LightningModule, Target, find_target, show
-from lightning_relflat.callbacks._claim import has_value, refuse_false_claim, refuse_layer
+from lightning_relflat.callbacks._claim import has_value, refuse_calls, refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._refusals import another_loss, did_not_run_in, no_loss_shown
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
@@ -181,6 +181,7 @@ class LayerMeter:
                 return None
             self._ran.add(step.stage)
             self._settle()
+            refuse_calls(self._who, self.tap.name, records)
             target = find_target(step.batch, self._target)
             if len(records) == 1 and not (self.claim.verified or self._compared):
                 holds = has_value(self.claim, step, records[0], target)

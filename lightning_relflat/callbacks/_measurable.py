@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat._behind import Behind
-from lightning_relflat._sharded import staying_whole
 from lightning_relflat.claims import Criterion
 from lightning_relflat.curvature import Probes, sums_of_callable, sums_of_criterion, sums_of_loss
 from lightning_relflat.functional.criteria import has_closed_form
-from lightning_relflat.layer_tap import LayerRecord
+from lightning_relflat.layer_tap import LayerRecord, LayerTap
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,21 +30,20 @@ class Measurable:
     records: Sequence[LayerRecord]
     called: tuple[Criterion, Any] | None
 
-    def sums(self, probes: Probes, behind: Behind | None, module: nn.Module | None) -> Tensor | None:
+    def sums(self, probes: Probes, tap: LayerTap, *, training: bool) -> Tensor | None:
         """Return the sums of κ, as :mod:`lightning_relflat.curvature` has them.
 
         Args:
             probes: for what has no closed form.
-            behind: the function mode that has seen what lies behind the layer.
-            module: the module whose step it was.
+            tap: what has listened to the layer.
+            training: whether the module was in training mode.
 
         Returns:
             The sums; ``None`` if the loss does not depend on the layer.
         """
         if self.loss is not None:
-            mode = None if module is None else module.training
-            with staying_whole(module):
-                return sums_of_loss(self.loss, self.records, probes, behind=behind, mode=mode)
+            with tap.staying_whole():
+                return sums_of_loss(self.loss, self.records, probes, behind=tap.behind, mode=training)
         assert self.called is not None
         found, (criterion, target) = [], self.called
         for record in self.records:

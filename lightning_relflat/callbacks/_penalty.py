@@ -9,7 +9,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_relflat.callbacks._base import LightningModule, Trainer, find_target, labelled
+from lightning_relflat._head_calls import shares_of_calls
+from lightning_relflat.callbacks._base import LightningModule, Trainer, find_target, labelled, loggers_are_due
 from lightning_relflat.callbacks._claim import flatness_of_criterion, refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._refusals import (
     Finite,
@@ -23,7 +24,6 @@ from lightning_relflat.callbacks._step import Step
 from lightning_relflat.callbacks.coefficients import Coefficients
 from lightning_relflat.claims import Claim, value_of_callable
 from lightning_relflat.functional._graph import foresee
-from lightning_relflat.functional._softmax_trace import is_large
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.layer_tap import LayerRecord, LayerTap
@@ -47,6 +47,7 @@ class Penalty:
 
     Attributes:
         layer: the name of the layer, once it is known.
+        newest: the penalty and the coefficient of the last step with a penalty.
         losses: how many losses were seen while listening.
         ran, applied: how many training steps of the epoch were to be penalised, and how many of their losses were.
         rehearsed: in how many steps of the epoch it was only looked whether one could be.
@@ -61,22 +62,18 @@ class Penalty:
         self._claim = None if criterion is None else Claim(criterion)
         self._exact = has_closed_form(criterion)
         # Elsewhere a weight can change, or be freed, between the layer's pass and the backward pass.
-        late = module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
-        self._tap = LayerTap(
-            module,
-            fam.layer,
-            late=late and self._exact and isinstance(criterion, nn.CrossEntropyLoss),
-            through_loss=not self._exact,
-        )
+        stays = module.automatic_optimization and type(trainer.strategy).__name__ in _WHOLE
+        self._tap = LayerTap(module, fam.layer, stays=stays, through_loss=not self._exact)
         if isinstance(criterion, nn.Module):
             criterion.to(module.device)
         self._rehearsal: LayerTap | None = None  # of the first step, if no penalty is due in it
         self._listening: LayerTap | None = None  # which of the two listens to the training step that runs
         self._evaluation: Step | None = None  # the training step that runs
         self._records: list[LayerRecord] = []
-        self._logged: dict[str, Tensor] = {}  # of the step
+        self._added: Tensor | None = None  # in the step
         self._warned = False
         self.layer: str | None = None
+        self.newest: tuple[Tensor, Tensor | float] | None = None
         self.losses = 0
         self.begin_epoch()
         self._settle(self._tap)
@@ -117,7 +114,7 @@ class Penalty:
     def _forget_step(self) -> None:
         self._evaluation = self._listening = None
         self._records = []
-        self._logged = {}
+        self._added = None
 
     def begin(self, step: Step) -> None:
         """Listen to the layer, if the step is to be penalised, or is the first one.
@@ -126,8 +123,8 @@ class Penalty:
             step: a step of the module.
         """
         self._forget_step()
-        self._tap.attach()
         if step.stage != "train":
+            self._tap.attach()
             return
         self._evaluation = step
         if self._coefficients.now != 0:
@@ -136,6 +133,8 @@ class Penalty:
         elif self._rehearsal is not None:
             self._listening = self._rehearsal
             self.rehearsed += 1
+        if self._listening is not self._tap:
+            self._tap.attach()
         if self._listening is not None:
             self._listening.start()
 
@@ -149,15 +148,20 @@ class Penalty:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
-        """Log what was added in the step, and stop listening."""
-        logged, self._logged = self._logged, {}
+        """Stop listening, and log the newest values where loggers are due."""
+        step = self._evaluation
         for tap in (self._tap, self._listening):
             if tap is not None:
                 tap.stop()
         self._forget_step()
-        for name, value in logged.items():
-            # The size is told, because Lightning would look for one in a batch that it may not have.
-            self._module.log(labelled(name, self._fam.name), value, on_step=True, on_epoch=False, batch_size=1)
+        if step is not None and self.applied and self.newest is not None and loggers_are_due(self._module.trainer):
+            penalty, coefficient = self.newest
+            # Made on the device: a number would have to be copied there, and the host would wait.
+            filled = coefficient + torch.zeros_like(penalty)
+            for key, value in (("penalty", penalty), ("coefficient", filled)):
+                name = labelled(f"fam/{key}", self._fam.name)
+                # The size is told, because Lightning would look for one in a batch that it may not have.
+                self._module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
 
     def of(self, loss: Tensor) -> Tensor | None:
         """Return the penalty: λ·κ, or what stands for κ, of the passes that were recorded and that the loss depends on.
@@ -199,13 +203,12 @@ class Penalty:
                 )
             return None
         coefficient = self._coefficients.of(loss, kappa)
-        penalty = coefficient * self._fam.every_n_steps * kappa
+        penalty = kappa * (coefficient * self._fam.every_n_steps)
         self.finite.check(self._fam, f"the penalty of training step {self._coefficients.step}", penalty)
         self.applied += 1
         added = penalty.detach()
-        if "fam/penalty" in self._logged:  # of another loss of the step
-            added = added + self._logged["fam/penalty"]
-        self._logged = {"fam/penalty": added, "fam/coefficient": coefficient}
+        self._added = added if self._added is None else self._added + added  # of another loss of the step
+        self.newest = self._added, coefficient
         return penalty
 
     def _rehearse(self, tap: LayerTap, loss: Tensor, why: str | None) -> None:
@@ -222,7 +225,10 @@ class Penalty:
         self._rehearsal, self.rehearsed = None, 0
         if self._claim is None and loss.requires_grad:
             foresee(loss, [record.outputs for record in met])
-        if self._claim is not None and met and not any(is_large(record.outputs) for record in met):
+            called = [record for record in met if record.call is not None]
+            if called:
+                shares_of_calls(loss, called)
+        if self._claim is not None and met:
             self._check_claim(self._claim, loss, met)
 
     def _kappa(self, loss: Tensor) -> Tensor | None:
@@ -239,12 +245,22 @@ class Penalty:
         if not self._exact:
             values = [value_of_callable(criterion, record.outputs, target) for record in records]
             return self._through(torch.stack(values).sum(), records)
+        if fam.temperature == 1 and fam.shared_probes is None and self._claim.verified:
+            # The loss is what was named, and can be read itself, which is quicker.
+            plain = self._tap.plain_flatness_of(
+                loss,
+                records,
+                through_hessian=fam.through_hessian,
+                measure=fam.measure,
+                normalize_features=fam.normalize_features,
+            )
+            if plain is not None:
+                return plain
         assert isinstance(criterion, nn.Module)
         return flatness_of_criterion(
             records,
             target,
             criterion,
-            loss,
             through_hessian=fam.through_hessian,
             measure=fam.measure,
             temperature=fam.temperature,
@@ -264,6 +280,7 @@ class Penalty:
             through_hessian=fam.through_hessian,
             measure=fam.measure,
             normalize_features=fam.normalize_features,
+            shared_probes=fam.shared_probes,
         )
         if kappa is not None and self._tap.flat:
             self._warn("has κ = 0, because the loss is piecewise linear in its outputs: FAM adds nothing.")
@@ -282,15 +299,13 @@ class Penalty:
             refuse_layer(name, layer)
         self.layer = name
         rank_zero_info(f"{self._fam!r}: relative flatness is penalised at layer {describe(name, layer)}.")
-        if self._fam.coefficient < 0:
+        if self._fam.coefficient != "auto" and self._fam.coefficient < 0:
             warn_of_no_bound(self._fam, self._module.trainer, name)
 
     def _check_claim(self, claim: Claim, loss: Tensor, records: Sequence[LayerRecord]) -> Any:
         """Return the target, and check that the loss trained with has the curvature of the one that is named."""
         target = find_target(self._evaluation and self._evaluation.batch, self._fam.target)
-        # Where outputs are very many, a second derivative of them would not fit beside them.
-        if not any(record.late for record in records):
-            refuse_false_claim(self._fam, (self._listening or self._tap).name, claim, loss, records, target)
+        refuse_false_claim(self._fam, (self._listening or self._tap).name, claim, loss, records, target)
         return target
 
     def _warn(self, what: str) -> None:

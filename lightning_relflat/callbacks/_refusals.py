@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,13 @@ from torch import Tensor
 from lightning_relflat.callbacks._base import Trainer
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.max_norm import MaxNorm
+from lightning_relflat.functional._graph import is_open
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
+
+_TAKEN = (
+    "If a kernel takes its weight, that counts where it is `linear_cross_entropy`: call it as "
+    "`torch.nn.functional.linear_cross_entropy`, outside of what is compiled."
+)
 
 
 def nothing_to_penalise(tap: LayerTap, records: Sequence[LayerRecord], *, through_hessian: bool) -> str | None:
@@ -30,7 +37,7 @@ def nothing_to_penalise(tap: LayerTap, records: Sequence[LayerRecord], *, throug
             f"no penalty could be added, because {did_not_run(tap)} with gradients in `training_step`. Is it used "
             "there, and outside of `torch.no_grad()`? If it lies in re-entrant activation checkpointing, use "
             "`use_reentrant=False`. If the module was compiled and had run before `fit`, call "
-            "`torch._dynamo.reset()` first."
+            f"`torch._dynamo.reset()` first. {_TAKEN}"
         )
     if not records or any(record.weight.requires_grad for record in records):
         return None  # without records the loss depends on none of the layers that ran, which is another reason
@@ -54,7 +61,7 @@ def did_not_run_in(tap: LayerTap, where: str) -> str:
     how = " with gradients" if where == "`training_step`" else ""
     return (
         f"{did_not_run(tap)}{how} in {where}, so that there is nothing to measure. Is it used in the module's step? If "
-        "the module was compiled and had run before, call `torch._dynamo.reset()` first."
+        f"the module was compiled and had run before, call `torch._dynamo.reset()` first. {_TAKEN}"
     )
 
 
@@ -137,16 +144,17 @@ class Finite:
         Args:
             who: the callback, for the message.
             what: what the number is.
-            value: the number.
+            value: the number, of whatever shape.
 
         Raises:
             RuntimeError: on a CPU, if it is not finite.
         """
-        finite = value.detach().isfinite().all()
-        if value.device.type != "cpu":
-            self._broken = ~finite if self._broken is None else self._broken | ~finite
-        elif not bool(finite):
-            raise RuntimeError(f"{who!r}: {what} is {value.detach()}.")
+        value = value.detach()
+        if not is_open(value):
+            broken = ~value.isfinite().all()
+            self._broken = broken if self._broken is None else self._broken | broken
+        elif not math.isfinite(value.item()):
+            raise RuntimeError(f"{who!r}: {what} is {value}.")
 
     def all(self) -> bool:
         """Return whether all were finite; reads the device."""

@@ -165,26 +165,42 @@ class StepWatcher:
         """
         if self._running is not None:  # a step that calls another, as many a validation step does
             return call(*args, **kwargs)
-        step = Step(stage)
-        with ExitStack() as stack:
-            self._running = step
-            stack.callback(setattr, self, "_running", None)
+        step = self._running = Step(stage)
+        begun: list[Listener] = []
+        try:
             for listener in self.listeners:
-                stack.callback(listener.end)
+                begun.append(listener)
                 listener.begin(step)
-            if step.graph is not None:
-                args, kwargs = stack.enter_context(_in_graph(step, args, kwargs))
-            args = _noting_batch(step, args)
-            if not args and "batch" in kwargs:
-                step.batch = snapshot(kwargs["batch"])
             if stage == "train":
+                args = self._note_batch(step, args, kwargs)
                 output = step.output = call(*args, **kwargs)
                 return self._with_terms(output)
+            return self._evaluate(step, call, args, kwargs)
+        finally:
+            self._running = None
+            with ExitStack() as stack:  # each of them, whatever happens in another
+                for listener in begun:
+                    stack.callback(listener.end)
+
+    def _evaluate(self, step: Step, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with ExitStack() as stack:
+            if step.graph is not None:
+                args, kwargs = stack.enter_context(_in_graph(step, args, kwargs))
+            args = self._note_batch(step, args, kwargs)
             with step.calls or nullcontext():
                 output = step.output = call(*args, **kwargs)
             for listener in self.listeners:
                 listener.evaluated(step)
             return output if step.graph is None else _out_of_graph(output)
+
+    @staticmethod
+    def _note_batch(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Note the batch among a step's arguments, or have it noted when the step takes it from an iterator."""
+        if args and isinstance(args[0], Iterator):
+            return _Noting(args[0], step), *args[1:]
+        if args or "batch" in kwargs:
+            step.batch = snapshot(args[0] if args else kwargs["batch"])
+        return args
 
     def _with_terms(self, output: Any) -> Any:
         if not self._automatic:
@@ -267,15 +283,6 @@ def _in_graph(
 
 def _out_of_graph(output: Any) -> Any:
     return apply_to_collection(output, Tensor, torch.detach)
-
-
-def _noting_batch(step: Step, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Note the batch among a step's arguments, or have it noted when the step takes it from an iterator."""
-    if args and isinstance(args[0], Iterator):
-        return _Noting(args[0], step), *args[1:]
-    if args:
-        step.batch = snapshot(args[0])
-    return args
 
 
 class _Noting(Iterator[Any]):

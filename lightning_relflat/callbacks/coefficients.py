@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._checks import check_number
+from lightning_relflat.functional._checks import check_number, said
 
 DECAY = 0.9
-LARGEST = 1e6
+
+
+def check_coefficient(coefficient: object) -> float | Literal["auto"]:
+    """Return λ.
+
+    Args:
+        coefficient: the argument ``coefficient`` of a callback.
+
+    Returns:
+        A number, or ``"auto"``.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(coefficient, str) and coefficient == "auto":
+        return "auto"
+    if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not math.isfinite(coefficient):
+        raise ValueError(
+            f"Expected argument `coefficient` to be a finite number or 'auto', but got {said(coefficient)}."
+        )
+    return float(coefficient)
 
 
 class Coefficients:
@@ -21,20 +41,20 @@ class Coefficients:
     Args:
         every_n_steps: only every n-th training step since ``start_epoch`` has a penalty.
         start_epoch: the epoch from which steps count.
-        relative: whether λ is in units of :class:`LossRatio`.
+        rule: makes what finds λ of a run; ``None`` where it is given.
 
     Attributes:
         now: what the policy says of the present step; 0 where no penalty is due, and between the steps.
         step: the number of the present step, from ``start_epoch``.
     """
 
-    def __init__(self, every_n_steps: int, start_epoch: int, *, relative: bool) -> None:
+    def __init__(self, every_n_steps: int, start_epoch: int, rule: Callable[[], Automatic] | None = None) -> None:
         self._every_n_steps = every_n_steps
         self._start_epoch = start_epoch
-        self._relative = relative
+        self._new_rule = rule
         self._steps = 0  # training steps begun since start_epoch
         self._begun = False
-        self._ratio = LossRatio()
+        self._rule = rule and rule()
         self._loaded = False  # whether a checkpoint has brought the state of the run that begins
         self.now = 0.0
         self.step = 0
@@ -48,7 +68,7 @@ class Coefficients:
         self.forget()
         if anew and not self._loaded:
             self._steps = 0
-            self._ratio = LossRatio()
+            self._rule = self._new_rule and self._new_rule()
 
     def train(self) -> None:
         """Take notice that training begins: what a checkpoint has brought belongs to this run."""
@@ -58,7 +78,8 @@ class Coefficients:
         """Decide on a step.
 
         Args:
-            policy: what λ is, by ``epoch`` and by ``step``, the number of training steps before since ``start_epoch``.
+            policy: what λ is, or with a rule the factor before its λ, by ``epoch`` and by ``step``, the number of
+                training steps before since ``start_epoch``.
             epoch: the step's epoch.
 
         Raises:
@@ -68,23 +89,24 @@ class Coefficients:
         self.now = value if self._steps % self._every_n_steps == 0 else 0.0
         self.step = self._steps
         self._begun = True
-        self._ratio.begin()
+        if self._rule is not None:
+            self._rule.begin()
         self._steps += epoch >= self._start_epoch
 
-    def of(self, loss: Tensor, kappa: Tensor) -> Tensor:
-        """Return λ beside a loss and its κ, and take them into the unit of later steps.
+    def of(self, loss: Tensor, kappa: Tensor) -> Tensor | float:
+        """Return λ beside a loss and its κ, and show them to the rule, if there is one.
 
         Args:
             loss: the loss.
             kappa: its κ.
 
         Returns:
-            λ, made on κ's device: a number that is logged would have to be copied there, and the host would wait.
+            λ; a number, or by a rule a tensor on κ's device.
         """
-        coefficient = torch.full_like(kappa.detach(), self.now)
-        if self._relative:
-            coefficient = coefficient * self._ratio.ratio(kappa)
-            self._ratio.measure(loss, kappa)
+        if self._rule is None:
+            return self.now
+        coefficient = self._rule.coefficient(kappa) * self.now
+        self._rule.measure(loss, kappa)
         return coefficient
 
     def end(self, device: torch.device, world: int) -> None:
@@ -96,8 +118,8 @@ class Coefficients:
         """
         # Here, where every process comes once for each batch, whatever its training step has done; the next step uses
         # it, so that the reduction holds up no backward pass, and a line search keeps one λ.
-        if self._relative and self.now != 0:
-            self._ratio.end(device, world)
+        if self._rule is not None and self.now != 0:
+            self._rule.end(device, world)
         self.forget()
 
     def take_back(self) -> None:
@@ -112,7 +134,7 @@ class Coefficients:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the number of steps, which probes and warm-up go by, and the sizes."""
-        return {"steps": self._steps} | ({"sizes": self._ratio.state()} if self._relative else {})
+        return {"steps": self._steps} | ({} if self._rule is None else {"sizes": self._rule.state()})
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up what a checkpoint kept.
@@ -122,23 +144,32 @@ class Coefficients:
         """
         self._loaded = True
         self._steps = state["steps"]
-        self._ratio.load(state.get("sizes", []))
+        if self._rule is not None:
+            self._rule.load(state.get("sizes", []))
 
 
-class LossRatio:
-    """How far the smoothed loss lies below its largest value so far, over the largest smoothed κ so far.
+class Automatic:
+    """λ = min(0.003, 0.1 · (max L - L) / max κ), which needs no number.
 
-    On the device, and equal in all processes. Loss and κ are exponential moving averages over the steps that measured
-    them, of their means over processes. The unit λ₁ = (max L - L) / max κ
+    On the device, and equal in all processes. L and κ are exponential moving averages over the steps that measured
+    them, of their means over processes; max is the largest average so far. κ has the unit of the loss and does not
+    depend on the features' scale, so that one small λ suits most networks. What holds it back where κ is very large
 
-    - is 0 as long as nothing is learned: κ is small at the beginning, and loss / κ would be so large that a network
-      stays undecided, or its features die;
+    - is 0 as long as nothing is learned: else a network whose κ is large from the start stays undecided, or its
+      features die;
     - does not rise as κ falls: that would have the gradient of log κ, and reward small κ without end;
     - falls again where the loss rises, which holds back a penalty that is too strong;
     - does not change if a constant is added to the loss, as κ does not.
+
+    Both numbers are from ``docs/experiments/automatic_coefficient.md``.
+
+    Args:
+        share: the share of what the loss has fallen that λκ may be.
+        most: the largest λ.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 0.1, most: float = 0.003) -> None:
+        self.share, self.most = share, most
         self._step: Tensor | None = None
         self._sums: Tensor | None = None  # averages of the sum of losses, of κ, and of how many there were
         self._largest: Tensor | None = None  # smoothed loss, smoothed |κ|
@@ -152,10 +183,12 @@ class LossRatio:
 
         Args:
             loss: the loss.
-            kappa: its κ, of whatever sign: probes, and losses that are not convex, have negative ones.
+            kappa: its κ, of whatever sign: probes, and losses that are not convex, have negative ones. Of several
+                networks that are trained at once, if it has as many elements.
         """
         dtype = _dtype(kappa.device)
-        loss, kappa = loss.detach().to(dtype).reshape(()), kappa.detach().to(dtype)
+        kappa = kappa.detach().to(dtype)
+        loss = loss.detach().to(dtype).reshape(kappa.shape)
         sums = torch.stack([loss, kappa, torch.ones_like(kappa)])
         self._step = sums if self._step is None else self._step + sums
 
@@ -178,20 +211,22 @@ class LossRatio:
         most_loss, most_kappa = (loss, kappa) if self._largest is None else self._largest.to(step)
         self._largest = torch.stack([torch.maximum(loss, most_loss), torch.maximum(kappa, most_kappa)])
 
-    def ratio(self, like: Tensor) -> Tensor:
-        """Return the ratio, at most 10⁶; 0 before a κ was measured that is no smaller.
+    def coefficient(self, like: Tensor) -> Tensor:
+        """Return λ, 0 before anything was measured.
 
         Args:
             like: a tensor of the device and dtype to return.
 
         Returns:
-            The ratio, a scalar.
+            λ, of the shape of what was measured.
         """
         if self._sums is None or self._largest is None:
             return like.new_zeros(())
         loss, kappa = self._largest
         fall = loss - self._means()[0]
-        return torch.where(kappa > fall / LARGEST, fall / kappa, 0.0).to(like)
+        coefficient = (self.share * fall / kappa).clamp(max=self.most)
+        # Before there was a loss the fall is no number, and beside a κ of 0 any λ is as good.
+        return torch.where((fall > 0) & (kappa > 0), coefficient, 0.0).to(like)
 
     def state(self) -> list[float]:
         """Return what a checkpoint keeps."""

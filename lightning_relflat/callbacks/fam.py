@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_relflat.callbacks._base import (
     Callback,
@@ -18,9 +19,9 @@ from lightning_relflat.callbacks._base import (
 )
 from lightning_relflat.callbacks._penalty import Penalty
 from lightning_relflat.callbacks._step import StepWatcher
-from lightning_relflat.callbacks.coefficients import Coefficients
+from lightning_relflat.callbacks.coefficients import Automatic, Coefficients, check_coefficient
 from lightning_relflat.curvature import Loss, read_loss
-from lightning_relflat.functional._checks import check_count, check_flag, check_number, check_probes
+from lightning_relflat.functional._checks import check_count, check_flag, check_probes
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.relative_flatness import check_measure, check_shared_probes, check_temperature
@@ -36,8 +37,9 @@ class FAM(Callback):
     clipping, mixed precision with its scaler, line searches and distributed strategies treat it as they treat the
     loss. It costs no second forward pass.
 
-    Logged in each step with a penalty: ``fam/penalty``, what was added to the losses of the step, and
-    ``fam/coefficient``, the λ of the step. Several of these callbacks in one Trainer need different names.
+    Logged: ``fam/penalty``, what was added to the losses of a step, and ``fam/coefficient``, its λ. They are those of
+    the newest step with a penalty, in the steps that the Trainer's ``log_every_n_steps`` counts and in the last step of
+    an epoch; :attr:`newest` has them in every step. Several of these callbacks in one Trainer need different names.
 
     What a later step would refuse is refused in the first step of ``fit``, also where the penalty begins later:
     ``docs/trainer_settings.md`` says what cannot be known then.
@@ -48,22 +50,26 @@ class FAM(Callback):
     Args:
         layer: the dotted name of a linear or convolution layer, hidden or last, or ``None`` for the last linear one
             that the loss of the first penalised step depends on.
-        coefficient: λ; negative to train away from flatness.
+        coefficient: λ; negative to train away from flatness. ``docs/choosing_lambda.md`` shows what 0.003 does, and why
+            no larger number is the default. ``"auto"`` is 0.003 too, but less where κ is so large that λκ were more
+            than about a tenth of what the loss has fallen: λ = min(0.003, 0.1 · (max L - L) / max κ). L and κ are
+            averages over the penalised steps before (exponentially, 0.9 of the old ones kept) and over processes, and
+            max is their largest value so far; so λ is 0 at first, and needs no ``warmup_steps``. It costs an
+            all-reduce of three numbers after a penalised step.
         loss: ``None`` for the loss of the step, whatever it is. Where that is linear in a criterion with a closed form
             of a linear layer's outputs, with whatever weights, masks and factors, κ is exact; elsewhere random probes
-            go through what follows the layer. Or a criterion, by name or as an object, or a callable
-            ``loss(outputs, target)``, of the outputs of a linear layer and the batch's target alone. That is compared
-            with the loss of the step when an epoch begins, when other operations lie between, and every 1,000 steps;
-            not with 2²¹ outputs or more. With a named cross-entropy of 2²¹ outputs or more in a batch, loss and penalty
-            go backward through the layer together, which saves their memory; a hook on the outputs then sees the
-            gradient of the loss alone.
+            go through what follows the layer. A call of ``torch.nn.functional.linear_cross_entropy`` with the layer's
+            weight counts as the cross-entropy of its outputs, which are not made. Or a criterion, by name or as an
+            object, or a callable ``loss(outputs, target)``, of the outputs of a linear layer and the batch's target
+            alone. That is compared with the loss of the step when an epoch begins, when other operations lie between,
+            and every 1,000 steps.
         target: where a named loss finds its target: an index or key of the batch; a list of them, followed one after
             the other; a callable on the batch; or ``None`` if its curvature needs none.
         probes: how many random probes to average where there is no closed form; ``None`` takes all products that there
             are: the smaller of the layer's sides many where no rows meet behind it, that times the number of features
             where they do; up to 10,000.
-        shared_probes: for a named cross-entropy with very many outputs: how many random probes, shared by the samples
-            of a batch, stand for its exact κ; see :func:`~lightning_relflat.functional.relative_flatness`.
+        shared_probes: for a cross-entropy with very many outputs: how many random probes, shared by the samples of a
+            batch, stand for its exact κ; see :func:`~lightning_relflat.functional.relative_flatness`.
         through_hessian: whether gradients flow through the Hessian into all parameters, as in the paper. If not, the
             Hessian counts as a constant, and only the layer's weight gets a gradient.
         every_n_steps: penalise only every n-th training step, with n·λ·κ, so that the mean over steps stays the same.
@@ -72,13 +78,6 @@ class FAM(Callback):
         start_epoch: the first epoch with the penalty.
         stop_epoch: the first epoch without it again.
         seed: where the probes start; every step and every process draws others.
-        relative: whether ``coefficient`` is relative to the loss: λ = coefficient · (max L - L) / max κ, where L and κ
-            are averages over the penalised steps before (exponentially, 0.9 of the old ones kept) and over processes,
-            and max is their largest value so far. So λκ is at most about ``coefficient`` times what the loss has
-            fallen since ``start_epoch``: λ is 0 at first, and as long as κ is less than a millionth of the fall, and
-            needs no ``warmup_steps``. Begin with 0.1, and centre the targets of a regression, whose mean is learned
-            before anything else. Schedules act on ``coefficient``; ``fam/coefficient`` is the λ that they come to.
-            Costs an all-reduce of three numbers after a penalised step.
         measure: ``"relative_flatness"`` for κ, or ``"trace"`` for the layer-wise trace ‖W‖_F² Tr(H) in its place.
         temperature: τ, to penalise the κ that the loss has at z/τ, which is that of z but for 1/τ² and softer
             probabilities. For a named cross-entropy or binary cross-entropy alone.
@@ -108,7 +107,7 @@ class FAM(Callback):
     def __init__(
         self,
         layer: str | None = None,
-        coefficient: float = 0.1,
+        coefficient: float | Literal["auto"] = 0.003,
         *,
         loss: Loss | None = None,
         target: int | str | Sequence[int | str] | Callable[[Any], Any] | None = 1,
@@ -120,7 +119,6 @@ class FAM(Callback):
         start_epoch: int = 0,
         stop_epoch: int | None = None,
         seed: int = 0,
-        relative: bool = False,
         measure: Measure = "relative_flatness",
         temperature: float = 1.0,
         normalize_features: bool = False,
@@ -129,7 +127,7 @@ class FAM(Callback):
         super().__init__()
         check_probes(probes)
         self.layer = check_layer(layer)
-        self.coefficient = check_number("coefficient", coefficient)
+        self.coefficient = check_coefficient(coefficient)
         self.loss = loss
         self.criterion: Any = None if loss is None else read_loss(loss)
         known: Any = self.criterion if has_closed_form(self.criterion) else None
@@ -143,16 +141,24 @@ class FAM(Callback):
             check_count("stop_epoch", stop_epoch, at_least=start_epoch + 1)
         self.stop_epoch = stop_epoch
         self.seed = check_count("seed", seed, at_least=0)
-        self.relative = check_flag("relative", relative)
         self.measure = check_measure(measure)
         self.temperature = check_temperature(temperature, known)
         self.shared_probes = check_shared_probes("shared_probes", shared_probes, known, self.measure)
         self.normalize_features = check_flag("normalize_features", normalize_features)
         self.name = check_name(name)
-        self._coefficients = Coefficients(self.every_n_steps, self.start_epoch, relative=self.relative)
+        self._coefficients = Coefficients(
+            self.every_n_steps, self.start_epoch, Automatic if self.coefficient == "auto" else None
+        )
         self._penalty: Penalty | None = None  # of the fit that runs
         self._module: LightningModule | None = None
         self._penalised: str | None = None
+        self._newest: tuple[Tensor, Tensor | float] | None = None
+
+    @property
+    def newest(self) -> dict[str, Tensor | float]:
+        """``"penalty"`` and ``"coefficient"`` of the newest step with a penalty, as they are logged; empty before."""
+        newest = self._newest if self._penalty is None else self._penalty.newest
+        return {} if newest is None else dict(zip(("penalty", "coefficient"), newest, strict=True))
 
     @property
     def penalised_layer(self) -> str | None:
@@ -167,11 +173,12 @@ class FAM(Callback):
             step: how many training steps came before this one since ``start_epoch``.
 
         Returns:
-            λ, with ``relative`` the factor before (max L - L) / max κ; at 0 nothing is computed.
+            λ; with ``"auto"`` a factor before the λ that it finds, 1 after the warm-up. At 0 nothing is computed.
         """
         if epoch < self.start_epoch or (self.stop_epoch is not None and epoch >= self.stop_epoch):
             return 0.0
-        return self.coefficient * min(1.0, (step + 1) / (self.warmup_steps or 1))
+        value = 1.0 if self.coefficient == "auto" else self.coefficient
+        return value * min(1.0, (step + 1) / (self.warmup_steps or 1))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and listen to the module's steps."""
@@ -252,7 +259,7 @@ class FAM(Callback):
     def _detach(self) -> None:
         if self._penalty is not None and self._module is not None:
             StepWatcher.leave(self._module, self._penalty)
-            self._penalised = self._penalty.layer
+            self._penalised, self._newest = self._penalty.layer, self._penalty.newest
             self._penalty.close()
         self._penalty = self._module = None
         self._coefficients.forget()

@@ -118,11 +118,12 @@ class FlatnessMonitor(OneLayerMonitor):
         self.reports = self._reports.values
         self._metrics: dict[tuple[Stage, int], FlatnessSums] = {}
         self._sums: list[Tensor] = []  # of the batch
+        self._running: dict[tuple[Stage, int], Tensor] = {}  # of batches that the metric has not been given yet
         self._within_epoch = False  # whether the training sums are those of a part of an epoch
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the layer."""
-        self._metrics, self._sums, self._within_epoch = {}, [], False
+        self._metrics, self._sums, self._running, self._within_epoch = {}, [], {}, False
         super().attach(trainer, module)
         self._reports.check_layer()
 
@@ -140,8 +141,9 @@ class FlatnessMonitor(OneLayerMonitor):
         """
         if found is None:
             return
+        assert self._module is not None
         with self.speaking():
-            sums = found.sums(self._probes, self._meter.tap.behind, self._module)
+            sums = found.sums(self._probes, self._meter.tap, training=self._module.training)
         self._meter.tap.has_measured(exact=self._probes.exact)
         if self._probes.flat:
             self.say("flat", "κ is 0, because the loss is piecewise linear in the layer's outputs.")
@@ -156,6 +158,7 @@ class FlatnessMonitor(OneLayerMonitor):
         """Begin the sums of an epoch, also where a checkpoint holds one that had just run out of batches."""
         assert self._module is not None
         for loader in range(loaders):
+            self._running.pop((stage, loader), None)
             self._metric(stage, loader).reset()
         self._reports.begin(stage)
         self._probes.begin()
@@ -166,7 +169,9 @@ class FlatnessMonitor(OneLayerMonitor):
         """Add the batch."""
         if self._sums:
             sums = of_one_batch(self._sums)
-            self._metric(stage, loader).update(sums)
+            # A metric's own update takes as long as κ itself: it gets the epoch's sums in one.
+            before = self._running.get((stage, loader))
+            self._running[stage, loader] = sums if before is None else before + sums
             if stage == "train" and self.every_n_steps is not None:
                 self._log_step(sums)
         self._sums = []
@@ -208,11 +213,10 @@ class FlatnessMonitor(OneLayerMonitor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far within a training epoch, over all processes; to be called on all of them."""
-        metric = self._metrics.get(("train", 0))
-        if metric is None or not self._within_epoch:
+        if not self._within_epoch:
             return {}
         return {
-            "sums": metric.totals().cpu(),
+            "sums": self._metric("train", 0).totals().cpu(),
             "batches": self._probes.batches,
             "before": self._probes.before,
         }
@@ -227,7 +231,10 @@ class FlatnessMonitor(OneLayerMonitor):
     def _metric(self, stage: Stage, loader: int) -> FlatnessSums:
         if (stage, loader) not in self._metrics:
             self._metrics[stage, loader] = self._new_metric()
-        return self._metrics[stage, loader]
+        metric, running = self._metrics[stage, loader], self._running.pop((stage, loader), None)
+        if running is not None:
+            metric.update(running)
+        return metric
 
     def _new_metric(self, **kwargs: Any) -> FlatnessSums:
         assert self._module is not None

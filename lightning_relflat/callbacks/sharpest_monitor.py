@@ -123,7 +123,9 @@ class SharpestMonitor(OneLayerMonitor):
                     f"{len(indices)} samples, so that it is not known which row is whose. Hand the layer its samples "
                     "along the first dimension."
                 )
-            self._metric(step.stage, self._loader).update(parts, torch.tensor(indices, device=parts.device))
+            # The copy is put into the device's queue; made on the device at once, the host would wait for it.
+            on_device = torch.tensor(indices).to(parts.device, non_blocking=True)
+            self._metric(step.stage, self._loader).update(parts, on_device)
 
     def begin_epoch(self, stage: Stage, loaders: int) -> None:
         """Ask the loaders for their order before the first batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import re
 import sys
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lightning_relflat import __version__
 from lightning_relflat.cli import coefficient, compare, layers, measure
 from lightning_relflat.cli._shared import InputError, Parser, say
 
@@ -25,6 +27,7 @@ COMMANDS = {
     "layers": (layers, "the relative flatness of every layer of a checkpoint"),
     "coefficient": (coefficient, "try coefficients for FAM over decades and suggest one"),
 }
+INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
 EPILOG = """\
 example:
   relflat measure last.ckpt --model my.Net --data my.Data --layer head
@@ -47,7 +50,10 @@ def run(argv: Sequence[str]) -> int:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     parser = Parser(
-        prog="relflat", description="Measure relative flatness, and choose FAM's coefficient.", epilog=EPILOG
+        prog="relflat",
+        description="Measure relative flatness, and choose FAM's coefficient.",
+        version=__version__,
+        epilog=EPILOG,
     )
     commands = parser.add_subcommands(metavar="COMMAND", title="commands")
     for name, (module, summary) in COMMANDS.items():
@@ -61,15 +67,18 @@ def run(argv: Sequence[str]) -> int:
             except argparse.ArgumentError as error:
                 raise InputError(_in_short(str(error))) from error
             module, _ = COMMANDS[config.subcommand]
-            _run_command(module.run, config[config.subcommand], given[config.subcommand], stdout)
+            return _run_command(module.run, config[config.subcommand], given[config.subcommand], stdout)
+    except KeyboardInterrupt:
+        say("error", "interrupted, before anything was found")
+        return INTERRUPTED
     except InputError as error:
         if getattr(rank_zero_only, "rank", 0) == 0:  # several processes find the same
             say("error", str(error))
         return 2
-    return 0
 
 
-def _run_command(command, config, given, stdout: TextIO) -> None:  # type: ignore[no-untyped-def]
+def _run_command(command, config, given, stdout: TextIO) -> int:  # type: ignore[no-untyped-def]
+    """Run a command, write what it found, and return the exit code."""
     try:
         # What the user's code prints must not get between the results.
         with contextlib.redirect_stdout(sys.stderr):
@@ -78,11 +87,13 @@ def _run_command(command, config, given, stdout: TextIO) -> None:  # type: ignor
         raise InputError(str(error)) from error
     except (ValueError, RuntimeError) as error:
         message = str(error)
-        if not message.startswith(("Expected argument `", "FlatnessMonitor(", "FAM(")):
+        if not message.startswith(("Expected argument `", "FlatnessMonitor(", "FAM(", "find_coefficient: ")):
             raise  # a fault in the user's module, or in this package
-        raise InputError(re.sub(r"^Expected argument `(\w+)`", r"Expected --\1", message)) from error
+        message = re.sub(r"^Expected argument `(\w+)`", r"Expected --\1", message)
+        raise InputError(message.replace("--max_epochs", "--epochs").removeprefix("find_coefficient: ")) from error
     if getattr(rank_zero_only, "rank", 0) == 0:
         result.write(config, stdout)
+    return INTERRUPTED if result.interrupted else 0
 
 
 @contextlib.contextmanager
@@ -109,6 +120,11 @@ def _in_short(message: str) -> str:
     if "subcommand" in message and "not provided" in message:
         return f"name a command, one of {', '.join(COMMANDS)}; see --help"
     if not found:
+        choice = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if choice:
+            near = difflib.get_close_matches(choice[1], COMMANDS, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"name one of {', '.join(COMMANDS)}"
+            return f"there is no command {choice[1]!r}; {meant}"
         return f"{message}; see --help"
     key = f"--{found[1]}"
     of_class = re.search(r"Problem with given class_path '(.+?)':\s+(.*?)(?:\n +- Expected|\n +Given|$)", message, re.S)
@@ -117,6 +133,11 @@ def _in_short(message: str) -> str:
         if "No module named" in of_class[2] or "has no attribute" in of_class[2]:
             advice = "give the dotted path of a class that can be imported from this folder, as package.module.Class"
         return f"{key} {of_class[1]}: {' '.join(of_class[2].split())}; {advice}"
+    bare = re.search(r"Expected a dot import path string: (\S+)", message)
+    if bare:
+        return (
+            f"{key} {bare[1]} is no dotted path; give one that can be imported from here, as package.module.{bare[1]}"
+        )
     if "not correspond to a subclass" in message:
         given = re.search(r"Given value: (.*)", message)
         kind = re.search(r"subclass of (\w+)", message)

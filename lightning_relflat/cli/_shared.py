@@ -146,12 +146,14 @@ class Result:
         tables: what is shown else.
         notes: lines below the tables.
         figure: draws the picture; ``None`` if there is none.
+        interrupted: whether Ctrl-C came before all was found; a note says so.
     """
 
     data: dict[str, Any]
     tables: list[Table]
     notes: list[str] = field(default_factory=list)
     figure: Callable[[], Figure] | None = None
+    interrupted: bool = False
 
     def write(self, config: Namespace, stdout: TextIO) -> None:
         """Write files, then what goes to the terminal.
@@ -160,7 +162,8 @@ class Result:
             config: the parsed options.
             stdout: where results go.
         """
-        text = json.dumps(_without_nan(self.data), indent=2, ensure_ascii=False) + "\n"
+        data = self.data | ({"interrupted": True} if self.interrupted else {})
+        text = json.dumps(_without_nan(data), indent=2, ensure_ascii=False) + "\n"
         if config.out is not None:
             write_whole(Path(config.out), lambda path: path.write_text(text, encoding="utf-8"))
         if config.get("plot") is not None:
@@ -253,48 +256,6 @@ def build(value: Namespace | None, key: Literal["model", "data"]) -> Any:
         raise InputError(
             f"{path} needs {missing}; give --{key}.{missing.split(',')[0]} VALUE" if missing else str(error)
         ) from error
-
-
-def number(value: float | None) -> str:
-    """Return a number with four digits.
-
-    Args:
-        value: the number, or ``None``.
-
-    Returns:
-        Its text; a dash for what is no number.
-
-    Example:
-        >>> from lightning_relflat.cli._shared import number
-        >>> number(0.123456), number(123456.0), number(3.0), number(float("nan"))
-        ('0.1235', '1.235e+05', '3', '–')
-    """
-    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
-
-
-def with_error(value: float, error: float) -> str:
-    """Return a number and its standard error, which has two digits.
-
-    Args:
-        value: the number.
-        error: the standard error.
-
-    Returns:
-        Their text; a dash for a value that is not known.
-
-    Example:
-        >>> from lightning_relflat.cli._shared import with_error
-        >>> with_error(12.3456, 0.0234), with_error(1234.5, 67.8), with_error(0.5, 0.0)
-        ('12.346 ± 0.023', '1234 ± 68', '0.5 ± 0')
-    """
-    if math.isnan(value):
-        return "–"
-    if not (math.isfinite(error) and math.isfinite(value) and error > 0):
-        return f"{number(value)} ± {number(error)}"
-    digits = 1 - math.floor(math.log10(error))
-    if digits > 5 or digits < -3:  # neither many zeros nor many digits without a meaning
-        return f"{value:.3e} ± {error:.1e}"
-    return f"{value:.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}"
 
 
 def new_figure(*, columns: int = 1, width: float = 6.5, height: float = 4.2) -> tuple[Figure, Sequence[Any]]:

@@ -1,20 +1,18 @@
-"""``relflat coefficient``: try coefficients of FAM over decades and suggest one."""
+"""``relflat coefficient``: train with coefficients of FAM over decades, and suggest one."""
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import sys
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import Progress
 
-from lightning_relflat.callbacks import FAM, FlatnessMonitor
+from lightning_relflat.callbacks import FAM
 from lightning_relflat.cli._shared import (
     InputError,
     Parser,
@@ -28,48 +26,47 @@ from lightning_relflat.cli._shared import (
     find_loss,
     new_figure,
     new_table,
-    number,
     plain_log_ticks,
-    with_error,
 )
-from lightning_relflat.cli.measure import SharedData, make_trainer, validate
+from lightning_relflat.coefficient import SearchInterruptedError, find_coefficient
+from lightning_relflat.coefficient_search import Candidate, CoefficientSearch, show, standard_error
 
 EPILOG = """\
 examples:
-  relflat coefficient --model my.Net --data my.Data --layer head --plot coefficient.png
-  relflat coefficient --config run.yaml --lowest 1e-5 --highest 10 --per_decade 2 --steps 500 --seeds 5
+  relflat coefficient --model my.Net --data my.Data --layer head --epochs 30 --plot coefficient.png
+  relflat coefficient --config run.yaml --lowest 1e-5 --highest 10 --per_decade 2 --seeds 5
+  relflat coefficient --model my.Net --data my.Data --epochs 30 --trainer.devices 2 --trainer.gradient_clip_val 1
 
-For every seed the model is trained anew with each coefficient, from the same weights and on the same batches, and then
-validated. Suggested is, of the coefficients whose validation loss is within one standard error of the lowest, the one
-with the smallest κ; the standard error is that of the difference to the lowest, over the seeds. With a single seed
-there is no such error, and the lowest validation loss decides. A few hundred steps say what does no harm early on, not
-what is best at the end: try the neighbours in full training.
+For every seed the model is trained with each coefficient, 0 and `auto` among them, from the same weights and on the
+same batches, for as many epochs as --epochs or --trainer.max_epochs says: give as many as you train for, because a
+small coefficient looks best where training is cut short. Of each run the epoch with the lowest validation loss counts.
+Suggested is, of the coefficients whose validation loss is within one standard error of the lowest, the one with the
+smallest κ; the standard error is that of the difference to the lowest, over the seeds. With a single seed there is no
+such error, and the lowest validation loss decides. A FAM among --trainer.callbacks is the one whose coefficient is
+sought. Ctrl-C shows what was found so far.
 """
-RULE = "smallest κ of those within one standard error of the lowest validation loss"
 
 
 def make_parser() -> ArgumentParser:
     """Return the command's parser."""
-    parser = Parser(
-        description="Train for some steps with several coefficients of FAM, and suggest one.", epilog=EPILOG
-    )
+    usage = "relflat coefficient --model CLASS --data CLASS --epochs N [--trainer.NAME VALUE ...] [options]"
+    parser = Parser(description="Train with several coefficients of FAM, and suggest one.", usage=usage, epilog=EPILOG)
     add_classes(parser)
     add_layer(parser)
-    parser.add_argument("--lowest", type=float, default=1e-4, help="The smallest coefficient, besides 0.")
+    parser.add_argument("--epochs", type=int | None, help="How many epochs to train; else --trainer.max_epochs.")
+    parser.add_argument("--lowest", type=float, default=1e-3, help="The smallest coefficient, besides 0.")
     parser.add_argument("--highest", type=float, default=1.0, help="The largest coefficient.")
     parser.add_argument("--per_decade", type=int, default=1, help="How many coefficients in a decade.")
-    parser.add_argument("--steps", type=int, default=200, help="How many training steps each.")
     parser.add_argument("--seeds", type=int, default=3, help="How many seeds.")
     parser.add_argument("--seed", type=int, default=0, help="The first seed.")
     parser.add_argument("--monitor", type=str | None, help="The validation loss's logged name, if it is not plain.")
-    parser.add_argument("--accelerator", type=str, default="auto", help="As for the Trainer.")
-    parser.add_argument("--precision", type=str, default="32-true", help="As for the Trainer.")
-    add_outputs(parser, "validation loss and κ over the coefficients")
+    add_outputs(parser, "the validation loss along training, and it and κ over the coefficients")
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     return parser
 
 
-def run(config: Namespace, given: Namespace) -> Result:  # noqa: ARG001
-    """Sweep.
+def run(config: Namespace, given: Namespace) -> Result:
+    """Search.
 
     Args:
         config: the options.
@@ -77,66 +74,100 @@ def run(config: Namespace, given: Namespace) -> Result:  # noqa: ARG001
 
     Returns:
         Validation loss and κ for each coefficient, and the suggestion.
+
+    Raises:
+        InputError: if an option is not what it should be.
     """
     check_outputs(config)
-    config.devices = 1
-    tried = [0.0, *grid(config.lowest, config.highest, config.per_decade)]
-    for name in ("steps", "seeds"):
-        if config[name] < 1:
-            raise InputError(f"--{name} {config[name]}: give a number from 1 on")
-    losses: dict[float, list[float]] = {coefficient: [] for coefficient in tried}
-    kappas: dict[float, list[float]] = {coefficient: [] for coefficient in tried}
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task("", total=len(tried) * config.seeds)
-        for seed in range(config.seed, config.seed + config.seeds):
-            for coefficient in tried:
-                progress.update(task, description=f"seed {seed}, λ = {coefficient:g}")
-                loss, kappa = train(coefficient, seed, config)
-                losses[coefficient].append(loss)
-                kappas[coefficient].append(kappa)
-                progress.advance(task)
-    chosen, within = suggest(losses, kappas)
-    table = new_table(
-        f"{config.steps} steps, {config.seeds} seeds", "λ", "validation loss", "difference to λ = 0", "κ", "", left=0
-    )
-    for coefficient in tried:
-        mark = "← suggested" if coefficient == chosen else "within noise" if coefficient in within else ""
-        table.add_row(
-            f"{coefficient:g}",
-            _spread(losses[coefficient]),
-            "" if coefficient == 0 else _spread(_differences(losses[coefficient], losses[0.0]), sign=True),
-            _spread(kappas[coefficient]),
-            mark,
+    model = class_path(config.model, "model")
+    class_path(config.data, "data")
+    candidates: list[Candidate] = ["auto", *grid(config.lowest, config.highest, config.per_decade)]
+    for name, least in (("epochs", 1), ("seeds", 1), ("seed", 0)):
+        if config[name] is not None and config[name] < least:
+            raise InputError(f"--{name} {config[name]}: give a number from {least} on")
+    trainer = make_trainer(config)
+    if config.epochs is None and trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+        raise InputError("--epochs is missing; give as many as you train for, because fewer favour a small coefficient")
+    try:
+        search = find_coefficient(
+            trainer,
+            lambda: build(config.model, "model"),
+            lambda: build(config.data, "data"),
+            fam=_fam(config, given, trainer),
+            candidates=candidates,
+            max_epochs=config.epochs,
+            seeds=range(config.seed, config.seed + config.seeds),
+            monitor=config.monitor,
         )
-    table.columns[-1].justify = "left"
-    notes = [
-        "± is the standard error over the seeds." if config.seeds > 1 else "One seed: no standard errors.",
-        f"Suggested: λ = {chosen:g}, {RULE if config.seeds > 1 else 'the lowest validation loss'}.",
-    ]
-    if chosen == tried[-1]:
-        notes.append("It is the largest that was tried: give a larger --highest.")
-    elif chosen == tried[1]:
-        notes.append("It is the smallest that was tried: give a smaller --lowest.")
-    if chosen == 0:
-        notes.append("That is plain training: no other had a lower validation loss, or as low a one and smaller κ.")
-    elif config.seeds > 1:
-        differences = _differences(losses[chosen], losses[0.0])
-        mean, error = statistics.mean(differences), _error(differences)
-        verdict = "better than" if mean < -2 * error else "worse than" if mean > 2 * error else "no different from"
-        notes.append(f"Its validation loss is {verdict} that of plain training, by two standard errors.")
+    except SearchInterruptedError as error:
+        if not any(error.search.curves.values()):
+            raise
+        search = error.search
     data = {
-        "model": class_path(config.model, "model"),
+        "model": model,
         "layer": config.layer,
-        "steps": config.steps,
-        "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "epochs": search.epochs,
+        "seeds": list(search.seeds),
+        "monitor": search.monitor,
         "coefficients": [
-            {"coefficient": value, "validation_loss": losses[value], "relative_flatness": kappas[value]}
-            for value in tried
+            {
+                "coefficient": candidate,
+                "validation_loss": losses,
+                "relative_flatness": search.kappas[candidate],
+                "curves": [vars(curve) for curve in search.curves[candidate]],
+            }
+            for candidate, losses in search.losses.items()
         ],
-        "suggestion": chosen,
-        "within_noise": within,
+        "suggestion": search.suggestion,
+        "within_noise": search.within_noise,
+        "unfinished": search.unfinished,
     }
-    return Result(data, [table], notes, figure=lambda: draw(losses, kappas, chosen))
+    heads, *rows = search.rows()
+    table = new_table(f"{search.epochs} epochs, {max(search.complete, 1)} of {len(search.seeds)} seeds", *heads, left=0)
+    for row in rows:
+        table.add_row(*row)
+    whole = search.complete == len(search.seeds)
+    return Result(data, [table], search.notes(), figure=lambda: draw(search), interrupted=not whole)
+
+
+def make_trainer(config: Namespace) -> Trainer:
+    """Return the Trainer, which leaves nothing on the disk.
+
+    Args:
+        config: the options.
+
+    Returns:
+        The Trainer.
+
+    Raises:
+        InputError: if it does not take the options.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    values = dict(parser.instantiate(parser.parse_object({"trainer": config.trainer.as_dict()})).trainer)
+    callbacks = values.pop("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    own = {
+        "callbacks": [one for one in callbacks if not isinstance(one, Checkpoint | ModelSummary | ProgressBar)],
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stderr.isatty(),
+    }
+    try:
+        return Trainer(**(values | own))
+    except ValueError as error:  # its words for a wrong accelerator, precision and so on
+        raise InputError(str(error)) from error
+
+
+def _fam(config: Namespace, given: Namespace, trainer: Any) -> FAM | None:
+    """Return the penalty that the options describe; ``None`` for the one among the Trainer's callbacks."""
+    if not any(isinstance(callback, FAM) for callback in trainer.callbacks):
+        return FAM(config.layer, loss=find_loss(config.loss), target=config.target)
+    for name in ("layer", "loss", "target"):
+        if name in given:
+            raise InputError(f"--{name} is what the FAM among --trainer.callbacks says; give one of the two")
+    return None
 
 
 def grid(lowest: float, highest: float, per_decade: int) -> list[float]:
@@ -167,129 +198,57 @@ def grid(lowest: float, highest: float, per_decade: int) -> list[float]:
     return [float(f"{lowest * 10 ** (index / per_decade):.3g}") for index in range(count + 1)]
 
 
-def train(coefficient: float, seed: int, config: Namespace) -> tuple[float, float]:
-    """Train for some steps, and validate.
+def draw(search: CoefficientSearch) -> Figure:
+    """Draw the validation loss along training, and the lowest and its κ over the coefficients.
 
     Args:
-        coefficient: λ.
-        seed: for weights, batches and all else.
-        config: the options.
+        search: what was found.
 
     Returns:
-        Validation loss and κ; both NaN if training diverged.
+        The figure. Plain training and ``"auto"``, which have no place on an axis of numbers, are lines across.
     """
-    seed_everything(seed, workers=True, verbose=False)
-    model = build(config.model, "model")
-    data = SharedData(build(config.data, "data"))
-    fam = [FAM(config.layer, coefficient, seed=seed)] if coefficient else []
-    quiet: dict[str, Any] = {"enable_progress_bar": False}
-    trainer = make_trainer(config, [*fam], max_steps=config.steps, max_epochs=-1, limit_val_batches=0, **quiet)
-    try:
-        trainer.fit(model, datamodule=data.data)
-    except RuntimeError as error:
-        if not re.search("was nan or infinite", str(error)):
-            raise
-        return math.nan, math.nan
-    monitor = FlatnessMonitor(config.layer, find_loss(config.loss), target=config.target)
-    values = validate(model, data, "val", config, [monitor], **quiet)
-    loss = values[_loss_name(values, config.monitor)]
-    if "val/relative_flatness" not in values:
-        raise InputError("`validation_step` shows no loss that depends on the layer; return it there, or give --loss")
-    return loss, values["val/relative_flatness"]
-
-
-def _loss_name(values: dict[str, float], monitor: str | None) -> str:
-    """Return the name of the validation loss among those that begin with ``val/``."""
-    wanted = "loss" if monitor is None else re.sub(r"^val(id|idation)?[/_.]", "", monitor)
-    if f"val/{wanted}" in values:
-        return f"val/{wanted}"
-    found = [name for name in values if "loss" in name]
-    if monitor is None and len(found) == 1:
-        return found[0]
-    names = ", ".join(name for name in values if name != "val/relative_flatness") or "nothing"
-    raise InputError(
-        f"validation_step logs {names}, which does not say what the validation loss is; log it there as val/loss, or "
-        "name it with --monitor"
-    )
-
-
-def suggest(losses: dict[float, list[float]], kappas: dict[float, list[float]]) -> tuple[float, list[float]]:
-    """Return the suggested coefficient.
-
-    Args:
-        losses: for each coefficient, validation losses over the same seeds.
-        kappas: κ likewise.
-
-    Returns:
-        It, and all that are within one standard error of the lowest loss.
-
-    Raises:
-        InputError: if training diverged with all of them.
-    """
-    finite = {key: value for key, value in losses.items() if all(map(math.isfinite, value))}
-    if not finite:
-        raise InputError("training diverged with every coefficient, also with 0; mend the learning rate first")
-    best = min(finite, key=lambda key: statistics.mean(finite[key]))
-    within = []
-    for key, values in finite.items():
-        differences = _differences(values, finite[best])
-        if statistics.mean(differences) <= (_error(differences) if len(differences) > 1 else 0):
-            within.append(key)
-    return min(within, key=lambda key: statistics.mean(kappas[key])), within
-
-
-def _differences(values: list[float], others: list[float]) -> list[float]:
-    return [value - other for value, other in zip(values, others, strict=True)]
-
-
-def _error(values: list[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _spread(values: list[float], *, sign: bool = False) -> str:
-    """Return the mean and its standard error."""
-    if not all(map(math.isfinite, values)):
-        return "diverged"
-    mean = statistics.mean(values)
-    text = with_error(mean, _error(values)) if len(values) > 1 else number(mean)
-    return f"+{text}" if sign and mean > 0 else text
-
-
-def draw(losses: dict[float, list[float]], kappas: dict[float, list[float]], chosen: float) -> Figure:
-    """Draw validation loss and κ over the coefficients; plain training is a line across.
-
-    Args:
-        losses: for each coefficient, validation losses.
-        kappas: for each coefficient, κ.
-        chosen: the suggestion.
-
-    Returns:
-        The figure.
-    """
-    figure, axes = new_figure(columns=2, width=9, height=3.8)
-    for axis, name, of in zip(axes, ("validation loss", "κ on validation data"), (losses, kappas), strict=True):
+    figure, axes = new_figure(columns=3, width=13, height=3.8)
+    colours: dict[Candidate, Any] = {0.0: "black", "auto": "C1"}
+    numbers = [candidate for candidate in search.candidates if candidate not in (0, "auto")]
+    for index, candidate in enumerate(numbers):
+        colours[candidate] = (0.7 - 0.7 * index / len(numbers), 0.8 - 0.6 * index / len(numbers), 0.95)
+    for candidate in search.losses:
+        for curve in search.curves[candidate]:
+            first = curve is search.curves[candidate][0]
+            axes[0].plot(
+                curve.epochs,
+                curve.losses,
+                color=colours[candidate],
+                linestyle="--" if candidate in (0, "auto") else "-",
+                linewidth=1.2,
+                alpha=0.8,
+                label=f"λ = {show(candidate)}" if first else None,
+            )
+    axes[0].set(xlabel="epoch", ylabel=search.monitor)
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis, name, of in zip(axes[1:], (search.monitor, "κ"), (search.losses, search.kappas), strict=True):
         known = {key: values for key, values in of.items() if all(map(math.isfinite, values))}
         points = {
-            key: (statistics.mean(values), _error(values) if len(values) > 1 else 0.0) for key, values in known.items()
+            key: (statistics.mean(values), standard_error(values) if len(values) > 1 else 0.0)
+            for key, values in known.items()
         }
-        plain = points.pop(0.0, None)
-        if plain is not None:
-            axis.axhline(plain[0], color="grey", linestyle="--", label="λ = 0, suggested" if chosen == 0 else "λ = 0")
-            axis.axhspan(plain[0] - plain[1], plain[0] + plain[1], color="grey", alpha=0.2, linewidth=0)
-        axis.errorbar(
-            list(points),
-            [mean for mean, _ in points.values()],
-            [error for _, error in points.values()],
-            marker="o",
-            capsize=3,
-            label="FAM",
-        )
-        if chosen in points:
-            axis.plot(
-                chosen, points[chosen][0], "o", color="C1", markersize=10, zorder=3, label=f"suggested: {chosen:g}"
-            )
-        axis.set(xscale="log", xlabel="λ", ylabel=name)
-    axes[1].set_yscale("log")
-    plain_log_ticks(axes[1].yaxis)
-    axes[0].legend(frameon=False)
+        for key in (0.0, "auto"):
+            if key in points:
+                mean, error = points.pop(key)
+                suggested = ", suggested" if search.suggestion == key else ""
+                axis.axhline(mean, color=colours[key], linestyle="--", label=f"λ = {show(key)}{suggested}")
+                axis.axhspan(mean - error, mean + error, color=colours[key], alpha=0.15, linewidth=0)
+        means, errors = [mean for mean, _ in points.values()], [error for _, error in points.values()]
+        xs: list[Any] = list(points)
+        axis.errorbar(xs, means, errors, color="C0", marker="o", capsize=3)
+        if search.suggestion in points:
+            chosen: Any = search.suggestion
+            label = f"λ = {chosen:g}, suggested"
+            axis.plot(chosen, points[chosen][0], "o", color="C2", markersize=10, zorder=3, label=label)
+        axis.set(xscale="log", xlabel="λ", ylabel=f"{name} at the best epoch")
+    shown = [loss for key in search.losses for curve in search.curves[key] for loss in curve.losses if loss > 0]
+    for axis in axes if max(shown) > 3 * min(shown) else axes[2:]:
+        axis.set_yscale("log")
+        plain_log_ticks(axis.yaxis)
+    axes[1].legend(frameon=False, fontsize=8)
     return figure

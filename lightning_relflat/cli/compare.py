@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from matplotlib.figure import Figure
 from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
 
+from lightning_relflat._numbers import number
 from lightning_relflat.cli._shared import (
     InputError,
     Parser,
@@ -23,10 +24,9 @@ from lightning_relflat.cli._shared import (
     check_outputs,
     new_figure,
     new_table,
-    number,
     plain_log_ticks,
 )
-from lightning_relflat.cli.measure import MEANINGS, add_checkpoint_options, is_flatness, report_checkpoint
+from lightning_relflat.cli.measure import add_checkpoint_options, is_flatness, report_checkpoint
 
 EPILOG = """\
 examples:
@@ -83,7 +83,15 @@ def run(config: Namespace, given: Namespace) -> Result:
         raise InputError("a run is named twice; name each once")
     if config.get("plot") and not config.against:
         raise InputError("--plot draws one column against another; name it with --against, as --against gap/loss")
-    runs = {path: _with_gaps(read_run(path, config, given)) for path in config.runs}
+    runs: dict[str, Values] = {}
+    try:
+        for path in config.runs:
+            runs[path] = _with_gaps(read_run(path, config, given))
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+    interrupted = len(runs) < len(config.runs)
+    notes = [f"Interrupted after {len(runs)} of {len(config.runs)} runs."] if interrupted else []
     for column in filter(None, (config.by, config.against)):
         _check_column(column, runs)
     runs = dict(sorted(runs.items(), key=lambda item: (math.isnan(item[1][config.by]), item[1][config.by])))
@@ -102,7 +110,7 @@ def run(config: Namespace, given: Namespace) -> Result:
         "runs": [{"run": path, "values": values} for path, values in runs.items()],
     }
     tables = [table]
-    if config.against:
+    if config.against and not (interrupted and len(runs) < 3):
         if len(runs) < 3:
             raise InputError(
                 f"a rank correlation needs at least 3 runs, but there are {len(runs)}; leave out --against"
@@ -114,7 +122,7 @@ def run(config: Namespace, given: Namespace) -> Result:
         for column, entry in found.items():
             ranks.add_row(column, *(_rank(entry[kind]) for kind in ("kendall", "spearman")), str(entry["runs"]))
         tables.append(ranks)
-    return Result(data, tables, figure=lambda: draw(config.by, config.against, runs))
+    return Result(data, tables, notes, figure=lambda: draw(config.by, config.against, runs), interrupted=interrupted)
 
 
 def read_run(path: str, config: Namespace, given: Namespace) -> Values:
@@ -150,8 +158,7 @@ def read_run(path: str, config: Namespace, given: Namespace) -> Values:
             return {str(name): math.nan if value is None else float(value) for name, value in values.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} was not written by `relflat measure --json`; write it anew") from error
-    _, values = report_checkpoint(path, config, given, parts=["train", "val"], measures=list(MEANINGS))
-    return dict(values)
+    return report_checkpoint(path, config, given)
 
 
 def _read_csv(path: Path) -> Values:

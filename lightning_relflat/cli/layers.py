@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from matplotlib.figure import Figure
 
+from lightning_relflat._numbers import with_error
 from lightning_relflat.callbacks import LayersMonitor
 from lightning_relflat.cli._shared import (
     InputError,
@@ -18,9 +19,9 @@ from lightning_relflat.cli._shared import (
     class_path,
     new_figure,
     new_table,
-    with_error,
 )
-from lightning_relflat.cli.measure import Part, add_checkpoint_options, load, validate
+from lightning_relflat.cli._validation import Part, validate
+from lightning_relflat.cli.measure import add_checkpoint_options, load
 
 EPILOG = """\
 examples:
@@ -61,23 +62,15 @@ def run(config: Namespace, given: Namespace) -> Result:
     if not config.ckpts:
         raise InputError("name a checkpoint: relflat layers CKPT --model package.module.Class --data …")
     found: dict[str, Values] = {}
-    for path in config.ckpts:
-        model, data = load(path, config, given)
-        monitor = LayersMonitor(config.layers or "*", stages=("val",), probes=config.probes, seed=config.seed)
-        logged = validate(model, data, config.split, config, [monitor])
-        if f"{config.split}/network_flatness" not in logged:
-            raise InputError("`validation_step` shows no loss that depends on a layer; return the loss there or log it")
-        prefix = f"{config.split}/layer_flatness/"
-        values = {
-            name.removeprefix(prefix): (value, logged[name.replace("layer_flatness", "layer_flatness_error", 1)])
-            for name, value in logged.items()
-            if name.startswith(prefix)
-        }
-        values["all"] = logged[f"{config.split}/network_flatness"], logged[f"{config.split}/network_flatness_error"]
-        found[path] = values
+    try:
+        for path in config.ckpts:
+            found[path] = _measure(path, config, given)
+    except KeyboardInterrupt:
+        if not found:
+            raise
     where = {"train": "training", "val": "validation"}[config.split]
     title = f"κ of every layer on {where} data, ± standard error"
-    table = new_table(title, "layer", *_labels(config.ckpts))
+    table = new_table(title, "layer", *_labels(list(found)))
     names = list(dict.fromkeys(name for values in found.values() for name in values if name != "all"))
     for index, name in enumerate([*names, "all"]):
         cells = [with_error(*values[name]) if name in values else "" for values in found.values()]
@@ -99,7 +92,27 @@ def run(config: Namespace, given: Namespace) -> Result:
             for path, values in found.items()
         ],
     }
-    return Result(data_out, [table], figure=lambda: draw(found, names, where))
+    interrupted = len(found) < len(set(config.ckpts))
+    notes = [f"Interrupted after {len(found)} of {len(set(config.ckpts))} checkpoints."] if interrupted else []
+    return Result(data_out, [table], notes, figure=lambda: draw(found, names, where), interrupted=interrupted)
+
+
+def _measure(path: str, config: Namespace, given: Namespace) -> Values:
+    """Return κ and its standard error by layer, and of all layers."""
+    model, data = load(path, config, given)
+    monitor = LayersMonitor(config.layers or "*", stages=("val",), probes=config.probes, seed=config.seed)
+    logged = validate(model, data, config.split, config, [monitor])
+    if f"{config.split}/network_flatness" not in logged:
+        raise InputError("`validation_step` shows no loss that depends on a layer; return the loss there or log it")
+    prefix = f"{config.split}/layer_flatness/"
+    values = {
+        name.removeprefix(prefix): (value, logged[name.replace("layer_flatness", "layer_flatness_error", 1)])
+        for name, value in logged.items()
+        if name.startswith(prefix)
+    }
+    return values | {
+        "all": (logged[f"{config.split}/network_flatness"], logged[f"{config.split}/network_flatness_error"])
+    }
 
 
 def _labels(paths: list[str]) -> list[str]:

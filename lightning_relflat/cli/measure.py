@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import sys
-import warnings
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from lightning.pytorch import LightningModule, seed_everything
 
+from lightning_relflat._numbers import number
 from lightning_relflat.callbacks import FlatnessMonitor
 from lightning_relflat.cli._checkpoint import load_model
 from lightning_relflat.cli._shared import (
@@ -27,10 +23,9 @@ from lightning_relflat.cli._shared import (
     class_path,
     find_loss,
     new_table,
-    number,
 )
+from lightning_relflat.cli._validation import Part, SharedData, validate
 
-Part = Literal["train", "val"]
 Measure = Literal[
     "relative_flatness",
     "weight_norm",
@@ -120,8 +115,19 @@ def run(config: Namespace, given: Namespace) -> Result:
     if config.ckpt is None:
         raise InputError("name a checkpoint: relflat measure CKPT --model package.module.Class --data …")
     measures = list(get_args(Measure)) if config.measures is None else config.measures
-    parts: list[Part] = ["train", "val"] if config.split == "both" else [config.split]
-    layer, values = report_checkpoint(config.ckpt, config, given, parts=parts, measures=measures)
+    asked: list[Part] = ["train", "val"] if config.split == "both" else [config.split]
+    model, shared = load(config.ckpt, config, given)
+    parts: list[Part] = []
+    values: dict[str, float] = {}
+    layer = None
+    try:
+        for part in asked:
+            layer, found = report_part(model, shared, part, config, measures)
+            values |= found
+            parts.append(part)
+    except KeyboardInterrupt:
+        if not parts:
+            raise
     title = f"{config.ckpt}, layer {layer}, loss {config.loss or 'of the step'}"
     heads = {"train": "training", "val": "validation"}
     table = new_table(title, "", *(heads[part] for part in parts), *(["difference"] if len(parts) == 2 else []))
@@ -144,7 +150,9 @@ def run(config: Namespace, given: Namespace) -> Result:
         "loss": config.loss,
         "values": values,
     }
-    return Result(data, [table])
+    missing = [heads[part] for part in asked if part not in parts]
+    notes = [f"Interrupted: nothing was measured on {' and '.join(missing)} data."] if missing else []
+    return Result(data, [table], notes, interrupted=bool(missing))
 
 
 def _logged(measure: str) -> str:
@@ -163,47 +171,70 @@ def is_flatness(name: str) -> bool:
     return name.startswith(("relative_flatness", "flatness/", "layer_flatness", "network_flatness"))
 
 
-def report_checkpoint(
-    path: str, config: Namespace, given: Namespace, *, parts: list[Part], measures: list[str]
-) -> tuple[str, dict[str, float]]:
-    """Measure a checkpoint.
+def report_checkpoint(path: str, config: Namespace, given: Namespace) -> dict[str, float]:
+    """Measure a checkpoint on training and validation data.
 
     Args:
         path: the file.
         config: the options.
         given: those that the user gave.
-        parts: the data.
+
+    Returns:
+        All values, by names that begin with the part of the data.
+
+    Raises:
+        InputError: if something cannot be found or does not fit.
+    """
+    model, data = load(path, config, given)
+    parts: list[Part] = ["train", "val"]
+    found = [report_part(model, data, part, config, list(MEANINGS))[1] for part in parts]
+    return found[0] | found[1]
+
+
+def report_part(
+    model: LightningModule, data: SharedData, part: Part, config: Namespace, measures: list[str]
+) -> tuple[str, dict[str, float]]:
+    """Measure a model on a part of the data.
+
+    Args:
+        model: the model.
+        data: the data.
+        part: which part of it.
+        config: the options.
         measures: which values of the report.
 
     Returns:
         The layer's name, and the values by names that begin with the part of the data.
 
     Raises:
-        InputError: if something cannot be found or does not fit.
+        InputError: if no loss shows what is to be measured.
     """
-    model, data = load(path, config, given)
-    loss = find_loss(config.loss)
     report = measures != ["relative_flatness"]
-    values: dict[str, float] = {}
-    layer = None
-    for part in parts:
-        monitor = FlatnessMonitor(config.layer, loss, target=config.target, report=report, seed=config.seed)
+    loss = find_loss(config.loss)
+    monitor = FlatnessMonitor(config.layer, loss, target=config.target, report=report, seed=config.seed)
+    no_report = (
+        "has no report, which is of a linear layer with the loss as a criterion of its outputs; for its κ alone give "
+        "--measures relative_flatness, without --loss, or see relflat layers"
+    )
+    try:
         found = validate(model, data, part, config, [monitor])
-        layer = monitor.measured_layer
-        missing = {_logged(measure) for measure in measures} - {name.partition("/")[2] for name in found}
-        if layer is None or missing:
-            raise InputError(
-                "`validation_step` shows no loss that depends on the layer, or none with a closed form; return the "
-                "loss there or log it, or name it with --loss"
-            )
-        wanted = {_logged(measure) for measure in measures}
-        values |= {
-            name: value
-            for name, value in found.items()
-            if (own := name.partition("/")[2]) in wanted or not is_flatness(own)
-        }
-    assert layer is not None
-    return layer, values
+    except ValueError as error:
+        if not str(error).startswith("Expected argument `layer` to name an nn.Linear"):
+            raise
+        raise InputError(f"--layer {config.layer} {no_report}") from error
+    wanted = {_logged(measure) for measure in measures}
+    if report and f"{part}/relative_flatness" in found and f"{part}/flatness/weight_norm" not in found:
+        raise InputError(f"the layer {monitor.measured_layer} {no_report}")
+    if monitor.measured_layer is None or wanted - {name.partition("/")[2] for name in found}:
+        raise InputError(
+            "`validation_step` shows no loss that depends on the layer, or none with a closed form; return the "
+            "loss there or log it, or name it with --loss"
+        )
+    return monitor.measured_layer, {
+        name: value
+        for name, value in found.items()
+        if (own := name.partition("/")[2]) in wanted or not is_flatness(own)
+    }
 
 
 def load(path: str, config: Namespace, given: Namespace) -> tuple[LightningModule, SharedData]:
@@ -238,123 +269,3 @@ def check_devices(config: Namespace) -> None:
     """
     if config.devices < 1:
         raise InputError(f"--devices {config.devices}: give a number of processes from 1 on")
-
-
-class SharedData:
-    """A user's data module, from which each process gets its share of the whole training or validation set.
-
-    Every sample is given once, in order, to one process. Lightning's own sampler repeats samples, so that every process
-    has as many.
-
-    Args:
-        data: the data module.
-    """
-
-    def __init__(self, data: LightningDataModule) -> None:
-        self.data = data
-        self.part: Part = "val"
-        self._setup = data.setup
-        self._loaders = {"train": data.train_dataloader, "val": data.val_dataloader}
-        self._ready = False
-        # The data module itself goes to the Trainer, so that its hooks for moving batches count.
-        data.setup = self._setup_once  # type: ignore[method-assign]
-        data.val_dataloader = self._share  # type: ignore[method-assign]
-
-    def _setup_once(self, stage: str) -> None:  # noqa: ARG002
-        if not self._ready:  # so that a split drawn at random is one and the same
-            self._setup("fit")  # sets up both parts
-        self._ready = True
-
-    def _share(self) -> Any:
-        loader = self._loaders[self.part]()
-        trainer = self.data.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        if not isinstance(loader, DataLoader) and (world > 1 or isinstance(loader, list | tuple | dict)):
-            raise InputError(
-                f"{self.part}_dataloader returns a {type(loader).__name__}; only a single DataLoader can be measured"
-            )
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            if world > 1:
-                raise InputError(
-                    f"{self.part}_dataloader has an IterableDataset, which processes cannot share; use --devices 1"
-                )
-            return loader
-        how: dict[str, Any] = {
-            "collate_fn": loader.collate_fn,
-            "num_workers": loader.num_workers,
-            "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout,
-            "worker_init_fn": loader.worker_init_fn,
-            "multiprocessing_context": loader.multiprocessing_context,
-        }
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        if size < world:
-            raise InputError(f"the {self.part} data has {size} samples, fewer than --devices {world}; give fewer")
-        # Samples rather than batches are dealt out, so that values averaged over processes hardly differ.
-        share = Subset(loader.dataset, range(rank, size, world))
-        makes_batches = loader.batch_size is None and loader.batch_sampler is None  # the data set does
-        return DataLoader(share, batch_size=None if makes_batches else loader.batch_size or 64, **how)
-
-
-def make_trainer(config: Namespace, callbacks: list[Callback], **kwargs: Any) -> Trainer:
-    """Return a Trainer that leaves nothing on the disk.
-
-    Args:
-        config: the options.
-        callbacks: its callbacks.
-        kwargs: further arguments.
-
-    Returns:
-        The Trainer.
-
-    Raises:
-        InputError: if it does not take the options.
-    """
-    show = sys.stderr.isatty()
-    bar: list[Callback] = [RichProgressBar(console_kwargs={"stderr": True})] if show else []
-    settings: dict[str, Any] = {
-        "accelerator": config.accelerator,
-        "devices": config.devices,
-        "strategy": "ddp" if config.devices > 1 else "auto",
-        "precision": config.precision,
-        "callbacks": [*callbacks, *bar],
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": show,
-        "use_distributed_sampler": False,
-        "num_sanity_val_steps": 0,
-    }
-    try:
-        return Trainer(**(settings | kwargs))
-    except ValueError as error:  # its words for a wrong --accelerator, --devices or --precision
-        raise InputError(str(error)) from error
-
-
-def validate(
-    model: LightningModule,
-    data: SharedData,
-    part: Part,
-    config: Namespace,
-    callbacks: list[Callback],
-    **kwargs: Any,
-) -> dict[str, float]:
-    """Run the model's validation step over a part of the data.
-
-    Args:
-        model: the model.
-        data: the data.
-        part: which part of it.
-        config: the options.
-        callbacks: for the Trainer.
-        kwargs: for the Trainer.
-
-    Returns:
-        All that was logged, by names that begin with the part of the data.
-    """
-    data.part = part
-    with warnings.catch_warnings():
-        # Whoever asked for the values says in one line that there are none.
-        warnings.filterwarnings("ignore", ".*(so that nothing was measured there|so that it is left out)")
-        [values] = make_trainer(config, callbacks, **kwargs).validate(model, datamodule=data.data, verbose=False)
-    return {f"{part}/{re.sub(r'^val(id|idation)?[/_.]', '', name)}": value for name, value in values.items()}

@@ -144,6 +144,8 @@ def _read_classes(
     if target.shape != positions:
         raise _misfit(target, outputs, f"{shape_of(positions)}, one class index for every sample,")
     indices = target.reshape(-1).long()  # in uint8 an index of 156 would equal -100
+    if class_weight is None and _all_count(indices, classes, criterion.ignore_index):
+        return CalledBatch(rows, (indices,), like.new_ones(samples), total)
     counted = indices != criterion.ignore_index
     indices, poison = _check_indices(indices, counted, classes, criterion.ignore_index, like)
     weight = counted.to(dtype)
@@ -181,6 +183,14 @@ def _read_numbers(
         _check_broadcasts(name, getattr(criterion, name), called)
     weight = called.new_ones(_without(outputs, class_dim).numel())
     return CalledBatch(called, targets, weight, called.new_full((), float(called.numel())))
+
+
+def _all_count(indices: Tensor, classes: int, ignore_index: int) -> bool:
+    """Return whether all class indices are seen to be right and none is ignored: what most batches are, in one look."""
+    if indices.numel() == 0 or not is_open(indices):
+        return False
+    least, most = (int(end) for end in indices.aminmax())
+    return least >= 0 and most < classes and not least <= ignore_index <= most
 
 
 def _check_indices(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -93,16 +93,32 @@ def plain(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(Tensor)
 
 
-@contextmanager
-def ordinary() -> Iterator[None]:
+class ordinary(ContextDecorator):  # noqa: N801  # a function to those who use it
     """Let such tensors count as ordinary ones, and what is computed of them be one; as a decorator too."""
-    with torch._C.DisableTorchFunctionSubclass():
-        yield
+
+    def __enter__(self) -> None:
+        self._within = torch._C.DisableTorchFunctionSubclass()
+        self._within.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._within.__exit__(None, None, None)
+
+    def _recreate_cm(self) -> ordinary:
+        return ordinary()
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def sum_of(numbers: Sequence[Tensor]) -> Tensor:
+    """Return the sum of some scalars; of a single one, itself."""
+    return numbers[0] if len(numbers) == 1 else torch.stack(list(numbers)).sum()
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves the dtypes of this tensor's device alone."""
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    # A context of autocast costs as much as an operation. PyTorch has none for tensors without numbers.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(device_type=kind, enabled=False)
 
 
 def said(value: object, depth: int = 2) -> str:

@@ -364,11 +364,11 @@ def is_transformed(*tensors: Tensor) -> bool:
     Returns:
         Whether it is so.
     """
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return True
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 
@@ -381,4 +381,7 @@ def is_open(*tensors: Tensor) -> bool:
     Returns:
         Whether they may.
     """
-    return all(tensor.device.type == "cpu" for tensor in tensors) and not is_transformed(*tensors)
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return False
+    return not is_transformed(*tensors)

@@ -57,7 +57,10 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
 
 def noise_for(parameters: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Return noise of variance one, the same on all devices."""
-    return {name: torch.randn(value.shape, generator=generator).to(value.device) for name, value in parameters.items()}
+    return {
+        name: torch.randn(value.shape, generator=generator).to(value.device, non_blocking=True)
+        for name, value in parameters.items()
+    }
 
 
 def outputs_of(module: nn.Module, parameters: dict[str, Tensor], inputs: Any) -> Tensor:

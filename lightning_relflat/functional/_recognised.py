@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_relflat.functional._graph import nodes_between, reaches
+from lightning_relflat.functional._graph import is_open, nodes_between, reaches
 
 Kind: TypeAlias = Literal["softmax", "sigmoid", "quadratic"]
 _Gradients: TypeAlias = "tuple[Tensor | None, ...]"
@@ -47,11 +47,15 @@ class Recognised:
             everything that is done with the criterion: reduction, weights, masks, mixtures, factors.
         total: what a mean over the rows divides by: what PyTorch's own cross-entropy has divided by if the loss is one,
             else the number of rows with a factor.
+        all_count: whether it is known that every row has a factor; the others may hold anything, such as NaN.
+        log_p: the log-softmax of the outputs, a constant, where the loss has saved it.
     """
 
     kind: Kind
     factors: tuple[Tensor, ...]
     total: Tensor
+    all_count: bool = False
+    log_p: Tensor | None = None
 
 
 def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor]) -> Recognised | None:
@@ -79,21 +83,74 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
         >>> from lightning_relflat.functional._recognised import recognise
         >>> z = torch.zeros(2, 3, requires_grad=True)
         >>> recognise(0.5 * F.cross_entropy(z, torch.tensor([0, -100])), [z], [z])
-        Recognised(kind='softmax', factors=(tensor([0.5000, 0.0000]),), total=tensor(1.))
+        Recognised(kind='softmax', factors=(tensor([0.5000, 0.0000]),), total=tensor(1.), all_count=False, log_p=None)
     """
     if loss.grad_fn is None or not all(tensor.requires_grad and tensor.ndim > 0 for tensor in outputs):
         return None
+    plain = recognise_cross_entropy(loss, outputs[0]) if len(outputs) == 1 else None
+    if plain is not None:
+        return plain
     if len(outputs) > 1 and reaches(features, outputs):
         return None  # one pass lies behind another
     try:
         plan = _Plan(loss, outputs)
     except _Unknown:
         return None
+    straight = plan.straight()
+    if straight is not None and len(straight) == len(outputs):
+        factors = _of_straight(loss, outputs, plan, straight)
+        return Recognised("softmax", factors, _total(plan, factors))
     found = shares = _arriving(loss, outputs, plan, plan.criteria)
     if any(act in _SHARES for act in plan.criteria.values()):
         # A row may have a share in the loss and no curvature, and the mean is over it all the same.
         shares = _arriving(loss, outputs, plan, {node: _SHARES.get(act, act) for node, act in plan.criteria.items()})
     return Recognised(plan.kind, tuple(found), _total(plan, shares))
+
+
+def recognise_cross_entropy(loss: Tensor, outputs: Tensor) -> Recognised | None:
+    """Return the curvature of a loss that is PyTorch's own cross-entropy of some outputs, and nothing else.
+
+    What :func:`recognise` finds, without a walk through the graph or a run of the engine, which take longer than all
+    else in a small step.
+
+    Args:
+        loss: a scalar loss, in its graph.
+        outputs: what left a linear layer.
+
+    Returns:
+        The curvature; ``None`` if the loss is another.
+    """
+    node: Any = loss.grad_fn
+    if node is None or outputs.ndim != 2 or not outputs.requires_grad or node.name() != "NllLossBackward0":
+        return None
+    criterion = node.next_functions[0][0]
+    if criterion.name() != "LogSoftmaxBackward0" or criterion.next_functions[0][0] is not _node_of(outputs):
+        return None
+    log_p = criterion._saved_result.detach()
+    weight, total = node._saved_weight, node._saved_total_weight.detach()
+    mean = node._saved_reduction == 1
+    if mean and weight is None and is_open(total) and total.item() == len(outputs):
+        # Nothing is ignored: every row has the same share, and none needs to be looked at.
+        return Recognised("softmax", (total.reciprocal().expand(len(outputs)),), total, all_count=True, log_p=log_p)
+    target = node._saved_target
+    counted = target != _signed(node._saved_ignore_index)
+    factor = counted.to(torch.promote_types(torch.float32, loss.dtype))
+    if weight is not None:
+        factor = factor * weight.detach().to(factor)[target.where(counted, 0)]
+    divisor = total if mean else (factor != 0).sum()
+    return Recognised("softmax", (factor / total if mean else factor,), divisor, log_p=log_p)
+
+
+def _of_straight(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, nodes: Sequence[Node]) -> tuple[Tensor, ...]:
+    """Return the factors where every log-softmax has the outputs' rows: then nothing goes backward through it."""
+    edges = [torch.autograd.graph.GradientEdge(node, 0) for node in nodes]
+    with torch.enable_grad():
+        arrived = torch.autograd.grad(loss, edges, retain_graph=True, create_graph=plan.learnt)
+    widest = torch.promote_types(torch.float32, loss.dtype)
+    return tuple(
+        -gradient.sum(dim=-1, dtype=widest).reshape(tensor.shape[:-1])
+        for gradient, tensor in zip(arrived, outputs, strict=True)
+    )
 
 
 def _arriving(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, criteria: dict[Node, _Act]) -> list[Tensor]:
@@ -115,6 +172,39 @@ def _arriving(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, criteria: di
             )
             found = [factor + new.to(widest) / unit for factor, new in zip(found, arrived, strict=True)]
     return [factor[..., 0] for factor in found] if plan.kind == "softmax" else found
+
+
+def factors_of(loss: Tensor, results: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return what a loss multiplies some results with, where its graph says that it is linear in them.
+
+    Args:
+        loss: a scalar loss, in its graph.
+        results: what it is made of.
+
+    Returns:
+        The factors, in the shapes of the results; ``None`` where it is not linear.
+    """
+    nodes, between = {_node_of(tensor) for tensor in results}, nodes_between(loss, results)
+    seen, waiting, learnt = set[Node](), [_node_of(loss)], False
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node in nodes:
+            continue
+        seen.add(node)
+        inner = [
+            (place, following, number)
+            for place, (following, number) in enumerate(node.next_functions)
+            if following is not None and (following in between or following in nodes)
+        ]
+        if not _is_linear(node, inner):
+            return None
+        after = {following for _, following, _ in inner}
+        learnt |= node.name() not in _SUMS and any(
+            following is not None and following not in after for following, _ in node.next_functions
+        )
+        waiting += [following for _, following, _ in inner]
+    with torch.enable_grad():
+        return list(torch.autograd.grad(loss, results, retain_graph=True, create_graph=learnt, materialize_grads=True))
 
 
 class _Unknown(Exception):  # noqa: N818  # not an error: an answer
@@ -161,6 +251,23 @@ class _Plan:
             for place, (following, number) in enumerate(node.next_functions)
             if following is not None and (following in self._between or following in self._outputs)
         ]
+
+    def straight(self) -> list[Node] | None:
+        """Return the log-softmax of each of the outputs, if each has one alone, of its rows as they are."""
+        found: dict[Node, Node] = {}
+        for criterion in self.criteria if self.kind == "softmax" else ():
+            node, shape = criterion, _shape(criterion, 0)
+            while node not in self._outputs:
+                [(_, node, _)] = self._inner(node)
+                if node not in self._outputs and node.name() not in _RESHAPES:
+                    return None
+            # Else its rows are spread, or are not all.
+            fits = _signed(getattr(criterion, "_saved_dim", -1)) % len(shape) == len(shape) - 1
+            if node in found or not fits or torch.Size(shape).numel() != self._outputs[node].numel():
+                return None
+            found[node] = criterion
+        nodes = [found.get(_node_of(tensor)) for tensor in self._outputs.values()]
+        return None if not found or None in nodes else [node for node in nodes if node is not None]
 
     def _look_below(self, node: Node) -> None:
         kind, act = _CRITERIA[node.name()]

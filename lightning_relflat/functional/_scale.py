@@ -52,5 +52,5 @@ def times_squared_lengths(features: Tensor, factor: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor) -> Tensor:
-    values = values.detach()
-    return torch.maximum(values.amax(), -values.amin())
+    largest: Tensor = torch.linalg.vector_norm(values.detach(), torch.inf)
+    return largest

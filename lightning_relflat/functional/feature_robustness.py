@@ -181,7 +181,8 @@ def robustness_of_draws(
     values = []
     with torch.no_grad():
         for _ in range(draws):
-            turn = _haar(features.shape[-1], generator)
+            # Drawn on the host, the same for all devices; the copy is put into the device's queue.
+            turn = _haar(features.shape[-1], generator).to(features, non_blocking=True)
             pair = [
                 feature_robustness(loss_of_features, features, turn, delta=signed, samples=samples).double()
                 for signed in (delta, -delta)

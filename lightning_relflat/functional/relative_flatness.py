@@ -17,15 +17,16 @@ from lightning_relflat.functional._checks import (
     full_precision,
     shape_of,
 )
-from lightning_relflat.functional._late_gradients import Beside
+from lightning_relflat.functional._graph import is_transformed
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._scale import balanced, size_of, times_squared_lengths
-from lightning_relflat.functional._softmax_trace import softmax_trace
+from lightning_relflat.functional._softmax_few import are_few, few_parts
 from lightning_relflat.functional._sums import SAMPLES
 from lightning_relflat.functional.criteria import as_criterion
 from lightning_relflat.functional.criteria import check_reduction as check_reduction
 from lightning_relflat.functional.criteria import check_temperature as check_temperature
 from lightning_relflat.functional.criteria import owned_criterion as owned_criterion
+from lightning_relflat.functional.large_head import softmax_trace
 from lightning_relflat.functional.output_hessian import OutputHessian, output_hessian
 
 Reduction = Literal["mean", "sum", "none"]
@@ -45,7 +46,6 @@ def relative_flatness(
     normalize_features: bool = False,
     probes: int | None = None,
     generator: torch.Generator | None = None,
-    beside: Beside | None = None,
 ) -> Tensor:
     r"""Return the relative flatness κ of a linear layer, exactly unless ``probes`` is given.
 
@@ -84,10 +84,6 @@ def relative_flatness(
             Σ_i c_i ‖φ_i‖² WᵀA_iW, summed: as the probes are shared, more samples do not lower it. (Hutchinson's
             estimator of a trace.)
         generator: where the probes come from; PyTorch's global generator if left out.
-        beside: where the outputs come from a layer that a :class:`~lightning_relflat.layer_tap.LayerTap` with ``late``
-            listens to, what its record's ``beside(loss)`` returns, for a loss that is added to κ before the backward
-            pass. The numbers are the same; where that loss is a cross-entropy with very many outputs, κ takes nearly no
-            memory of its own.
 
     Returns:
         κ as a scalar, or of the shape of ``features`` without its last dimension for ``reduction="none"``. In the
@@ -96,7 +92,7 @@ def relative_flatness(
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
         ValueError: if shapes do not fit, the criterion is not known or knows no temperature, the target is missing or
-            does not fit, or ``measure``, ``temperature``, ``probes`` or ``beside`` is not what it should be.
+            does not fit, or ``measure``, ``temperature`` or ``probes`` is not what it should be.
 
     Example:
         >>> import torch
@@ -129,7 +125,6 @@ def relative_flatness(
         normalize_features=normalize_features,
         probes=probes,
         generator=generator,
-        beside=beside,
     )
     if kind == "none":
         return parts.reshape(features.shape[:-1])
@@ -262,16 +257,16 @@ def check_shared_probes(name: str, probes: object, criterion: nn.Module | None, 
         The number.
 
     Raises:
-        ValueError: if it is neither ``None`` nor a positive integer, or is given for anything else than the κ of a
-            named cross-entropy, which is cheap without.
+        ValueError: if it is neither ``None`` nor a positive integer, or is given for another measure than κ or with
+            another criterion than the cross-entropy, for which the exact form is cheap.
     """
     if probes is None:
         return None
     count = check_count(name, probes, at_least=1)
-    if measure != "relative_flatness" or not isinstance(criterion, nn.CrossEntropyLoss):
+    if measure != "relative_flatness" or not isinstance(criterion, nn.CrossEntropyLoss | None):
         loss = None if criterion is None else type(criterion).__name__
         raise ValueError(
-            f"Expected argument `{name}` to be None unless `loss` names the cross-entropy and `measure` is "
+            f"Expected argument `{name}` to be None unless the loss is the cross-entropy and `measure` is "
             f"'relative_flatness', but got {probes!r} with loss {loss} and measure {measure!r}."
         )
     return count
@@ -290,47 +285,23 @@ def _parts(
     normalize_features: bool = False,
     probes: int | None = None,
     generator: torch.Generator | None = None,
-    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the parts of the samples in κ of the summed loss, and what the mean divides by."""
     if isinstance(criterion, nn.CrossEntropyLoss) and measure == "relative_flatness":
         dim = _find_class_dim(features, weight, outputs, class_dim)
-        if beside is not None and not (weight is beside.late.weight and outputs is beside.late.outputs):
-            raise ValueError(
-                "Expected argument `beside` to come from the record whose `weight` and `outputs` are given, but got "
-                "that of another pass, or other tensors."
-            )
-        if dim != outputs.ndim - 1:
-            beside = None
         called = read_batch(criterion, outputs, target, dim)
-        logits, sample_weight, total_weight, counted = (
+        parts = softmax_parts(
+            features,
+            weight,
             called.outputs,
             called.weight,
-            called.total_weight,
             called.counted,
+            temperature=temperature,
+            normalize_features=normalize_features,
+            probes=probes,
+            generator=generator,
         )
-        dtype = compute_dtype(features, weight, sample_weight)
-        flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
-        with full_precision(flat_features):
-            size = size_of(weight, flat_features)
-            directions = None
-            if probes is not None:  # Tr(Wᵀ A W) ≈ Tr(Vᵀ Wᵀ A W V) for V = (v_1, …, v_K) / √K
-                signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
-                directions = (2 * signs - 1).to(dtype) / math.sqrt(probes)
-            curvature = softmax_trace(
-                logits,
-                weight,
-                temperature=temperature,
-                dtype=dtype,
-                factor=None if size is None else 1 / size.to(dtype),
-                directions=directions,
-                beside=beside,
-            )
-        with full_precision(flat_features):
-            parts = _times_lengths(
-                sample_weight * curvature / temperature**2, flat_features, size, counted, normalize=normalize_features
-            )
-        return parts, total_weight
+        return parts, called.total_weight
     flat_features, flat_weight, hessian = _flatten(
         features, weight, outputs, target, criterion, class_dim, temperature=temperature
     )
@@ -338,6 +309,57 @@ def _parts(
         hessian, flat_features, flat_weight, measure=measure, normalize_features=normalize_features
     )
     return parts / temperature**2, hessian.total_weight
+
+
+def softmax_parts(
+    features: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    shares: Tensor,
+    counted: Tensor | None = None,
+    log_p: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    normalize_features: bool = False,
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the parts of the samples in κ of a loss whose Hessian at their outputs is that of a softmax.
+
+    Args:
+        features: what entered the layer, of shape (..., m).
+        weight: its weight, of shape (d, m).
+        logits: what left it, of shape (n, d).
+        shares: what each sample's Hessian diag(p) − p pᵀ is multiplied with, of shape (n,).
+        counted: which samples count, of shape (n,); ``None`` if all do. The others may hold anything.
+        log_p: the log-softmax of the logits, where it is at hand.
+        temperature: as for :func:`relative_flatness`.
+        normalize_features: as there.
+        probes: as there.
+        generator: as there.
+
+    Returns:
+        The parts, of shape (n,).
+    """
+    dtype = compute_dtype(features, weight, shares)
+    flat_features = features.reshape(-1, features.shape[-1]).to(dtype)
+    simple = probes is None and temperature == 1 and not normalize_features
+    with full_precision(flat_features):
+        if simple and are_few(logits, weight.shape[1]) and not is_transformed(flat_features, weight, logits, shares):
+            parts = few_parts(flat_features, weight, logits, shares, log_p)
+            return parts if counted is None else parts.where(counted, 0.0)
+        size = size_of(weight, flat_features)
+        curvature = softmax_trace(
+            logits,
+            weight,
+            temperature=temperature,
+            dtype=dtype,
+            factor=None if size is None else 1 / size.to(dtype),
+            directions=shared_directions(weight, probes, generator, dtype),
+        )
+        if temperature != 1:
+            shares = shares / temperature**2
+        return times_lengths(shares * curvature, flat_features, size, counted, normalize=normalize_features)
 
 
 def flatness_through(
@@ -368,19 +390,50 @@ def flatness_through(
             curvature = hessian.diagonals().sum(dim=1) * weight.square().sum()
         else:
             curvature = hessian.trace_through(weight)
-        return _times_lengths(hessian.weight * curvature, features, size, hessian.counted, normalize=normalize_features)
+        return times_lengths(hessian.weight * curvature, features, size, hessian.counted, normalize=normalize_features)
 
 
-def _times_lengths(
+def shared_directions(
+    weight: Tensor, probes: int | None, generator: torch.Generator | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Return V = (v_1, …, v_K) / √K of random signs, for which Tr(Wᵀ A W) ≈ Tr(Vᵀ Wᵀ A W V).
+
+    Args:
+        weight: W.
+        probes: K, or ``None``.
+        generator: as for :func:`relative_flatness`.
+        dtype: of V.
+
+    Returns:
+        V, of shape (m, K); ``None`` for no K.
+    """
+    if probes is None:
+        return None
+    signs = torch.randint(0, 2, (weight.shape[1], probes), generator=generator, device=weight.device)
+    return (2 * signs - 1).to(dtype) / math.sqrt(probes)
+
+
+def times_lengths(
     parts: Tensor, features: Tensor, size: Tensor | None, counted: Tensor | None, *, normalize: bool
 ) -> Tensor:
-    """Multiply curvatures along a W of the size 1 by the features' squared lengths, and by the size that W has."""
+    """Multiply curvatures along a W of the size 1 by the features' squared lengths, and by the size that W has.
+
+    Args:
+        parts: the curvatures, of shape (n,).
+        features: of shape (n, m).
+        size: that of :func:`~lightning_relflat.functional._scale.size_of`.
+        counted: which samples count; ``None`` for all.
+        normalize: whether every length counts as 1.
+
+    Returns:
+        The products, of shape (n,).
+    """
     if normalize:
         parts = parts if size is None else parts * size * size
-    else:
-        if size is not None:  # which the features take over
-            features = features * size
-        parts = times_squared_lengths(features, parts)
+    elif size is None:  # the features are not so large that a square would overflow
+        parts = parts * torch.linalg.vecdot(features, features)
+    else:  # which the features take over
+        parts = times_squared_lengths(features * size, parts)
     # Padding that the criterion ignores may hold anything, such as NaN, which 0 times is not 0.
     return parts if counted is None else parts.where(counted, 0.0)
 

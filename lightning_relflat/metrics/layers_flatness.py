@@ -154,7 +154,10 @@ class LayersFlatness(SummedMetric):
                 added[0, place] += kappa.double()
             seen[layer] = 1
         self.seen = self.seen + seen
-        weight = torch.as_tensor(total_weight, dtype=torch.float64, device=self.sums.device)
+        # A number that is copied to a device makes the host wait; one that is filled in there does not.
+        if not isinstance(total_weight, Tensor):
+            total_weight = self.sums.new_full((), total_weight)
+        weight = total_weight.to(self.sums)
         scale = weight if self.mean else torch.ones_like(weight)
         self.sums = self.sums + added * torch.stack([scale, scale.square(), scale.pow(4)])[:, None]
         self.total_weight = self.total_weight + weight

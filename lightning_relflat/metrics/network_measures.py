@@ -166,7 +166,8 @@ class SAMSharpness(SummedMetric):
             gradient, count = loss_gradient_sum(module, self.loss, inputs, target, ignore_index=self.ignore_index)
             self.gradient = self.gradient + gradient.to(self.gradient)
         else:
-            step = self.rho * self.direction.to(next(module.parameters()).device)
+            self.direction = self.direction.to(next(module.parameters()).device)  # once: a copy makes the host wait
+            step = self.rho * self.direction
             rise, count = loss_rise_sum(module, self.loss, inputs, target, step=step, ignore_index=self.ignore_index)
             self.rise = self.rise + rise.to(self.rise)
         self.samples = self.samples + count.to(self.samples)

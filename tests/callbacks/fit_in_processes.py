@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm
-from lightning_relflat.functional import _softmax_trace
+from lightning_relflat.functional.large_head import _from_outputs
 from tests.models import Batch, Net, Resumable, focal, make_batches, make_trainer
 from tests.processes import COEFFICIENT, LR
+from tests.shares import Share
 
 TRAINING = [8, 8, 8, 8]
 VALIDATION = [7, 8, 5, 3]
@@ -127,20 +128,6 @@ class Penalties(Callback):
         self.norms.append([values.norm().item(), values[0].item()])
 
 
-def count_late() -> list[None]:
-    """Take every head for a large one, and return a list that grows with every gradient that is made late."""
-    seen: list[None] = []
-    through_layer = _softmax_trace._Gradients.through_layer
-
-    def count(*given: Any) -> Any:
-        seen.append(None)
-        return through_layer(*given)
-
-    _softmax_trace._FEW = 0
-    setattr(_softmax_trace._Gradients, "through_layer", count)  # noqa: B010 - for mypy
-    return seen
-
-
 def main(
     folder: str,
     world: int,
@@ -156,13 +143,15 @@ def main(
     monitor: dict[str, Any] | None = None,
     timeout: int = 300,
     fam: dict[str, Any] | None = None,
+    auto: float | None = None,
     cap: dict[str, Any] | None = None,
     sanity: int = 0,
     layers: bool = False,
     large: bool = False,
     **options: Any,
 ) -> None:
-    late = [] if not large or world == 1 else count_late()
+    if large and world > 1:
+        _from_outputs._FEW = 0
     torch.manual_seed(0)
     net = Sharded(**options).double()
     fsdp, unused = net.fsdp, options.get("unused", False)
@@ -180,7 +169,9 @@ def main(
         )
     penalties = Penalties()
     callbacks: list[Callback] = [
-        FAM("head", **{"coefficient": COEFFICIENT, "loss": loss} | (fam or {})),
+        FAM("head", **{"coefficient": COEFFICIENT, "loss": loss} | (fam or {}))
+        if auto is None
+        else Share("head", auto, loss=loss),
         FlatnessMonitor("head", **monitor or {}),
         penalties,
     ]
@@ -213,7 +204,7 @@ def main(
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     result: dict[str, Any] = {"weights": weights, "values": values, "penalties": penalties.seen}
-    result |= {"coefficients": penalties.coefficients, "norms": penalties.norms, "late": len(late)}
+    result |= {"coefficients": penalties.coefficients, "norms": penalties.norms}
     torch.save(result, Path(folder) / f"{world}-{trainer.global_rank}.pt")
 
 

@@ -203,7 +203,6 @@ def test_from_plain_values() -> None:
         "layer": "head",
         "coefficient": "-0.1",
         "loss": "cross_entropy",
-        "relative": "true",
         "measure": "trace",
         "temperature": "2",
         "normalize_features": "true",
@@ -213,5 +212,5 @@ def test_from_plain_values() -> None:
     cli = LightningCLI(PlainNet, args=args, run=False, save_config_callback=None)
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     [fam] = [callback for callback in callbacks if isinstance(callback, FAM)]
-    assert (fam.relative, fam.measure, fam.temperature, fam.normalize_features) == (True, "trace", 2.0, True)
+    assert (fam.measure, fam.temperature, fam.normalize_features) == ("trace", 2.0, True)
     assert fam.coefficient == -0.1

@@ -207,7 +207,8 @@ class Forgetful(FAM):
     ("callback", "shown"),
     [
         (FAM(), "FAM()"),
-        (FAM("head", 0.1), "FAM(layer='head')"),
+        (FAM("head", 0.003), "FAM(layer='head')"),
+        (FAM(coefficient="auto"), "FAM(coefficient='auto')"),
         (FAM(loss="cross_entropy", coefficient=1, name="x"), "FAM(coefficient=1.0, loss='cross_entropy', name='x')"),
         (FAM(target=["y", 0]), "FAM(target=('y', 0))"),
         (FAM(target=last), "FAM(target=<function last>)"),

@@ -100,6 +100,17 @@ def test_from_yaml_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_automatic_coefficient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CALLBACKS.replace("coefficient: -0.5", "coefficient: auto"))
+    assert build("--config", str(config))[0].coefficient == "auto"
+    with pytest.raises(SystemExit):
+        build("--config", str(config), "--print_config")
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["trainer"]["callbacks"][0]["init_args"]["coefficient"] == "auto"
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_bad_values_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CALLBACKS.replace("coefficient: -0.5", "coefficient: much"))
@@ -210,15 +221,17 @@ def check_training(trainer: Any) -> None:
     assert {"val/class_flatness/2", "val/flatness/hessian_eigenvalue", "val/layer_flatness/body"} <= set(result)
 
 
-@pytest.mark.parametrize(("written", "value"), [("1e-1", 0.1), ("-5E-1", -0.5), ("1", 1.0), ("0", 0.0), ("2.5", 2.5)])
-def test_numbers_as_hydra_reads_them(written: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("written", "value"), [("1e-1", 0.1), ("-5E-1", -0.5), ("1", 1.0), ("0", 0.0), ("auto", "auto")]
+)
+def test_coefficients_as_hydra_reads_them(written: str, value: float | str) -> None:
     pytest.importorskip("hydra")
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     fam = instantiate(OmegaConf.create(f"_target_: lightning_relflat.FAM\ncoefficient: {written}"))
     assert fam.coefficient == value
-    assert type(fam.coefficient) is float
+    assert type(fam.coefficient) is type(value)
 
 
 NO_LOSS = r"`loss` to be one of 'cross_entropy', .* but got (\{'label_smoothing': 0\.1\}|a DictConfig)"
@@ -227,10 +240,10 @@ NO_LOSS = r"`loss` to be one of 'cross_entropy', .* but got (\{'label_smoothing'
 @pytest.mark.parametrize(
     ("kind", "written", "message"),
     [
-        ("FAM", "coefficient: '1e-1'", "`coefficient` to be a finite number, but got '1e-1'"),
-        ("FAM", "coefficient: null", "`coefficient` to be a finite number, but got None"),
-        ("FAM", "coefficient: yes", "`coefficient` to be a finite number, but got True"),
-        ("FAM", "coefficient: .inf", "`coefficient` to be a finite number, but got inf"),
+        ("FAM", "coefficient: '1e-1'", "`coefficient` to be a finite number or 'auto', but got '1e-1'"),
+        ("FAM", "coefficient: null", "`coefficient` to be a finite number or 'auto', but got None"),
+        ("FAM", "coefficient: yes", "`coefficient` to be a finite number or 'auto', but got True"),
+        ("FAM", "coefficient: .inf", "`coefficient` to be a finite number or 'auto', but got inf"),
         ("FAM", "probes: none", "`probes` to be an integer of at least 1, or None, but got 'none'"),
         ("FAM", "probes: 2.0", r"`probes` to be an integer of at least 1, or None, but got 2\.0"),
         ("FAM", "warmup_steps: 1e3", r"`warmup_steps` to be an integer of at least 0, but got 1000\.0"),
@@ -273,5 +286,7 @@ def test_what_hydra_hands_over_is_refused_by_name(kind: str, written: str, messa
 
 def test_a_number_that_plain_yaml_reads_as_a_string_is_refused_by_name() -> None:
     # YAML 1.1 wants a point in the mantissa; OmegaConf and LightningCLI do not.
-    with pytest.raises(ValueError, match="Expected argument `coefficient` to be a finite number, but got '1e-1'"):
+    with pytest.raises(
+        ValueError, match="Expected argument `coefficient` to be a finite number or 'auto', but got '1e-1'"
+    ):
         FAM(**yaml.safe_load("coefficient: 1e-1"))

@@ -7,7 +7,6 @@ import math
 import pickle
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import pytest
@@ -20,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
-from lightning_relflat.functional import _called_batch, _scale
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.layer_tap import LayerTap
-from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
+from tests.models import Batch, ManualNet, Net, as_on_a_device, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
 
 SIZES = [7, 4, 6]
@@ -734,10 +732,11 @@ def test_a_frozen_head_is_said_and_what_comes_before_is_penalised() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coefficient": math.nan}, "`coefficient` to be a finite number, but got nan"),
-        ({"coefficient": -math.inf}, "`coefficient` to be a finite number, but got -inf"),
-        ({"coefficient": "0.1"}, "`coefficient` to be a finite number, but got '0.1'"),
-        ({"coefficient": True}, "`coefficient` to be a finite number, but got True"),
+        ({"coefficient": math.nan}, "`coefficient` to be a finite number or 'auto', but got nan"),
+        ({"coefficient": -math.inf}, "`coefficient` to be a finite number or 'auto', but got -inf"),
+        ({"coefficient": "0.1"}, "`coefficient` to be a finite number or 'auto', but got '0.1'"),
+        ({"coefficient": "Auto"}, "`coefficient` to be a finite number or 'auto', but got 'Auto'"),
+        ({"coefficient": True}, "`coefficient` to be a finite number or 'auto', but got True"),
         ({"probes": 0}, "`probes` to be an integer of at least 1, or None, but got 0"),
         ({"every_n_steps": 0}, "`every_n_steps` to be an integer of at least 1, but got 0"),
         ({"warmup_steps": -1}, "`warmup_steps` to be an integer of at least 0, but got -1"),
@@ -810,12 +809,12 @@ class Watch(Callback):
 
 @pytest.mark.parametrize("layer", ["head", "body"])
 @pytest.mark.parametrize(
-    "form", [{}, {"loss": "cross_entropy"}, {"through_hessian": False}, {"probes": None}, {"relative": True}], ids=str
+    "form",
+    [{}, {"loss": "cross_entropy"}, {"through_hessian": False}, {"probes": None}, {"coefficient": "auto"}],
+    ids=str,
 )
-def test_only_the_first_step_of_an_epoch_reads_more_than_whether_values_are_finite(
-    form: dict[str, Any], layer: str
-) -> None:
-    # On a GPU every such reading makes the host wait; there these two are read when the epoch ends, and targets never.
+def test_only_the_first_step_of_an_epoch_reads_a_device(form: dict[str, Any], layer: str) -> None:
+    # Every such reading makes the host wait; whether values are finite is read when the epoch ends, and targets never.
     # The first step looks at how rows meet.
     if layer == "body" and "loss" in form:
         pytest.skip("a named loss is computed from the outputs of the layer")
@@ -824,19 +823,16 @@ def test_only_the_first_step_of_an_epoch_reads_more_than_whether_values_are_fini
     for fams in ([], [FAM(layer, **form)]):
         watch = Watch()
         loader = make_loader([5, 5, 5], dtype=torch.float32)
-        with (
-            mock.patch.object(_called_batch, "is_open", return_value=False),
-            mock.patch.object(_scale, "is_open", return_value=False),
-        ):
+        with as_on_a_device():
             make_trainer(callbacks=[*fams, watch], max_epochs=2).fit(Net() if named else Net(focal), loader)
         reads.append(watch.reads)
     assert len(reads[0]) == 6
     more = [read - plain for plain, read in zip(*reads, strict=True)]
-    assert more[1:3] + more[4:] == [2] * 4
-    assert more[0] > 2  # which shows that readings are seen
+    assert more[1:3] + more[4:] == [0] * 4
+    assert more[0] > 0  # which shows that readings are seen
 
 
-def test_a_loss_that_is_recognised_is_read_of_no_more_than_whether_it_is_finite() -> None:
+def test_a_loss_that_is_recognised_is_never_read_from_a_device() -> None:
     net, twin = twins()
     fam = FAM("head", 0.3)
     train(net, fam)
@@ -845,10 +841,7 @@ def test_a_loss_that_is_recognised_is_read_of_no_more_than_whether_it_is_finite(
     for fams in ([], [FAM("head")]):
         watch = Watch()
         loader = make_loader([5, 5], dtype=torch.float32)
-        with (
-            mock.patch.object(_called_batch, "is_open", return_value=False),
-            mock.patch.object(_scale, "is_open", return_value=False),
-        ):
+        with as_on_a_device():
             make_trainer(callbacks=[*fams, watch], max_epochs=2).fit(Net(), loader)
         reads.append(watch.reads)
-    assert [read - plain for plain, read in zip(*reads, strict=True)] == [2] * 4
+    assert [read - plain for plain, read in zip(*reads, strict=True)] == [0] * 4

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM
+from lightning_relflat.functional.large_head import _from_outputs
 from lightning_relflat.layer_tap import LayerTap
 from tests.callbacks.test_fam import (
     SIZES,
@@ -28,6 +29,7 @@ from tests.callbacks.test_fam import (
     twins,
 )
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.shares import Share
 
 
 class Scaled(Net):
@@ -124,7 +126,7 @@ class ManualBehind(Behind, ManualNet):
     pass
 
 
-@pytest.mark.parametrize("options", [{}, {"loss": "cross_entropy"}, {"relative": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"loss": "cross_entropy"}, {"coefficient": "auto"}], ids=str)
 @pytest.mark.parametrize("layer", ["body", "head", None])
 @pytest.mark.parametrize("kind", [Behind, ManualBehind])
 def test_a_step_without_a_penalty_is_that_of_plain_training_bit_for_bit(
@@ -364,12 +366,10 @@ def test_the_logged_penalty_is_that_of_all_losses_of_the_step(name: str | None) 
     assert net.calls == [f"{group}/penalty", f"{group}/coefficient"]
 
 
-def test_a_relative_coefficient_is_one_for_all_losses_of_the_step() -> None:
+def test_an_automatic_coefficient_is_one_for_all_losses_of_the_step() -> None:
     net = Several().double()
     log = Log()
-    make_trainer(precision="64-true", callbacks=[FAM("head", 0.1, relative=True), log], max_epochs=4).fit(
-        net, make_loader([5, 5])
-    )
+    make_trainer(precision="64-true", callbacks=[Share("head", 0.1), log], max_epochs=4).fit(net, make_loader([5, 5]))
     assert len({values["fam/coefficient"] for values in log.seen}) > 4
     assert net.calls == ["fam/penalty", "fam/coefficient"] * 8
 
@@ -390,9 +390,11 @@ def test_the_penalty_comes_when_it_is_due() -> None:
     assert_same_weights(net, train_by_hand(twin, make_batches([5, 6]) * 2, definition, [0, 0, 0.4, 0.4]))
 
 
-def test_a_claim_about_very_many_outputs_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_relflat.callbacks._penalty.is_large", lambda outputs: True)
-    train(Scaled().double(), FAM("head", loss="cross_entropy", start_epoch=1))
+def test_a_claim_about_very_many_outputs_is_refused_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_from_outputs, "_FEW", 0)
+    with pytest.raises(RuntimeError, match="the loss that is trained with is not"):
+        train(Scaled().double(), FAM("head", loss="cross_entropy", start_epoch=1))
+    train(twins()[0], FAM("head", loss="cross_entropy", start_epoch=1))
 
 
 @pytest.mark.parametrize("layer", ["head", None])

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_relflat import FAM, FlatnessMonitor
 from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, train_by_hand, twins
 from tests.models import ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.test_head_calls import CHUNKED, DirectNet
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]
@@ -31,6 +32,19 @@ def fit(net: Net, form: dict[str, Any], *callbacks: Callback, precision: Any = "
     net.cpu().double()
 
 
+class Watch(Callback):
+    """From the start of a training step until its loss is there, waiting is an error."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+
+    def on_before_backward(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
 @pytest.mark.parametrize("kind", [Net, ManualNet])
 @pytest.mark.parametrize("precision", TOLERANCES)
@@ -44,19 +58,23 @@ def test_precisions(precision: str, kind: type[Net], form: dict[str, Any]) -> No
 @pytest.mark.parametrize("form", [*FORMS, {}], ids=["named", "exact", "probes"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_the_host_does_not_wait_for_the_device_in_a_step(precision: str, form: dict[str, Any]) -> None:
-    class Watch(Callback):
-        """From the start of a training step until its loss is there, waiting is an error."""
+    fit(Net(lr=0.1), form, Watch(), precision=precision, max_epochs=2)
 
-        def on_train_batch_start(self, *_: Any) -> None:
-            torch.cuda.set_sync_debug_mode("error")
 
-        def on_before_backward(self, *_: Any) -> None:
-            torch.cuda.set_sync_debug_mode("default")
-
-    try:
-        fit(Net(lr=0.1), form, Watch(), precision=precision, max_epochs=2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.skipif(not hasattr(nn.functional, "linear_cross_entropy"), reason="since PyTorch 2.13")
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [*((None, precision) for precision in TOLERANCES), (CHUNKED, "32-true"), (CHUNKED, "bf16-true")],
+)
+def test_a_head_whose_weight_goes_into_linear_cross_entropy(
+    options: Any, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DirectNet, "options", options)
+    twin, net = twins(lr=0.1)[0], DirectNet(lr=0.1)
+    net.load_state_dict(twin.state_dict())
+    fit(net, {}, FlatnessMonitor("head"), Watch(), precision=precision)
+    train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3)
+    assert_same_weights(net, twin, TOLERANCES[precision])
 
 
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 3}, {"gradient_clip_val": 1e9}], ids=str)

@@ -69,9 +69,9 @@ def test_what_is_measured_when(
         stage = "test" if trainer.testing else "val" if trainer.validating else "train"
         return stage, net.current_epoch
 
-    def noting_sums(*args: Any) -> Any:
+    def noting_sums(*args: Any, **kwargs: Any) -> Any:
         measured.add(now())
-        return sums(*args)
+        return sums(*args, **kwargs)
 
     def noting_grad(*args: Any, **kwargs: Any) -> Any:
         differentiated.add(now())

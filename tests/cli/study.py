@@ -46,6 +46,18 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+class Convolving(Net):
+    """It has a convolution, and a layer that is none that counts."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__(width)
+        self.norm = nn.LayerNorm(5)
+        self.convolution = nn.Conv1d(1, 1, 3, padding=1)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return super().features(self.convolution(self.norm(inputs)[:, None])[:, 0])
+
+
 class Unlogged(Net):
     """It logs nothing when it validates."""
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from scipy import stats
 from torch.nn import functional as F
 
-from lightning_relflat import FlatnessMonitor
-from lightning_relflat.cli import coefficient, main
+from lightning_relflat import FAM, FlatnessMonitor, __version__, find_coefficient
+from lightning_relflat.cli import main
 from lightning_relflat.cli.measure import MEANINGS, Measure
+from lightning_relflat.coefficient_search import Candidate
 from lightning_relflat.functional import flatness_report
-from tests.cli.study import Careless, Criterion, Data, Net
+from tests.cli.study import Careless, Convolving, Criterion, Data, Net
+from tests.cli.terminal import in_a_terminal
 from tests.models import make_trainer
 from tests.oracles import kappa
 from tests.test_imports import run
@@ -215,43 +219,151 @@ def test_compare_checkpoints_and_files(relflat: Relflat, checkpoints: dict[int, 
     assert first["values"] == second["values"]
 
 
+SEARCH = [*STUDY[:4], "--model.width", "6", "--trainer.accelerator", "cpu"]
+
+
 def test_coefficient(relflat: Relflat, tmp_path: Path) -> None:
-    how = ["--model.width", 6, "--layer", "head", "--steps", 7, "--seeds", 2, "--seed", 3, "--lowest", 0.1]
+    how = ["--layer", "head", "--epochs", 2, "--seeds", 2, "--seed", 3, "--lowest", 0.1]
     plot = tmp_path / "coefficient.png"
-    found = relflat("coefficient", *STUDY, *how, "--plot", plot)
+    found = relflat("coefficient", *SEARCH, *how, "--plot", plot)
     assert plot.is_file()
-    assert [entry["coefficient"] for entry in found["coefficients"]] == [0.0, 0.1, 1.0]
-    plain, _, strong = found["coefficients"]
-    for seed, loss, value in zip((3, 4), plain["validation_loss"], plain["relative_flatness"], strict=True):
-        L.seed_everything(seed, verbose=False)
-        net, data = Net(6), Data()
-        trainer = make_trainer(max_steps=7, max_epochs=-1, limit_val_batches=0)
-        trainer.fit(net, datamodule=data)
-        inputs, target = data.sets["val"].tensors
-        with torch.no_grad():
-            features = net.features(inputs)
-            outputs = net.head(features)
-        report = flatness_report(features, net.head.weight.detach(), outputs, target, loss="cross_entropy")
-        assert loss == pytest.approx(F.cross_entropy(outputs, target).item(), rel=1e-5)
-        assert value == pytest.approx(report["relative_flatness"].item(), rel=1e-5)
-    assert all(a < b for a, b in zip(strong["relative_flatness"], plain["relative_flatness"], strict=True))
+    trainer = make_trainer(max_epochs=2)
+    candidates: list[Candidate] = ["auto", 0.1, 1.0]
+    expected = find_coefficient(
+        trainer,
+        lambda: Net(6),
+        Data,
+        fam=FAM("head"),
+        candidates=candidates,
+        seeds=[3, 4],
+    )
+    assert [entry["coefficient"] for entry in found["coefficients"]] == [0.0, *candidates]
+    for entry in found["coefficients"]:
+        assert entry["validation_loss"] == expected.losses[entry["coefficient"]]
+        assert entry["relative_flatness"] == expected.kappas[entry["coefficient"]]
+        assert [curve["losses"] for curve in entry["curves"]] == [
+            list(curve.losses) for curve in expected.curves[entry["coefficient"]]
+        ]
+    assert found["suggestion"] == expected.suggestion
+    assert (found["epochs"], found["seeds"], found["monitor"]) == (2, [3, 4], "val/loss")
 
 
-def test_the_rule_of_the_suggestion() -> None:
-    losses = {0.0: [1.0, 2.0, 3.0], 0.1: [1.1, 1.9, 3.1], 1.0: [1.5, 2.5, 3.5], 10.0: [0.0, float("nan"), 0.0]}
-    kappas = {0.0: [5.0] * 3, 0.1: [3.0] * 3, 1.0: [1.0] * 3, 10.0: [0.0] * 3}
-    # 0.1 is worse by 0.033 ± 0.067; 1.0 by 0.5 ± 0.
-    assert coefficient.suggest(losses, kappas) == (0.1, [0.0, 0.1])
-    one_seed = {key: values[:1] for key, values in losses.items()}
-    assert coefficient.suggest(one_seed, kappas)[0] == 10.0
-    del one_seed[10.0]
-    assert coefficient.suggest(one_seed, kappas) == (0.0, [0.0])
+def test_the_trainer_of_a_file(relflat: Relflat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user has under `trainer` for LightningCLI is taken as it is, a FAM among it."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: {class_path: tests.cli.study.Net, init_args: {width: 6}}\n"
+        "data: {class_path: tests.cli.study.Data}\n"
+        "highest: 0.001\nseeds: 1\n"
+        "trainer:\n  accelerator: cpu\n  max_epochs: 2\n  gradient_clip_val: 0.01\n  logger: true\n  callbacks:\n"
+        "  - {class_path: lightning_relflat.FAM, init_args: {layer: body, probes: 3}}\n"
+        "  - {class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {dirpath: nope}}\n"
+        "  - {class_path: lightning.pytorch.callbacks.TQDMProgressBar}\n"
+    )
+    found = relflat("coefficient", "--config", config)
+    trainer = make_trainer(max_epochs=2, gradient_clip_val=0.01, callbacks=[FAM("body", probes=3)])
+    expected = find_coefficient(trainer, lambda: Net(6), Data, candidates=["auto", 0.001], seeds=[0])
+    assert [entry["validation_loss"] for entry in found["coefficients"]] == list(expected.losses.values())
+    assert not (ROOT / "nope").exists()
+
+
+def test_ctrl_c_shows_the_table_so_far(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "found.json"
+    argv = ["coefficient", *SEARCH, "--epochs", "2", "--seeds", "2", "--lowest", "1", "--out", str(out)]
+    for fits in (4, 1, 0):
+        with monkeypatch.context() as patch:
+            interrupt_after(fits, "training_step", patch)
+            assert main(argv) == 130
+        shown = capsys.readouterr()
+        if fits:
+            assert f"Interrupted after {fits} of 6 runs" in shown.out
+            assert (json.loads(out.read_text())["suggestion"] is None) == (fits < 3)
+        else:
+            assert shown.out == ""
+            assert "relflat: error: interrupted, before anything was found" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("norm", "one of 'body', 'head', 'convolution', but got 'norm', a torch.nn.modules.normalization.LayerNorm."),
+        ("head.weight", "one of 'body', 'head', 'convolution', but got 'head.weight'."),
+        ("convolution", "--layer convolution has no report, which is of a linear layer"),
+        ("body", "the layer body has no report, which is of a linear layer"),
+    ],
+)
+def test_a_layer_without_a_report(
+    layer: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    trainer = make_trainer()
+    trainer.strategy.connect(Convolving())
+    path = str(tmp_path / "x.ckpt")
+    trainer.save_checkpoint(path)
+    argv = ["measure", path, "--model", "tests.cli.study.Convolving", *STUDY[2:], "--split", "val", "--layer", layer]
+    assert message in refused(capsys, *argv)
+    if "has no report" in message:
+        assert main([*argv, "--measures", "relative_flatness"]) == 0
+
+
+@pytest.mark.parametrize("command", ["measure", "layers", "compare"])
+def test_ctrl_c_shows_what_was_measured(
+    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    several = list(checkpoints.values())
+    argv = [command, *(several[:1] if command == "measure" else several), *STUDY]
+    # A checkpoint takes two validations, but only one for its layers.
+    after, note = {
+        "measure": (1, "Interrupted: nothing was measured on validation data."),
+        "layers": (2, "Interrupted after 2 of 3 checkpoints."),
+        "compare": (5, "Interrupted after 2 of 3 runs."),
+    }[command]
+    handler = signal.getsignal(signal.SIGINT)
+    for calls in (after, 0):
+        with monkeypatch.context() as patch:
+            interrupt_after(calls, "validation_step", patch)
+            assert main([*argv, *(["--against", "gap/loss"] if command == "compare" else [])]) == 130
+        assert signal.getsignal(signal.SIGINT) is handler
+        shown = capsys.readouterr()
+        assert (note in shown.out) == bool(calls)
+        assert ("interrupted, before anything was found" in shown.err) == (not calls)
+    with monkeypatch.context() as patch:
+        interrupt_after(after, "validation_step", patch)
+        assert main([*argv, "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["interrupted"]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"relflat {__version__}"
+
+
+def interrupt_after(calls: int, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C in a step of the fit or validation that follows so many."""
+    trainers: list[object] = []
+    step = getattr(Net, hook)
+
+    @functools.wraps(step)
+    def counted(self: Net, batch: Any) -> Any:
+        if all(trainer is not self.trainer for trainer in trainers):
+            trainers.append(self.trainer)
+        if len(trainers) > calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Net, hook, counted)
 
 
 CKPT = "«6»"
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "name a command"),
-    "no such command": (["mesure"], "invalid choice: 'mesure'"),
+    "no such command": (["foo"], "there is no command 'foo'; name one of measure, compare, layers, coefficient"),
+    "a typo": (["mesure"], "there is no command 'mesure'; did you mean measure?"),
     "no such option": (["measure", CKPT, "--nope"], "unrecognized arguments: --nope"),
     "no checkpoint": (["measure", *STUDY], "name a checkpoint"),
     "no such checkpoint": (["measure", "nope.ckpt", *STUDY], "there is no checkpoint nope.ckpt"),
@@ -259,6 +371,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no data": (["measure", CKPT, *STUDY[:2]], "--data is missing; give"),
     "no such class": (["measure", CKPT, "--model", "tests.cli.study.Nope"], "has no attribute 'Nope'; give the dotted"),
     "no such module": (["measure", CKPT, "--model", "nope.Nope"], "No module named 'nope'; give the dotted path"),
+    "a bare name": (["measure", CKPT, "--model", "Nope"], "--model Nope is no dotted path; give one that can"),
     "another class": (["measure", CKPT, "--model", "torch.nn.Linear"], "torch.nn.Linear is no LightningModule"),
     "wrong type": (["measure", CKPT, *STUDY, "--model.width", "x"], "Expected a <class 'int'>. Got value: x"),
     "no such argument": (["measure", CKPT, *STUDY, "--data.foo", "x"], "--data.help tests.cli.study.Data shows"),
@@ -281,11 +394,38 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a folder without a run": (["compare", "docs"], "docs has no metrics.csv"),
     "twice": (["compare", "docs", "docs"], "a run is named twice"),
     "nothing to plot": (["compare", "docs", "--plot", "x.png"], "name it with --against"),
-    "a missing argument": (["coefficient", *STUDY], "tests.cli.study.Net needs width; give --model.width VALUE"),
-    "no grid": (["coefficient", *STUDY, "--lowest", "3"], "give 0 < lowest <= highest"),
+    "a missing argument": (
+        ["coefficient", *STUDY[:4], "--epochs", "2"],
+        "tests.cli.study.Net needs width; give --model.width VALUE",
+    ),
+    "no grid": (["coefficient", *SEARCH, "--lowest", "3"], "give 0 < lowest <= highest"),
+    "no length": (["coefficient", *SEARCH], "--epochs is missing; give as many as you train for"),
+    "one epoch": (
+        ["coefficient", *SEARCH, "--epochs", "1"],
+        "Expected --epochs to be so large that a run",
+    ),
+    "no epoch": (["coefficient", *SEARCH, "--epochs", "0"], "--epochs 0: give a number from 1 on"),
+    "no seed": (["coefficient", *SEARCH, "--seeds", "0"], "--seeds 0: give a number from 1 on"),
+    "no data to search with": (["coefficient", *SEARCH[:2], "--epochs", "2"], "--data is missing; give"),
+    "no such layer to search with": (
+        ["coefficient", *SEARCH, "--epochs", "2", "--layer", "nope"],
+        "Expected --layer to name a linear or convolution layer",
+    ),
+    "no validation": (
+        ["coefficient", *SEARCH, "--epochs", "2", "--trainer.limit_val_batches", "0"],
+        "but got no validation: `limit_val_batches` above 0 is missing",
+    ),
+    "no such accelerator to search with": (
+        ["coefficient", *SEARCH, "--epochs", "2", "--trainer.accelerator", "nope"],
+        "nope",
+    ),
+    "two layers": (
+        ["coefficient", *SEARCH, "--epochs", "2", "--layer", "head", "--trainer.callbacks", "lightning_relflat.FAM"],
+        "--layer is what the FAM among --trainer.callbacks says; give one of the two",
+    ),
     "no validation loss": (
-        ["coefficient", "--model", "tests.cli.study.Unlogged", *STUDY[2:], "--model.width", "3", "--steps", "1"],
-        "validation_step logs nothing",
+        ["coefficient", "--model", "tests.cli.study.Unlogged", *SEARCH[2:], "--epochs", "2"],
+        "`validation_step` logs nothing",
     ),
 }
 
@@ -394,6 +534,25 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert f"\nexamples:\n  relflat {command} " in capsys.readouterr().out
+
+
+COMMANDS: dict[str, tuple[list[str], str]] = {
+    "measure": (["measure", CKPT, *STUDY], "relative_flatness"),
+    "compare": (["compare", CKPT, *STUDY], "val/relative_flatness"),
+    "layers": (["layers", CKPT, *STUDY], "body"),
+    "coefficient": (["coefficient", *SEARCH, "--epochs", "2", "--seeds", "1", "--lowest", "1"], "Suggested: λ ="),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs_in_a_terminal(
+    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    argv, expected = COMMANDS[command]
+    code, shown = in_a_terminal([checkpoints[6] if value == CKPT else value for value in argv], monkeypatch)
+    assert code == 0, shown
+    assert expected in shown
 
 
 def test_without_the_extra() -> None:

@@ -327,7 +327,7 @@ class Case:
         """
         self._record("layer", layer)
         name = layer if named else None
-        callbacks: list[Any] = [Definition(layer, gradients=gradients), FAM(name, probes=None, **(claim or {}))]
+        callbacks: list[Any] = [Definition(layer, gradients=gradients), FAM(name, 0.1, probes=None, **(claim or {}))]
         oracle, fam = fit(callbacks, precision="64-true", max_steps=exact_steps) or callbacks
         assert fam.penalised_layer == layer
         assert len(oracle.penalties) == len(oracle.kappas) == exact_steps
@@ -340,7 +340,7 @@ class Case:
             self._record("gradient", to(oracle.gradient_error))
             assert oracle.gradient_error < 10 * tolerance
         for count in (2, steps):
-            callbacks = [Definition(layer), FAM(name, **(claim or {}))]
+            callbacks = [Definition(layer), FAM(name, 0.1, **(claim or {}))]
             oracle, fam = fit(callbacks, max_steps=count) or callbacks
             assert fam.penalised_layer == layer
             assert len(oracle.penalties) == len(oracle.kappas) == count
@@ -389,7 +389,7 @@ class Case:
             layer: the dotted name of the layer that FAM is to find by itself.
         """
         self._record("layer", layer)
-        callbacks: list[Any] = [Definition(layer), FAM()]
+        callbacks: list[Any] = [Definition(layer), FAM(coefficient=0.1)]
         with pytest.warns(UserWarning, match="κ = 0, because the loss is piecewise linear") as warned:
             oracle, fam = fit(callbacks, precision="64-true", max_steps=2) or callbacks
         assert fam.penalised_layer == layer

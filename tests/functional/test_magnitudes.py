@@ -16,7 +16,6 @@ from torch.autograd import gradcheck
 from lightning_relflat import RelativeFlatness
 from lightning_relflat.functional import (
     _scale,
-    _softmax_trace,
     column_flatness,
     flatness_report,
     hessian_trace,
@@ -25,6 +24,7 @@ from lightning_relflat.functional import (
     relative_flatness_per_output,
     standardized_relative_flatness,
 )
+from lightning_relflat.functional.large_head import _from_outputs, _tiles
 from lightning_relflat.metrics import ColumnFlatness, FlatnessReport, StandardizedRelativeFlatness
 from tests.functional.cases import seeded
 from tests.oracles import softmax_trace as by_pairs
@@ -129,9 +129,9 @@ def test_what_the_rows_share_costs_no_digits(form: str, common: float) -> None:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the way of small heads, and that of large ones in several tiles."""
     if request.param == "tiles":
-        monkeypatch.setattr(_softmax_trace, "_FEW", 0)
-        monkeypatch.setattr(_softmax_trace, "_TILE", 40)
-        monkeypatch.setattr(_softmax_trace, "_TILE_ROWS", 8)
+        monkeypatch.setattr(_from_outputs, "_FEW", 0)
+        monkeypatch.setattr(_tiles, "_TILE", 40)
+        monkeypatch.setattr(_tiles, "_TILE_ROWS", 8)
 
 
 @pytest.mark.usefixtures("path")

@@ -14,6 +14,7 @@ from torch.autograd.functional import hessian
 from torch.nn import functional as F
 
 from lightning_relflat.curvature import exact_parts, recognise_passes
+from lightning_relflat.functional._graph import nodes_between
 from lightning_relflat.functional._recognised import Recognised, recognise
 from lightning_relflat.layer_tap import LayerTap
 from tests.oracles import kappa_of_layer
@@ -227,3 +228,32 @@ def test_padding_may_hold_anything() -> None:
     kept = features[[0, 2, 3]]
     truth = kappa_of_layer(net[0], lambda: F.cross_entropy(net(kept), torch.tensor([0, 1, 2])))
     torch.testing.assert_close(kappa, truth, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "straight"),
+    [
+        (lambda z, y: F.cross_entropy(z.view(-1, 5), y.flatten(), label_smoothing=0.1), True),
+        (lambda z, y: 0.3 * F.cross_entropy(z.double().unsqueeze(0).flatten(0, 2), y.flatten()) + z.new_ones(()), True),
+        (lambda z, y: F.cross_entropy(z.mT, y), False),
+        (lambda z, y: F.cross_entropy(z[:, 1:].flatten(0, 1), y[:, 1:].flatten()), False),
+        (lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()) + F.cross_entropy(z[0], y[0]), False),
+    ],
+)
+def test_what_takes_the_rows_as_they_are_is_not_gone_through(criterion: Any, straight: bool) -> None:
+    z = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = torch.tensor([[0, 4, 2], [1, 1, 3]])
+    loss = criterion(z, y)
+    passed: list[int] = []
+    nodes = [node for node in nodes_between(loss, [z]) if node.name() == "LogSoftmaxBackward0"]
+    for node in nodes:
+        node.register_hook(lambda *_: passed.append(1))
+    found = recognise(loss, [z], [z])
+    assert found is not None
+    assert bool(passed) != straight
+    p = z.detach().double().softmax(-1)
+    blocks = found.factors[0].double()[..., None, None] * (p.diag_embed() - p[..., None] * p[..., None, :])
+    expected = torch.autograd.functional.hessian(lambda z: criterion(z, y).double(), z.detach().double())
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(blocks[i, j], expected[i, j, :, i, j], rtol=1e-5, atol=1e-7)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm, SharpestMonitor
 from tests.models import make_trainer
+from tests.shares import Share
 from tests.together.by_hand import CAP, START, TEMPERATURE, WARMUP, Loop, coefficient_of, mean_of
 from tests.together.cases import refusals
 from tests.together.cover import Case
@@ -40,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "every_n_steps": {"every_n_steps": 2},
     "warmup": {"warmup_steps": WARMUP},
     "late": {"start_epoch": START},
-    "relative": {"relative": True},
+    "relative": {},
     "constant_hessian": {"through_hessian": False},
     "unit_features": {"normalize_features": True},
     "trace": {"measure": "trace"},
@@ -202,7 +203,8 @@ def _strategy(name: str, world: int) -> Any:
 def _callbacks(case: Case, folder: Path) -> Sequence[Callback]:
     loss = case["loss"] if case["form"] == "named" else None
     given = OPTIONS[case["option"]] | ({"loss": loss} if loss else {"probes": None})
-    callbacks: list[Callback] = [FAM("layer", coefficient_of(case), **given)]
+    kind = Share if case["option"] == "relative" else FAM
+    callbacks: list[Callback] = [kind("layer", coefficient_of(case), **given)]
     beside: dict[str, Any] = {
         "average": lambda: WeightAveraging(),
         "swa": lambda: StochasticWeightAveraging(LR[case["optimizer"]], swa_epoch_start=1),

@@ -116,7 +116,7 @@ def _matrix(hessian: LayerHessian) -> Tensor:
         part = slice(start, start + group)
         pulls = (root[part, :, None] * features[part, None, :]).flatten(1)
         whole -= (weight[part, None] * pulls).T @ pulls
-    blocks = _products(replace(hessian, blocks=True), torch.eye(m).to(features)[None])
+    blocks = _products(replace(hessian, blocks=True), torch.eye(m, dtype=features.dtype, device=features.device)[None])
     whole = hessian.scales[:, None, None] * whole.reshape(d, m, d * m)
     whole.view(d, m, d, m).diagonal(dim1=0, dim2=2).copy_(blocks.permute(1, 2, 0))
     return whole
@@ -133,7 +133,7 @@ def matrices(hessian: LayerHessian) -> Tensor:
     """
     d, m = len(hessian.scales), hessian.features.shape[1]
     if hessian.blocks:
-        return _products(hessian, torch.eye(m).to(hessian.features)[None])
+        return _products(hessian, torch.eye(m, dtype=hessian.features.dtype, device=hessian.features.device)[None])
     return _matrix(hessian).view(1, d * m, d * m)
 
 

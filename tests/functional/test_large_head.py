@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from lightning_relflat import FAM
-from lightning_relflat.functional import _softmax_trace as fused
 from lightning_relflat.functional import output_hessian, relative_flatness
+from lightning_relflat.functional.large_head import _from_outputs as fused
+from lightning_relflat.functional.large_head import _tiles
 from tests.functional.cases import normal, seeded
 from tests.oracles import softmax_trace as by_pairs
 
@@ -27,8 +28,8 @@ def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[(1 << 19, 512), (6, 2), (1, 1)], ids=["one tile", "tiles", "single entries"])
 def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_TILE", request.param[0])
-    monkeypatch.setattr(fused, "_TILE_ROWS", request.param[1])
+    monkeypatch.setattr(_tiles, "_TILE", request.param[0])
+    monkeypatch.setattr(_tiles, "_TILE_ROWS", request.param[1])
 
 
 def traces(logits: Tensor, weight: Tensor, temperature: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -192,13 +193,13 @@ def test_a_number_of_probes_that_is_none_is_named(probes: Any) -> None:
     [
         ({"loss": "mse"}, "loss MSELoss and measure 'relative_flatness'"),
         ({"loss": "cross_entropy", "measure": "trace"}, "loss CrossEntropyLoss and measure 'trace'"),
-        ({}, "loss None and measure 'relative_flatness'"),
+        ({"measure": "trace"}, "loss None and measure 'trace'"),
     ],
 )
 def test_probes_where_the_exact_form_is_cheap_are_refused(options: dict[str, Any], found: str) -> None:
     def message(name: str) -> str:
         return "^" + re.escape(
-            f"Expected argument `{name}` to be None unless `loss` names the cross-entropy and `measure` is "
+            f"Expected argument `{name}` to be None unless the loss is the cross-entropy and `measure` is "
             f"'relative_flatness', but got 8 with {found}."
         )
 
