@@ -400,7 +400,7 @@ def main(
 
     Args:
         networks: what is trained.
-        regimes: what it learns from, as far as there is time for it.
+        regimes: what it learns from; the ResNet from wrong labels alone.
         steps: how many steps plain training has; each network's own number if left out.
         seeds: how many times to train by each method, with the seeds 0, 1, 2, ...; at least 2.
         tuning_seeds: how many times to try the better settings, with the seeds 1000, 1001, ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -425,7 +426,18 @@ def test_equal_time_is_by_the_measured_ratio(
         which_layer.BEST: 200,
         "SAM": 150,
     }
-    assert (tmp_path / "which_layer.json").exists()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(which_layer, "train", refuse)  # what is there is not done again
+    written = (tmp_path / "which_layer.json").read_text(encoding="utf-8")
+    again = which_layer.Study(tmp_path, 2, 1, json.loads(written))
+    again.compare("encoder", "few samples", 300)
+    again.compare_by_time("encoder", "few samples")
+    assert again.results["cells"] == json.loads(written)["cells"]
+    with pytest.raises(SystemExit, match="have the settings"):
+        which_layer.Study(tmp_path, 3, 1, json.loads(written))
 
 
 @pytest.mark.slow
