@@ -182,7 +182,8 @@ class Situation:
     def _using(draw: Draw | None) -> Iterator[None]:
         with ExitStack() as stack:
             # Where a loss is recognised, there are no probes to compare.
-            stack.enter_context(patch("lightning_relflat.curvature.recognise_passes", lambda *_: None))
+            for name in ("recognise_cross_entropy", "recognise_passes"):
+                stack.enter_context(patch(f"lightning_relflat.curvature.{name}", lambda *_: None))
             if draw is not None:
                 stack.enter_context(patch("lightning_relflat.functional._families.draw", draw))
             yield

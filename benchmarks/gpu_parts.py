@@ -19,7 +19,6 @@ from gpu_steps import CONTENDERS, SMALL, USUAL, Sizes, make, trainer_of
 from gpu_waits import waits
 from harness import MIB, Results, Turns, spread
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FlatnessMonitor
@@ -230,23 +229,15 @@ def epoch(bench: Bench) -> None:
 
 
 def heads(bench: Bench) -> None:
-    """Time a softmax head in bfloat16: the forms of `large_heads.py`, and PyTorch's own fused head and loss."""
+    """Time a softmax head in bfloat16: the forms of `large_heads.py`, with those of PyTorch's fused loss."""
     from large_heads import FORMS, Head
 
     size = bench.sizes.head
-    dtype = torch.bfloat16 if bench.device == "cuda" else torch.float32
-    head = Head(size, bench.device, dtype)
-
-    def fused() -> None:
-        head.features.grad = head.layer.weight.grad = None
-        loss: Tensor = F.linear_cross_entropy(head.features, head.layer.weight, head.target)
-        loss.backward()  # type: ignore[no-untyped-call]
-
+    head = Head(size, bench.device, torch.bfloat16 if bench.device == "cuda" else torch.float32)
     forms: dict[str, Callable[[], None]] = {
-        name: lambda form=form: head.step(form)  # type: ignore[misc]
-        for name, form in FORMS.items()
+        name: lambda name=name: head.step(name)  # type: ignore[misc]
+        for name in FORMS
     }
-    forms["linear_cross_entropy, plain"] = fused
     seconds: dict[str, list[float]] = {}
 
     def warm(name: str) -> dict[str, Any]:

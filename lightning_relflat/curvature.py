@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_relflat._behind import Behind
 from lightning_relflat._head_calls import parts_of_call, shares_of_calls
@@ -441,9 +442,7 @@ def exactly(value: Tensor, weight: Tensor) -> Tensor:
     Returns:
         The sums.
     """
-    found = torch.zeros(4, dtype=torch.float64, device=value.device)
-    found[0], found[1] = value, weight
-    return found
+    return F.pad(torch.stack([value.double(), weight.double()]), (0, 2))
 
 
 def weighted(found: Tensor, weight: Tensor) -> Tensor:

@@ -410,7 +410,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("layer", [None, "last"])
 @pytest.mark.parametrize("kind", [DirectNet, Owner, Logged, Factor, DirectManualNet])
-@pytest.mark.parametrize("options", [{}, {"shared_probes": 3}, {"coefficient": 0.5, "relative": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"shared_probes": 3}, {"coefficient": "auto"}], ids=str)
 def test_fam_and_the_monitor_do_what_they_do_with_outputs(
     kind: type[Net], layer: str | None, options: dict[str, Any]
 ) -> None:

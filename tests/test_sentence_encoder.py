@@ -173,7 +173,8 @@ def test_what_is_trained(example: ModuleType) -> None:
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             assert module.model.bert.encoder.layer[0].attention.self.query.training
             assert module.model.dropout.training
-            penalties.append(trainer.callback_metrics["fam/penalty"].item())
+            [fam] = [callback for callback in trainer.callbacks if isinstance(callback, FAM)]
+            penalties.append(float(fam.newest["penalty"]))
 
     after = found.fit(0.1, 0, [Watch()], max_epochs=1).state_dict()
     assert len(penalties) == math.ceil(len(found.rows["train"]) / example.BATCH)

@@ -77,7 +77,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype to compute in: the widest of the tensors', and float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 

@@ -48,7 +48,8 @@ def half_squared_distances(rows: Tensor) -> Tensor:
     halves = vecdot(rows, rows) / 2
     # On the diagonal rounding is all there is. A zero written there keeps p_k² of the most probable output out of the
     # gradient, too, where it would take the digits of the rest with it.
-    return torch.addmm(halves[:, None] + halves, rows, rows.mT, alpha=-1).fill_diagonal_(0.0)
+    same = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return torch.addmm(halves[:, None] + halves, rows, rows.mT, alpha=-1).masked_fill(same, 0.0)
 
 
 def few_parts(features: Tensor, weight: Tensor, logits: Tensor, shares: Tensor, log_p: Tensor | None = None) -> Tensor:
@@ -140,11 +141,11 @@ class _FewParts(torch.autograd.Function):
                 parts = _by_autograd(inputs[0], inputs[1], inputs[2], inputs[3], size)
                 made = iter(torch.autograd.grad(parts, needed, grad, create_graph=True))
                 return *(next(made) if wanted else None for wanted in ctx.needs_input_grad[:4]), None
-            twice = 2 * grad
-            weighted = p * (twice * shares * lengths)[:, None] if to_weight or to_logits else p
+            twice = 2 * grad * shares
+            weighted = p * (twice * lengths)[:, None] if to_weight or to_logits else p
             of_features = of_weight = None
             if to_features:
-                factor = (twice * shares * traces)[:, None]
+                factor = (twice * traces)[:, None]
                 of_features = features * factor if size is None else features * size * (factor * size)
             if to_weight:
                 meetings = (weighted.mT @ p).fill_diagonal_(0.0)

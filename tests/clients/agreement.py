@@ -259,7 +259,7 @@ class Definition(Callback):
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self.gradients and self.gradient_error is None:
-            coefficient = float(trainer.callback_metrics["fam/coefficient"])
+            coefficient = float(newest_of(trainer)["coefficient"])
             found = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             assert found.keys() <= self._plain.keys()
             off = size = 0.0
@@ -270,9 +270,15 @@ class Definition(Callback):
             self.gradient_error = (off / size) ** 0.5
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        metrics = trainer.callback_metrics
-        if "fam/penalty" in metrics:
-            self.penalties.append(float(metrics["fam/penalty"]) / float(metrics["fam/coefficient"]))
+        newest = newest_of(trainer)
+        if newest:
+            self.penalties.append(float(newest["penalty"]) / float(newest["coefficient"]))
+
+
+def newest_of(trainer: Any) -> dict[str, Any]:
+    """Return what the Trainer's FAM has added last; nothing if there is none."""
+    found = [callback.newest for callback in trainer.callbacks if isinstance(callback, FAM)]
+    return found[0] if found else {}
 
 
 def relative_error(found: float, expected: float) -> float:
