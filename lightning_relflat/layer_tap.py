@@ -292,6 +292,8 @@ class LayerTap:
         kappa = self.flatness_of(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
         if kappa is None:
             raise ValueError(f"Expected argument `loss` to depend on layer {self.name!r}, but got one that does not.")
+        if self._own_behind is not None:  # a tap that listens to a whole loop begins anew with the next pass
+            self._own_behind.forget()
         return kappa
 
     def flatness_of(

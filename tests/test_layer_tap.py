@@ -231,3 +231,23 @@ def test_a_head_of_very_many_outputs_hands_on_no_copy(
             return
         with pytest.raises(RuntimeError, match="changed in place after they left it"):
             tap.take()
+
+
+def test_a_tap_over_a_whole_loop_keeps_nothing_of_past_steps() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    inputs, target = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    kept, kappas, each = [], [], []
+    with LayerTap(net, "0") as tap:
+        for _ in range(5):
+            loss = nn.functional.cross_entropy(net(inputs), target)
+            kappa = tap.relative_flatness(loss, probes=None)
+            (loss + kappa).backward()  # type: ignore[no-untyped-call]
+            kappas.append(kappa.detach())
+            behind: Any = tap.behind
+            kept.append((len(behind._entered), len(behind._left), len(behind._depends), len(behind._gates)))
+    assert set(kept) == {(0, 0, 0, 0)}
+    for _ in range(2):  # as a tap of each step's own
+        with LayerTap(net, "0") as tap:
+            each.append(tap.relative_flatness(nn.functional.cross_entropy(net(inputs), target), probes=None).detach())
+    torch.testing.assert_close(kappas, 5 * each[:1])
