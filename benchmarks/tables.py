@@ -137,8 +137,8 @@ def overhead(cases: dict[str, dict[str, Any]]) -> str:
     figure.savefig(DOCS / "images" / "costs_overhead.png", dpi=120)
     plt.close(figure)
     text = (
-        "\n**From the smallest to the largest step.** FAM on the head adds about the same number of operations to every "
-        "network: they count where a step takes a millisecond, and not where it takes seconds.\n\n"
+        "\n**From the smallest to the largest step.** FAM on the head adds the same few operations to every network: "
+        "they count where a step takes a millisecond, and not where it takes seconds.\n\n"
         "![Time over the plain step against the plain step's seconds](images/costs_overhead.png)\n"
     )
     if rows:

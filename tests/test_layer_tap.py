@@ -242,7 +242,7 @@ def test_a_tap_over_a_whole_loop_keeps_nothing_of_past_steps() -> None:
         for _ in range(5):
             loss = nn.functional.cross_entropy(net(inputs), target)
             kappa = tap.relative_flatness(loss, probes=None)
-            (loss + kappa).backward()  # type: ignore[no-untyped-call]
+            (loss + kappa).backward()
             kappas.append(kappa.detach())
             behind: Any = tap.behind
             kept.append((len(behind._entered), len(behind._left), len(behind._depends), len(behind._gates)))
