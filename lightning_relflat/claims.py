@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_relflat.functional._called_batch import Target, read_batch
 from lightning_relflat.functional._checks import full_precision, ordinary
 from lightning_relflat.functional._graph import nodes_between
-from lightning_relflat.functional._recognised import recognise
+from lightning_relflat.functional._recognised import is_cross_entropy, recognise
 from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
 from lightning_relflat.functional.large_head import is_large
 from lightning_relflat.functional.output_hessian import output_hessian
@@ -28,6 +28,8 @@ _TOLERANCE = 0.01
 _TOLERANCE_OF_HALF_PRECISION = 0.05  # right ones 2e-3 under bf16 autocast
 # Below this share of the largest curvature that a row's weight allows, nothing can be told from rounding.
 _FLAT = 1e-4
+
+_CROSS_ENTROPY: list[tuple[str, object]] = [("LogSoftmaxBackward0", None), ("NllLossBackward0", None)]
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,12 @@ class Claim:
         Returns:
             The verdict; of the last comparison, if there was none now.
         """
-        # Copies are ours: what a layer hands on is one as long as it is not known whether it is changed in place.
-        nodes = [node for node in nodes_between(loss, outputs) if node.name() != "CloneBackward0"]
-        seen = sorted(((node.name(), _constant(node)) for node in nodes), key=repr)
+        if len(outputs) == 1 and is_cross_entropy(loss, outputs[0]):
+            seen = _CROSS_ENTROPY  # what is found below, without the walk
+        else:
+            # Copies are ours: what a layer hands on is one as long as it is not known if it is changed in place.
+            nodes = [node for node in nodes_between(loss, outputs) if node.name() != "CloneBackward0"]
+            seen = sorted(((node.name(), _constant(node)) for node in nodes), key=repr)
         if self._changes >= _CHANGES:
             seen = [(name, None) for name, _ in seen]
         self._steps += 1

@@ -107,6 +107,23 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
     return Recognised(plan.kind, tuple(found), _total(plan, shares))
 
 
+def is_cross_entropy(loss: Tensor, outputs: Tensor) -> bool:
+    """Return whether a loss is PyTorch's own cross-entropy of some outputs and nothing else, by two nodes of its graph.
+
+    Args:
+        loss: a scalar loss.
+        outputs: what left a layer.
+
+    Returns:
+        Whether it is.
+    """
+    node: Any = loss.grad_fn
+    if node is None or not outputs.requires_grad or node.name() != "NllLossBackward0":
+        return False
+    criterion = node.next_functions[0][0]
+    return criterion.name() == "LogSoftmaxBackward0" and criterion.next_functions[0][0] is _node_of(outputs)
+
+
 def recognise_cross_entropy(loss: Tensor, outputs: Tensor) -> Recognised | None:
     """Return the curvature of a loss that is PyTorch's own cross-entropy of some outputs, and nothing else.
 
@@ -120,12 +137,10 @@ def recognise_cross_entropy(loss: Tensor, outputs: Tensor) -> Recognised | None:
     Returns:
         The curvature; ``None`` if the loss is another.
     """
+    if outputs.ndim != 2 or not is_cross_entropy(loss, outputs):
+        return None
     node: Any = loss.grad_fn
-    if node is None or outputs.ndim != 2 or not outputs.requires_grad or node.name() != "NllLossBackward0":
-        return None
     criterion = node.next_functions[0][0]
-    if criterion.name() != "LogSoftmaxBackward0" or criterion.next_functions[0][0] is not _node_of(outputs):
-        return None
     log_p = criterion._saved_result.detach()
     weight, total = node._saved_weight, node._saved_total_weight.detach()
     mean = node._saved_reduction == 1
