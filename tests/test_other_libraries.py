@@ -1,6 +1,10 @@
 """What other libraries have of the measures: curvlinops, BackPACK, hessian-eigenthings and PyHessian.
 
-Each is skipped where its library is missing; README says how to install them.
+Each is skipped where its library is missing. Two of them ask for other versions of what is there, so that they come
+without what they ask for:
+
+    pip install --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einconv==0.1.0 \\
+        linear_operator==0.6.1 unfoldNd==0.2.3
 """
 
 from __future__ import annotations
