@@ -301,6 +301,7 @@ class Stopped(Net):
         return super().training_step(batch)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(("runs", "complete", "at"), [(0, 0, 0), (0, 0, 7), (1, 0, 22), (3, 1, 52)])
 def test_ctrl_c_tells_the_table_so_far(runs: int, complete: int, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stopped, "steps", 0)

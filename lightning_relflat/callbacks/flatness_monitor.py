@@ -223,8 +223,9 @@ class FlatnessMonitor(OneLayerMonitor):
 
     def resume(self, trainer: Trainer, state: dict[str, Any]) -> None:
         """Take up the sums of an epoch."""
+        metric = self._metric("train", 0)
         if trainer.global_rank == 0:  # they are the sums of all processes
-            self._metric("train", 0).update(state["sums"])
+            self._running["train", 0] = state["sums"].to(metric.device)
         self._probes.batches, self._probes.before = state["batches"], state["before"]
         self._within_epoch = True
 

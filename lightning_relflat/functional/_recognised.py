@@ -121,7 +121,12 @@ def is_cross_entropy(loss: Tensor, outputs: Tensor) -> bool:
     if node is None or not outputs.requires_grad or node.name() != "NllLossBackward0":
         return False
     criterion = node.next_functions[0][0]
-    return criterion.name() == "LogSoftmaxBackward0" and criterion.next_functions[0][0] is _node_of(outputs)
+    if criterion.name() != "LogSoftmaxBackward0":
+        return False
+    below, own = criterion.next_functions[0][0], _node_of(outputs)
+    if below is not own and below.name() == "CloneBackward0":  # the copy that is handed on in a first step
+        below = below.next_functions[0][0]
+    return below is own
 
 
 def recognise_cross_entropy(loss: Tensor, outputs: Tensor) -> Recognised | None:
@@ -163,7 +168,7 @@ def _of_straight(loss: Tensor, outputs: Sequence[Tensor], plan: _Plan, nodes: Se
         arrived = torch.autograd.grad(loss, edges, retain_graph=True, create_graph=plan.learnt)
     widest = torch.promote_types(torch.float32, loss.dtype)
     return tuple(
-        -gradient.sum(dim=-1, dtype=widest).reshape(tensor.shape[:-1])
+        (0.0 - gradient.sum(dim=-1, dtype=widest)).reshape(tensor.shape[:-1])  # no −0 where a row has no share
         for gradient, tensor in zip(arrived, outputs, strict=True)
     )
 
