@@ -30,6 +30,12 @@ def prepare(out: str) -> Path:
     return next(path for number in itertools.count() if not (path := Path(out, f"run-{number}")).exists())
 
 
+def check_seeds(seeds: int) -> None:
+    """End the program where there are too few seeds for :func:`interval`."""
+    if seeds < 2:
+        raise SystemExit(f"Expected argument `seeds` to be at least 2, for an interval, but got {seeds}.")
+
+
 def mislabel(labels: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
     """Return labels of which exactly a share is changed, each to any other class."""
     changed = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import torch
 from digits import HIDDEN, Batch, cross_entropy, fit, make_network, noisy, read_digits, split, turned, with_flatness
-from experiment import GREY, interval, lighten, new_figure, passes, prepare
+from experiment import GREY, check_seeds, interval, lighten, new_figure, passes, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
@@ -234,8 +234,7 @@ def main(
         tuning_seeds: how many to try each λ with, with the seeds 1000, 1001, ...
         out: folder for results and picture; every call makes a new folder in it.
     """
-    if seeds < 2:
-        raise SystemExit(f"Expected argument `seeds` to be at least 2, for an interval, but got {seeds}.")
+    check_seeds(seeds)
     folder = prepare(out)
     folder.mkdir(parents=True)
     console = Console(width=200)

@@ -37,7 +37,7 @@ from digits import (
     split,
     with_flatness,
 )
-from experiment import GREY, interval, lighten, new_figure, passes, prepare
+from experiment import GREY, check_seeds, interval, lighten, new_figure, passes, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from matplotlib.ticker import LogLocator, NullLocator
@@ -466,8 +466,7 @@ def main(
         loss: the training loss that the logits of all networks are scaled to.
         out: folder for results and picture; every call makes a new folder in it.
     """
-    if seeds < 2:
-        raise SystemExit(f"Expected argument `seeds` to be at least 2, for an interval, but got {seeds}.")
+    check_seeds(seeds)
     folder = prepare(out)
     folder.mkdir(parents=True)
     console = Console(width=240)

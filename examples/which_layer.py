@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from experiment import interval, new_figure, prepare
+from experiment import check_seeds, interval, new_figure, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from matplotlib import colormaps
@@ -407,8 +407,7 @@ def main(
         go_on: results of a run that was cut short, a which_layer.json: what is there is not done again.
         out: folder for results and picture; every call makes a new folder in it.
     """
-    if seeds < 2:
-        raise SystemExit(f"Expected argument `seeds` to be at least 2, for an interval, but got {seeds}.")
+    check_seeds(seeds)
     folder = prepare(out)
     folder.mkdir(parents=True)
     before = json.loads(Path(go_on).read_text(encoding="utf-8")) if go_on else None

@@ -185,7 +185,7 @@ def plainly_exact(
     through_hessian: bool = True,
     measure: Measure = "relative_flatness",
     normalize_features: bool = False,
-) -> tuple[Tensor, Tensor] | None:
+) -> Tensor | None:
     """Return κ of a linear layer where the loss is PyTorch's own cross-entropy of its outputs and nothing else.
 
     The most frequent case, and the cheapest to tell.
@@ -198,7 +198,7 @@ def plainly_exact(
         normalize_features: as there.
 
     Returns:
-        κ, differentiable, and what the loss's mean divides by; ``None`` if the loss is another.
+        κ, differentiable; ``None`` if the loss is another.
     """
     if len(records) != 1 or records[0].call is not None or not has_matrix(records[0].layer):
         return None
@@ -207,7 +207,7 @@ def plainly_exact(
         return None
     options: Any = {"measure": measure, "normalize_features": normalize_features}
     [parts] = exact_parts(recognised, records, through_hessian=through_hessian, **options)
-    return parts.sum(), recognised.total
+    return parts.sum()
 
 
 class Trying:
@@ -345,11 +345,6 @@ def sums_of_loss(
     probes.batches += 1
     if not any(record.outputs.numel() for record in records):  # a process may have a batch of no samples
         return loss.new_zeros(4, dtype=torch.float64)
-    with torch.no_grad():
-        plain = plainly_exact(loss, records)
-    if plain is not None:
-        probes.exact = True
-        return exactly(plain[0] * plain[1], plain[1])
     recognised = probes.trying.recognise(loss, records)
     probes.exact = recognised is not None
     if recognised is not None:

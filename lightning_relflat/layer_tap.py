@@ -106,7 +106,6 @@ class LayerTap:
         self._own_behind = Behind(measures=measures) if behind is None and through_loss and not copies else None
         self.behind = behind or self._own_behind
         self._mode = ExitStack()
-        self._within = False  # whether the mode is entered
         self._records: list[LayerRecord] = []
         self._originals: list[Tensor] = []  # what the step went on with, while calls are followed
         self._hooks: list[LayerHook] = []
@@ -157,7 +156,6 @@ class LayerTap:
         listen(self)
         if self._own_behind is not None and self.looks and not self.copies:
             self._mode.enter_context(self._own_behind)
-            self._within = True
 
     def stop(self) -> None:
         """Stop recording, forget what was recorded and take the hooks away."""
@@ -167,9 +165,7 @@ class LayerTap:
         for hook in self._hooks:
             hook.drop(self)
         self._hooks = []
-        if self._within:
-            self._mode.close()
-            self._within = False
+        self._mode.close()
         if self._own_behind is not None:
             self._own_behind.forget()
 
@@ -397,11 +393,10 @@ class LayerTap:
         """
         with ordinary():
             found = plainly_exact(loss, records, **options)
-        if found is None:
-            return None
-        self.exact = True
-        self.has_measured(exact=True)
-        return found[0]
+        if found is not None:
+            self.exact = True
+            self.has_measured(exact=True)
+        return found
 
     def __enter__(self) -> LayerTap:
         self.start()

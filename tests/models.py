@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 Batch = list[Tensor]
@@ -118,6 +119,19 @@ class Resumable:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations of some kinds for which a host would wait for its GPU."""
+
+    def __init__(self, *kinds: str) -> None:
+        super().__init__()
+        self.kinds = {f"aten.{kind}.default" for kind in kinds or ("_local_scalar_dense", "nonzero")}
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func) in self.kinds
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

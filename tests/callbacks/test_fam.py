@@ -15,13 +15,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.layer_tap import LayerTap
-from tests.models import Batch, ManualNet, Net, as_on_a_device, focal, make_batches, make_loader, make_trainer
+from tests.models import Batch, ManualNet, Net, Reads, as_on_a_device, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
 
 SIZES = [7, 4, 6]
@@ -786,25 +785,17 @@ def test_outputs_may_be_changed_in_place(named: dict[str, Any], inplace: bool) -
     assert_same_weights(net, train_by_hand(twin, make_batches(SIZES) * 2, definition, [0.3] * 6))
 
 
-class Count(TorchDispatchMode):
-    read = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.read += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
-
-
 class Watch(Callback):
     def __init__(self) -> None:
         self.reads: list[int] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.count = Count()
+        self.count = Reads()
         self.count.__enter__()
 
     def on_before_backward(self, *_: Any) -> None:
         self.count.__exit__(None, None, None)
-        self.reads.append(self.count.read)
+        self.reads.append(self.count.count)
 
 
 @pytest.mark.parametrize("layer", ["head", "body"])
