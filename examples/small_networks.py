@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Regime: TypeAlias = Literal["few samples", "wrong labels"]
+Regime: TypeAlias = Literal["few samples", "wrong labels", "clean data"]
 Split: TypeAlias = "dict[str, tuple[Tensor, Tensor]]"
 
 
@@ -148,7 +148,7 @@ NETWORKS = {
             "two layers": ("6", "8"),
             "all layers": ("0", "2", "6", "8"),
         },
-        {"few samples": 200, "wrong labels": 500},
+        {"few samples": 200, "wrong labels": 500, "clean data": 400},
     ),
     "resnet": Network(
         "ResNet",
@@ -162,7 +162,7 @@ NETWORKS = {
             "two layers": ("4.second", "7"),
             "all layers": ("0", "3.second", "4.second", "7"),
         },
-        {"wrong labels": 300},
+        {"few samples": 200, "wrong labels": 300, "clean data": 300},
         before="0",
     ),
     "vit": Network(
@@ -177,14 +177,14 @@ NETWORKS = {
             "two layers": ("blocks.1.down", "head"),
             "all layers": ("patches", "blocks.1.out", "blocks.1.down", "head"),
         },
-        {"few samples": 200, "wrong labels": 400},
+        {"few samples": 200, "wrong labels": 400, "clean data": 500},
     ),
     "encoder": Network(
         "encoder",
         after_an_encoder,
         "texts",
         {"head": ("2",), "linear before": ("0",), "two layers": ("0", "2")},
-        {"few samples": 200, "wrong labels": 400},
+        {"few samples": 200, "wrong labels": 400, "clean data": 160},
     ),
 }
 
@@ -209,6 +209,7 @@ class Data:
 REGIMES: dict[Regime, Data] = {
     "few samples": Data("few samples", {"digits": 200, "texts": 120}, 20),
     "wrong labels": Data("wrong labels", {"digits": 250, "texts": 240}, 25, 0.4),
+    "clean data": Data("clean data", {"digits": 1000, "texts": 400}, 50),
 }
 TEST = {"digits": 3000, "texts": 900}
 VALIDATION = {"digits": 1000, "texts": 500}

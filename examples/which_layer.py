@@ -4,10 +4,11 @@
     python examples/which_layer.py
     python examples/which_layer.py --help
 
-Four small networks learn few samples, and samples of which 40 % have a wrong label until they know these by heart.
-Every method trains from the same initial weights with the same batches. Each has four candidate settings, chosen on
-validation data whose labels are as wrong as those of the training data. What is reported are the differences to plain
-training with the same seed: with as many steps, and with as many as fit into plain training's time.
+Four small networks learn few samples, samples of which 40 % have a wrong label until they know these by heart, and
+more samples with right labels. Every method trains from the same initial weights with the same batches. Each has five
+candidate settings, chosen on validation data whose labels are as wrong as those of the training data. What is reported
+are the differences to plain training with the same seed: with as many steps, and with as many as fit into plain
+training's time.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ Setting: TypeAlias = "tuple[str, float]"
 Outcome: TypeAlias = "dict[str, Any]"
 PLAIN: Setting = ("", 0.0)
 CANDIDATES: dict[str, list[Setting]] = {
-    "FAM": [("λ", 0.01), ("λ", 0.03), ("c", 0.1), ("c", 0.3)],
-    "SAM": [("ρ", value) for value in (0.1, 0.2, 0.4, 0.8)],
-    "momentum-SAM": [("ρ", value) for value in (0.3, 1.0, 2.0, 4.0)],
-    "SAM every 10th step": [("ρ", value) for value in (0.2, 0.4, 0.8, 1.6)],
-    "weight decay": [("decay", value) for value in (0.3, 1.0, 3.0, 10.0)],
-    "fewer steps": [("share", value) for value in (0.05, 0.1, 0.2, 0.4)],
+    "FAM": [("λ", 0.01), ("λ", 0.03), ("λ", 0.1), ("c", 0.1), ("c", 0.3)],
+    "SAM": [("ρ", value) for value in (0.05, 0.1, 0.2, 0.4, 0.8)],
+    "momentum-SAM": [("ρ", value) for value in (0.3, 1.0, 2.0, 4.0, 8.0)],
+    "SAM every 10th step": [("ρ", value) for value in (0.2, 0.4, 0.8, 1.6, 3.2)],
+    "weight decay": [("decay", value) for value in (0.3, 1.0, 3.0, 10.0, 30.0)],
+    "fewer steps": [("share", value) for value in (0.05, 0.1, 0.2, 0.4, 0.7)],
 }
 SAMS = ("SAM", "momentum-SAM", "SAM every 10th step")
 OTHERS = (*SAMS, "weight decay", "fewer steps")
@@ -56,7 +57,7 @@ BUDGETS = {
     "large": "equal time, steps of 20 ms",
     "small": "equal time, these small steps",
 }
-LEFT_OUT = {  # whose steps take too long
+SLOW = {  # tried with wrong labels alone, because their steps take so long
     "cnn": ("all layers",),
     "resnet": ("first layer", "two layers", "all layers"),
     "vit": ("late layer", "first layer", "two layers", "all layers"),
@@ -65,9 +66,16 @@ MEASURES = ("test accuracy (%)", "test loss")
 LR, TUNING = 0.003, 1000  # the learning rate of all; the first seed to choose settings with
 
 
-def methods(name: str) -> dict[str, tuple[Method, list[Setting]]]:
-    """Return every way to train a network, with its candidate settings."""
-    network, left_out = NETWORKS[name], LEFT_OUT.get(name, ())
+def methods(name: str, regime: Regime, slow: bool = True) -> dict[str, tuple[Method, list[Setting]]]:
+    """Return every way to train a network, with its candidate settings.
+
+    Args:
+        name: the network's.
+        regime: what it learns from.
+        slow: with those whose steps take long, if they are tried with these data at all.
+    """
+    network = NETWORKS[name]
+    left_out = () if slow and regime == "wrong labels" else SLOW.get(name, ())
     found = {
         f"FAM, {role}": (
             Method(
@@ -140,7 +148,13 @@ def train(
 
 
 def choose(
-    network: Network, regime: Regime, method: Method, candidates: list[Setting], steps: int, count: int
+    network: Network,
+    regime: Regime,
+    method: Method,
+    candidates: list[Setting],
+    steps: int,
+    count: int,
+    before: list[Outcome],
 ) -> tuple[Setting, list[Outcome]]:
     """Return the candidate with the best validation accuracy, and all runs.
 
@@ -153,7 +167,9 @@ def choose(
         candidates: the settings to choose from.
         steps: how many steps to train.
         count: how many seeds to choose with.
+        before: runs that need not be made again.
     """
+    done = {(tuple(run["setting"]), run["seed"]): run for run in before}
     tried: list[Outcome] = []
     left = list(candidates)
 
@@ -164,7 +180,10 @@ def choose(
 
     for seed in range(TUNING, TUNING + count):
         tried += [
-            {"setting": value, **train(network, regime, method, value, steps, seed, parts=("val",))} for value in left
+            {**done[value, seed], "setting": value}
+            if (value, seed) in done
+            else {"setting": value, **train(network, regime, method, value, steps, seed, parts=("val",))}
+            for value in left
         ]
         left = sorted(left, key=goodness, reverse=True)[:2]
     return left[0], tried
@@ -230,15 +249,14 @@ class Study:
         self.folder, self.seeds, self.tuning_seeds = folder, seeds, tuning_seeds
         settings = {"seeds": seeds, "tuning_seeds": tuning_seeds, "candidates": CANDIDATES, "learning rate": LR}
         settings = json.loads(json.dumps(settings))  # as they are read again
-        self.results: Outcome = before or {"settings": settings, "seconds": 0.0, "costs": {}, "cells": {}}
-        if self.results["settings"] != settings:
-            raise SystemExit(f"Expected results to go on with that have the settings {settings}.")
+        self.results: Outcome = before or {"seconds": 0.0, "costs": {}, "cells": {}}
+        self.results["settings"] = settings
         self.console = Console(width=150)
         self._start = time.perf_counter() - self.results["seconds"]
 
     def cost(self, name: Name, rounds: int) -> None:
         """Measure what steps of a network cost."""
-        names = {key: method for key, (method, _) in methods(name).items()}
+        names = {key: method for key, (method, _) in methods(name, "wrong labels").items()}
         for kind in ("SAM every 10th step", "weight decay", "fewer steps"):
             del names[kind]
         self.results["costs"][name] = {
@@ -247,50 +265,67 @@ class Study:
         }
         self._write(f"{name}: {self.results['costs'][name]}")
 
-    def compare(self, name: Name, regime: Regime, steps: int) -> None:
-        """Train a network in all ways on the same data."""
-        network, seeds = NETWORKS[name], range(self.seeds)
-        plain = self.results["cells"].get(f"{name}, {regime}", {}).get("plain") or [
-            train(network, regime, Method("plain"), PLAIN, steps, seed) for seed in seeds
-        ]
-        cell: Outcome = {"network": name, "regime": regime, "steps": steps, "plain": plain}
-        cell["budgets"] = {budget: {} for budget in BUDGETS}
-        cell = self.results["cells"].setdefault(f"{name}, {regime}", cell)
+    def compare(self, name: Name, regime: Regime, steps: int, slow: bool) -> None:
+        """Train a network in all ways on the same data, as far as that has not been done.
+
+        Args:
+            name: the network's.
+            regime: what it learns from.
+            steps: how many steps to train.
+            slow: by the methods whose steps take long, too.
+        """
+        network = NETWORKS[name]
+        empty: Outcome = {"network": name, "regime": regime, "steps": steps, "plain": []}
+        cell = self.results["cells"].setdefault(f"{name}, {regime}", empty)
+        if cell["steps"] != steps:
+            raise SystemExit(f"Expected results to go on with that were trained for {steps} steps.")
+        plain = self._runs(cell["plain"], network, regime, Method("plain"), PLAIN, steps)
+        cell["plain"] = plain
+        equal_steps = cell.setdefault("budgets", {budget: {} for budget in BUDGETS})["steps"]
         self._write(f"{name}, {regime}: plain {_mean(plain, 'test accuracy (%)'):.2f}")
-        ways = methods(name)
-        for key, (method, candidates) in ways.items():
-            if key in cell["budgets"]["steps"]:
-                continue
-            setting, tried = choose(network, regime, method, candidates, steps, self.tuning_seeds)
-            runs = [train(network, regime, method, setting, steps, seed) for seed in seeds]
+        for key, (method, candidates) in methods(name, regime, slow).items():
+            before = equal_steps.get(key, {"setting": None, "runs": [], "tried": []})
+            setting, tried = choose(network, regime, method, candidates, steps, self.tuning_seeds, before["tried"])
+            same = before["setting"] is not None and tuple(before["setting"]) == setting
+            runs = self._runs(before["runs"] if same else [], network, regime, method, setting, steps)
             chosen = [run for run in tried if run["setting"] == setting]
-            cell["budgets"]["steps"][key] = {
+            equal_steps[key] = {
                 "setting": setting,
                 "validation accuracy (%)": _mean(chosen, "val accuracy (%)"),
                 "runs": runs,
                 "difference": compare(runs, plain),
                 "tried": tried,
             }
-            self._write(f"{name}, {regime}, {key}: {_words(cell['budgets']['steps'][key])}")
+            self._write(f"{name}, {regime}, {key}: {_words(equal_steps[key])}")
 
     def compare_by_time(self, name: Name, regime: Regime) -> None:
         """Train it once more for as long as plain training takes, with the layer and settings chosen before."""
-        cell, ways, seeds = self.results["cells"][f"{name}, {regime}"], methods(name), range(self.seeds)
+        cell, ways = self.results["cells"][f"{name}, {regime}"], methods(name, regime)
         best = max(
-            (key for key in ways if key.startswith("FAM")),
+            (key for key in cell["budgets"]["steps"] if key.startswith("FAM")),
             key=lambda key: cell["budgets"]["steps"][key]["validation accuracy (%)"],
         )
         for budget in ("large", "small"):
             for row, key in {BEST: best, **{key: key for key in SAMS}}.items():
-                if row in cell["budgets"][budget] or (budget == "small" and row not in (BEST, "SAM")):
-                    continue  # it is there, or costs next to nothing with small steps, too
-                setting = cell["budgets"]["steps"][key]["setting"]
+                if budget == "small" and row not in (BEST, "SAM"):
+                    continue  # they cost next to nothing with small steps, too
+                setting = tuple(cell["budgets"]["steps"][key]["setting"])
                 count = round(cell["steps"] / max(1.0, self.results["costs"][name][budget][key]))
-                runs = [train(NETWORKS[name], regime, ways[key][0], setting, count, seed) for seed in seeds]
+                before = cell["budgets"][budget].get(row, {"method": key, "setting": setting, "runs": []})
+                same = (before["method"], tuple(before["setting"])) == (key, setting)
+                done = [run for run in before["runs"] if same and run["steps"] == count]
+                runs = self._runs(done, NETWORKS[name], regime, ways[key][0], setting, count)
                 difference = compare(runs, cell["plain"])
                 found = {"method": key, "setting": setting, "runs": runs, "difference": difference}
                 cell["budgets"][budget][row] = found
                 self._write(f"{name}, {regime}, {BUDGETS[budget]}, {key}, {count} steps: {_words(found)}")
+
+    def _runs(
+        self, done: list[Outcome], network: Network, regime: Regime, method: Method, setting: Setting, steps: int
+    ) -> list[Outcome]:
+        """Return a run for each seed, those included that were made before."""
+        left = range(len(done), self.seeds)
+        return done[: self.seeds] + [train(network, regime, method, setting, steps, seed) for seed in left]
 
     def _write(self, words: str) -> None:
         """Write what there is, and say what is new."""
@@ -389,9 +424,9 @@ def tabulate(cell: Outcome) -> Table:
 
 def main(
     networks: tuple[Name, ...] = ("cnn", "encoder", "resnet", "vit"),
-    regimes: tuple[Regime, ...] = ("wrong labels", "few samples"),
+    regimes: tuple[Regime, ...] = ("wrong labels", "few samples", "clean data"),
     steps: PositiveInt | None = None,
-    seeds: PositiveInt = 6,
+    seeds: PositiveInt = 10,
     tuning_seeds: PositiveInt = 2,
     go_on: str = "",
     out: str = "runs/which_layer",
@@ -400,11 +435,12 @@ def main(
 
     Args:
         networks: what is trained.
-        regimes: what it learns from; the ResNet from wrong labels alone.
+        regimes: what it learns from.
         steps: how many steps plain training has; each network's own number if left out.
         seeds: how many times to train by each method, with the seeds 0, 1, 2, ...; at least 2.
         tuning_seeds: how many times to try the better settings, with the seeds 1000, 1001, ...
-        go_on: results of a run that was cut short, a which_layer.json: what is there is not done again.
+        go_on: results of a run that was cut short or had fewer seeds or candidates, a which_layer.json: what is there
+            is not done again.
         out: folder for results and picture; every call makes a new folder in it.
     """
     check_seeds(seeds)
@@ -412,9 +448,9 @@ def main(
     folder.mkdir(parents=True)
     before = json.loads(Path(go_on).read_text(encoding="utf-8")) if go_on else None
     study = Study(folder, seeds, tuning_seeds, before)
-    cells = [(name, regime) for regime in regimes for name in networks if regime in NETWORKS[name].steps]
-    for name, regime in cells:
-        study.compare(name, regime, steps or NETWORKS[name].steps[regime])
+    cells = [(name, regime) for regime in regimes for name in networks]
+    for slow, (name, regime) in itertools.product((False, True), cells):
+        study.compare(name, regime, steps or NETWORKS[name].steps[regime], slow)
         draw(study.results, folder / "which_layer.png")
     for name, regime in cells:
         if name not in study.results["costs"]:

@@ -176,7 +176,7 @@ def test_what_is_trained(example: ModuleType) -> None:
             [fam] = [callback for callback in trainer.callbacks if isinstance(callback, FAM)]
             penalties.append(float(fam.newest["penalty"]))
 
-    after = found.fit(0.1, 0, [Watch()], max_epochs=1).state_dict()
+    after = found.fit((example.HEAD, 0.1), 0, [Watch()], max_epochs=1).state_dict()
     assert len(penalties) == math.ceil(len(found.rows["train"]) / example.BATCH)
     assert min(penalties) > 0
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -195,11 +195,29 @@ def test_each_way_begins_the_same(example: ModuleType) -> None:
             weight = module.model.classifier.weight.detach().clone()
             seen.append(([weight, batch["input_ids"], batch["labels"]], penalised))
 
-    for coefficient in (0.0, 0.1):
-        found.fit(coefficient, 3, [Watch()], max_epochs=1, limit_train_batches=1)
+    for setting in (example.PLAIN, (example.HEAD, 0.1)):
+        found.fit(setting, 3, [Watch()], max_epochs=1, limit_train_batches=1)
     (plain, not_penalised), (fam, penalised) = seen
     assert (not_penalised, penalised) == (False, True)
     assert all(torch.equal(one, other) for one, other in zip(plain, fam, strict=True))
+
+
+def test_the_lowest_loss_on_validation_text_decides(example: ModuleType) -> None:
+    losses = {(0.1, 1000): 1.0, (0.2, 1000): 2.0, (0.3, 1000): 3.0, (0.1, 1001): 5.0, (0.2, 1001): 2.0}
+
+    class Pretended(example.Experiment):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None: ...
+
+        def run(self, setting: tuple[str, float], seed: int, epochs: int, part: str) -> dict[str, float]:
+            assert part == "validation"
+            return {"seed": seed, "loss, new text": losses[setting[1], seed]}
+
+    setting, tried = Pretended().choose("head", [0.3, 0.1, 0.2], 2, 1)
+    assert setting == ("head", 0.2)
+    assert [(run["setting"][1], run["seed"]) for run in tried] == [
+        *((value, 1000) for value in (0.3, 0.1, 0.2)),
+        *((value, 1001) for value in (0.1, 0.2)),
+    ]
 
 
 def test_differences_are_paired(example: ModuleType) -> None:
@@ -214,16 +232,18 @@ def test_differences_are_paired(example: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
-    few = ["--texts", "1", "--seeds", "2", "--epochs", "1", "--rounds", "1", "--coefficients", "[0.1]"]
-    printed, results, _ = run_experiment("sentence_encoder", few, tmp_path)
-    assert results["ways"] == {"plain": 0.0, "FAM 0.1": 0.1}
+    few = ["--texts", "1", "--seeds", "2", "--tuning_seeds", "1", "--epochs", "1", "--rounds", "1"]
+    printed, results, _ = run_experiment("sentence_encoder", [*few, "--coefficients", "[0.1]"], tmp_path)
     for task in ("package of a text", "code among words"):
         assert task in printed
+        assert results["ways"][task]["FAM, linear before"] == ["model.bert.encoder.layer.5.output.dense", 0.1]
+        assert results["best on validation text"][task] in ("FAM, head", "FAM, linear before")
+        assert [run["seed"] for run in results["tried"][task]["FAM, head"]] == [1000]
         assert results["data"][task]["texts"] == {"test": 6, "validation": 6, "train": 6}
         for runs in results["runs"][task].values():
             assert [run["seed"] for run in runs] == [0, 1]
             assert all(
                 math.isfinite(value) and value >= 0 for run in runs for name, value in run.items() if "gap" not in name
             )
-        assert len(results["times_a_plain_step"][task]["FAM 0.1"]) == 1
-        assert results["differences"][task]["FAM 0.1"]["κ, new text"]["low"] < math.inf
+        assert len(results["times_a_plain_step"][task]["FAM, head"]) == 1
+        assert results["differences"][task]["FAM, head"]["κ, new text"]["low"] < math.inf
