@@ -26,8 +26,13 @@ class Interface(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:  # noqa: ARG002 - theirs
         """Rewrite the docstring of an object that was loaded."""
-        if obj.docstring is not None:
-            obj.docstring.value = to_markdown(obj.docstring.value)
+        if obj.docstring is None:
+            return
+        text = to_markdown(obj.docstring.value)
+        if isinstance(obj, griffe.Function) and obj.returns is not None:
+            # What stands before a colon would count as the type.
+            text = re.sub(r"^( *Returns:\n +)", rf"\g<1>{obj.returns}: ", text, count=1, flags=re.MULTILINE)
+        obj.docstring.value = text
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:  # noqa: ARG002 - theirs
         """Move what is public, once the whole package was read."""
