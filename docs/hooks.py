@@ -77,15 +77,15 @@ def to_mathml(formula: str, *, display: bool) -> str:
 
 @event_priority(-50)
 def on_post_build(*, config: MkDocsConfig, **kwargs: Any) -> None:  # noqa: ARG001 - theirs
-    """Add the names of Greek letters to the index of the search, which has been written by now, and put guides first."""
+    """Add the names of Greek letters to the index of the search, which is written by now, and put guides first."""
     path = Path(config.site_dir) / "search" / "search_index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
     for section in index["docs"]:
         if section["location"].startswith(("experiments/", "reference/", "shown_by/")):
             section["boost"] = 0.5
-        if names := _letters(section["title"]):
-            section["tags"] = names
-        if names := _letters(section["text"]):
+        if tags := _letters(section["title"]):
+            section["tags"] = tags
+        if names := [name for name in _letters(section["text"]) if name not in tags]:
             section["text"] += f"<p>{', '.join(names)}</p>"
     path.write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
