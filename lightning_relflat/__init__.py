@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_relflat.coefficient import find_coefficient
     from lightning_relflat.metrics import RelativeFlatness
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FAM",
     "FlatnessFigures",

@@ -25,9 +25,7 @@ def check_matplotlib() -> None:
         ModuleNotFoundError: if matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            "FlatnessFigures needs matplotlib. Install it with `pip install lightning-relflat[figures]`."
-        )
+        raise ModuleNotFoundError("FlatnessFigures needs matplotlib. Install it with `pip install matplotlib`.")
 
 
 def bars(values: Sequence[float], names: Sequence[str], label: str, errors: Sequence[float] | None = None) -> Figure:
