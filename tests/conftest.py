@@ -17,6 +17,7 @@ import pytorch_lightning  # noqa: F401
 import torch
 
 from lightning_relflat._layer_hook import LayerHook
+from tests.watching import forget_graphs, graphs_compiled
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,13 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """Let nothing compiled be left, and a test fail in which nothing was."""
+    forget_graphs()
+    yield
+    graphs = graphs_compiled()
+    forget_graphs()
+    assert graphs, "nothing was compiled, so that this shows nothing"
