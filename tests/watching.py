@@ -93,4 +93,4 @@ def compile_part(part: nn.Module, backend: str = "aot_eager") -> None:
     """
     part.compile(backend=backend)
     if type(part).__module__.startswith("torch.nn."):
-        part.forward = torch.compile(part.forward, backend=backend)  # type: ignore[method-assign]
+        part.forward = torch.compile(part.forward, backend=backend)
