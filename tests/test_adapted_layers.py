@@ -19,6 +19,7 @@ from lightning_relflat.layer_tap import LayerTap
 from tests.by_hand import assert_same_weights, assert_untouched
 from tests.models import Batch, ManualNet, Net, OwnLoRA, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
+from tests.watching import compile_part
 
 SIZES = [7, 4, 6]
 ADAPTERS: dict[str, Any] = {
@@ -121,6 +122,7 @@ def test_in_activation_checkpointing(name: str, form: dict[str, Any]) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
 @pytest.mark.parametrize("name", ["LoRA", "own"])
 @pytest.mark.parametrize("compiled", ["whole", "parts"])
@@ -129,9 +131,8 @@ def test_compiled(compiled: str, name: str, form: dict[str, Any]) -> None:
     net = made(name, Net(lr=0.1).double())
     twin = copy.deepcopy(net)
     for part in [net.head] if compiled == "whole" else [part for part in net.head.modules() if part is not net.head]:
-        part.compile(backend="aot_eager")
+        compile_part(part)
     make_trainer(precision="64-true", callbacks=[FAM("head", 0.3, **form)]).fit(net, make_loader(SIZES))
-    torch._dynamo.reset()
     train_by_hand(twin)
     assert_same_weights(net, twin)
 

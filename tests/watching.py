@@ -1,4 +1,4 @@
-"""What code does while it runs, noted: how much memory it takes, what it reads, how often it differentiates."""
+"""What code does while it runs, noted: what memory it takes, what it reads, differentiates and compiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -72,3 +72,25 @@ def gradients_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     with monkeypatch.context() as context:
         context.setattr(torch.autograd, "grad", counting)
         yield calls
+
+
+def graphs_compiled() -> int:
+    """Return how many graphs ``torch.compile`` has made since :func:`forget_graphs`."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def forget_graphs() -> None:
+    """Let what is compiled from now on be compiled anew, and counted from 0."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def compile_part(part: nn.Module, backend: str = "aot_eager") -> None:
+    """Compile a part of a module in place, with what PyTorch's compiler passes over.
+
+    ``compile()`` compiles nothing of PyTorch's own modules: there, what runs is the code of hooks. So that something
+    is compiled, their method is.
+    """
+    part.compile(backend=backend)
+    if type(part).__module__.startswith("torch.nn."):
+        part.forward = torch.compile(part.forward, backend=backend)

@@ -445,6 +445,7 @@ def test_a_layer_that_can_no_longer_be_capped_is_refused_in_the_next_epoch() -> 
 
 
 @pytest.mark.compiled
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["part", "module"])
 def test_a_compiled_layer(form: str) -> None:
@@ -452,8 +453,7 @@ def test_a_compiled_layer(form: str) -> None:
     twin = copy.deepcopy(net)
     if form == "part":
         net.head = torch.compile(net.head, backend="eager")  # type: ignore[assignment]
-    name = "head._orig_mod" if form == "part" else "head"
-    trainer = make_trainer(precision="64-true", callbacks=[MaxNorm(name, 0.4)])
+    trainer = make_trainer(precision="64-true", callbacks=[MaxNorm("head", 0.4)])
     trainer.fit(torch.compile(net, backend="eager") if form == "module" else net, make_loader(SIZES))  # type: ignore[arg-type]
     capped_by_hand(twin, make_batches(SIZES), [0.0] * 3, 0.4, "frobenius")
     assert_same_weights(net, twin)
