@@ -16,8 +16,8 @@ from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonit
 from lightning_relflat.functional import layer_flatness
 from lightning_relflat.functional._weights import adapted_weight
 from lightning_relflat.layer_tap import LayerTap
-from tests.callbacks.test_fam import assert_same_weights, assert_untouched
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, assert_untouched
+from tests.models import Batch, ManualNet, Net, OwnLoRA, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
 
 SIZES = [7, 4, 6]
@@ -33,20 +33,6 @@ ADAPTERS: dict[str, Any] = {
 def adapted(name: str, net: Net) -> Net:
     peft.inject_adapter_in_model(ADAPTERS[name], net)
     return net
-
-
-class OwnLoRA(nn.Module):
-    """As one writes it oneself."""
-
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
-        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base_layer.out_features, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        outputs: Tensor = self.base_layer(features) + 0.5 * self.up(self.down(features))
-        return outputs
 
 
 def made(name: str, net: Net) -> Net:

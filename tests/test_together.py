@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.callbacks.test_processes import FSDP
 from tests.functional.cases import HOOKS_ARE_KNOWN
+from tests.processes import FSDP
 from tests.together import cases, fitting
 from tests.together.cover import covering
 from tests.together.processes import judge_in_processes

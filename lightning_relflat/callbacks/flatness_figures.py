@@ -46,7 +46,7 @@ class FlatnessFigures(Callback):
         ValueError: if an argument is not what it should be; with the first point, if a metric is not logged.
         ModuleNotFoundError: if matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import FlatnessFigures
         >>> FlatnessFigures(every_n_epochs=10)
         FlatnessFigures(every_n_epochs=10)

@@ -77,7 +77,7 @@ class FlatnessMonitor(OneLayerMonitor):
         RuntimeError: before the optimizer's step if the training loss does not depend on the layer, is not the one
             named, or has a curvature that cannot be had rightly.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import FlatnessMonitor
         >>> FlatnessMonitor(layer="head", loss="mse")
         FlatnessMonitor(layer='head', loss='mse')

@@ -56,7 +56,7 @@ class LayersMonitor(Monitor):
         ValueError: if an argument is not what it should be; before the first batch if a pattern matches nothing.
         RuntimeError: if the curvature behind a layer cannot be had rightly.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import LayersMonitor
         >>> LayersMonitor(layers="encoder.*")
         LayersMonitor(layers='encoder.*')

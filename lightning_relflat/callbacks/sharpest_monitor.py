@@ -73,7 +73,7 @@ class SharpestMonitor(OneLayerMonitor):
         RuntimeError: if the loss has no closed form at the layer, the layer runs several times in a step, or what
             enters it does not come sample by sample.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import SharpestMonitor
         >>> SharpestMonitor(k=16)
         SharpestMonitor(k=16)

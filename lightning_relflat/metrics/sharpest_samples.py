@@ -48,7 +48,7 @@ class SharpestSamples(SummedMetric):
     Raises:
         ValueError: if ``k`` is no positive integer, or the loss has no closed form.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics import SharpestSamples
         >>> sharpest = SharpestSamples(k=2)

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.callbacks._method_patch import MethodPatch
-from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, train_by_hand, twins
-from tests.callbacks.test_flatness_monitor import Still, of_union
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, definition, of_union, train_by_hand
+from tests.models import SIZES, Batch, ManualNet, Net, Still, make_batches, make_loader, make_trainer, twins
 
 FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]
 NOT_TWICE = "cannot be differentiated twice, as compiled functions .* name it: `loss=`"

@@ -12,9 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, train_by_hand, twins
-from tests.models import ManualNet, Net, make_batches, make_loader, make_trainer
-from tests.test_head_calls import CHUNKED, DirectNet
+from tests.by_hand import assert_same_weights, definition, train_by_hand
+from tests.models import CHUNKED, SIZES, DirectNet, ManualNet, Net, make_batches, make_loader, make_trainer, twins
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm, SharpestMonitor
 from tests.models import make_trainer
 from tests.shares import Share
-from tests.together.by_hand import CAP, START, TEMPERATURE, WARMUP, Loop, coefficient_of, mean_of
 from tests.together.cases import refusals
 from tests.together.cover import Case
 from tests.together.nets import BACKEND, BATCHES, CLIP, EPOCHS, LR, Net
+from tests.together.plain_loop import CAP, START, TEMPERATURE, WARMUP, Loop, coefficient_of, mean_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
