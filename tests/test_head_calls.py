@@ -104,7 +104,7 @@ def test_kappa_is_that_of_the_definition_and_its_gradients_are_those_with_output
         sizes: dict[str, Any] = {"_BLOCK": rows * len(case["weight"]), "_BLOCK_ROWS": rows}
         with (
             patch.multiple(_from_features, **sizes),
-            patch.multiple(_tiles, _TILE=tile, _TILE_ROWS=2),
+            patch.multiple(_tiles, TILE=tile, TILE_ROWS=2),
             LayerTap(head, "") as tap,
         ):
             loss = total(case, criterion, inputs)

@@ -222,7 +222,7 @@ def test_a_linear_subclass_that_computes_something_else_is_refused_when_it_runs(
 def test_a_head_of_very_many_outputs_hands_on_no_copy(
     width: int, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_from_outputs, "_FEW", 0)
+    monkeypatch.setattr(_from_outputs, "FEW", 0)
     head = nn.Linear(2, width)
     with LayerTap(head, "") as tap:
         outputs = head(torch.ones(3, 2))

@@ -152,7 +152,7 @@ def main(
     **options: Any,
 ) -> None:
     if large and world > 1:
-        _from_outputs._FEW = 0
+        _from_outputs.FEW = 0
     torch.manual_seed(0)
     net = Sharded(**options).double()
     fsdp, unused = net.fsdp, options.get("unused", False)

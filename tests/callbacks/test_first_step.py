@@ -393,7 +393,7 @@ def test_the_penalty_comes_when_it_is_due() -> None:
 
 
 def test_a_claim_about_very_many_outputs_is_refused_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_from_outputs, "_FEW", 0)
+    monkeypatch.setattr(_from_outputs, "FEW", 0)
     with pytest.raises(RuntimeError, match="the loss that is trained with is not"):
         train(Scaled().double(), FAM("head", loss="cross_entropy", start_epoch=1))
     train(twins()[0], FAM("head", loss="cross_entropy", start_epoch=1))

@@ -162,8 +162,8 @@ def test_above_the_budget_its_bounds_are_those_of_the_separate_measure(
 ) -> None:
     """Where samples cannot be kept, and the sketch is not the matrix itself."""
     monkeypatch.setattr(spectrum.eigenvalues, "KEPT", 0)
-    monkeypatch.setattr(spectrum.sketches, "_SKETCH", 1)
-    monkeypatch.setattr(spectrum.sketches, "_LEAST_COLUMNS", 6)
+    monkeypatch.setattr(spectrum.sketches, "SKETCH", 1)
+    monkeypatch.setattr(spectrum.sketches, "LEAST_COLUMNS", 6)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 20, generator=generator, dtype=torch.float64).relu()
     weight = torch.randn(3, 20, generator=generator, dtype=torch.float64)
