@@ -177,7 +177,7 @@ def _numbers(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_the_same_number_as_pytorch_or_the_same_refusal(loss: str, data: st.DataObject) -> None:
     batch = data.draw(batches(loss))
