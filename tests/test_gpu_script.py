@@ -46,7 +46,7 @@ def run(modules: Any, bench: Any, part: str) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", ["steps", "compiled"])
-def test_steps(modules: Any, bench: Any, part: str) -> None:
+def test_steps_of_all_contenders_are_timed(modules: Any, bench: Any, part: str) -> None:
     found = run(modules, bench, part)
     assert set(found) == {"mlp, 32-true", "mlp, bf16-mixed"}
     for entry in found.values():
@@ -74,7 +74,7 @@ def test_a_contender_that_fails_lets_the_others_go_on(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_epoch(modules: Any, bench: Any) -> None:
+def test_an_epoch_is_timed(modules: Any, bench: Any) -> None:
     found = run(modules, bench, "epoch")
     assert set(found) == {"mlp, 32-true, 2 batches", "mlp, bf16-mixed, 2 batches"}
     assert all(entry["ratio"]["runs"] == 2 for entry in found.values())
@@ -297,7 +297,7 @@ def test_the_file_has_what_there_is_while_a_part_runs(modules: Any, tmp_path: Pa
     assert json.loads(seen.read_text())["parts"]["one"] == {"status": "runs", "results": {"a": 1}}
 
 
-def test_shares_of_the_time(modules: Any) -> None:
+def test_parts_share_the_time_that_is_left(modules: Any) -> None:
     budgets = {"a": 10.0, "b": 20.0, "c": 30.0}
     share = modules.gpu.share
     assert share("a", budgets, list(budgets), 60.0) == 8
@@ -322,7 +322,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command_runs_its_parts_and_skips_what_needs_a_card(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     done = subprocess.run(
         [

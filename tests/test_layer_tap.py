@@ -197,7 +197,7 @@ class OwnForward(nn.Linear):
         (nn.Sequential(nn.Conv2d(1, 1, 1)), None, r"has no nn.Linear, but got None. Layers that can be named: '0'\."),
     ],
 )
-def test_refused(net: nn.Module, name: str | None, message: str) -> None:
+def test_what_is_no_layer_is_refused_and_leaves_nothing(net: nn.Module, name: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerTap(net, name)
     assert not any(module._forward_hooks for module in net.modules())

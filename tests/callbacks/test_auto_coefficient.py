@@ -133,7 +133,7 @@ def test_a_policy_is_a_factor() -> None:
     assert {-0.006, 0.006} < {round(value, 9) for value in coefficients}
 
 
-def test_probes() -> None:
+def test_with_probes_it_is_the_same_rule() -> None:
     net, twin = twins(lr=0.1, criterion=focal)
     batches = make_batches(SIZES)
     fit(net, Share("head", 0.3), batches)
@@ -267,7 +267,7 @@ def ratios(steps: list[list[tuple[float, float]]], share: float = 1.0, most: flo
         ((1.0, 2e-6), 1e6),
     ],
 )
-def test_ratios(last: tuple[float, float], expected: float) -> None:
+def test_the_ratio_is_that_of_the_averages(last: tuple[float, float], expected: float) -> None:
     # After 300 steps alike the averages are the values, and the κ of 0 before them is not the largest.
     assert ratios([[(3.0, 0.0)]] + [[last]] * 300)[-1] == pytest.approx(expected, rel=1e-6)
 

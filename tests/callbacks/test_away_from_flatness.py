@@ -181,7 +181,7 @@ def test_normalized_features_of_zero_length() -> None:
         ({"temperature": 2.0, "loss": "mse"}, "`temperature` to be 1 unless .* but got 2.0 with loss MSELoss"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         FAM(**{"layer": "head"} | options)
 
