@@ -127,7 +127,7 @@ def test_in_activation_checkpointing(name: str, form: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["LoRA", "own"])
 @pytest.mark.parametrize("compiled", ["whole", "parts"])
 @pytest.mark.parametrize("form", [{"loss": "cross_entropy"}, {"probes": None}], ids=["named", "exact"])
-def test_compiled(compiled: str, name: str, form: dict[str, Any]) -> None:
+def test_a_compiled_adapted_layer_is_penalised_as_by_hand(compiled: str, name: str, form: dict[str, Any]) -> None:
     net = made(name, Net(lr=0.1).double())
     twin = copy.deepcopy(net)
     for part in [net.head] if compiled == "whole" else [part for part in net.head.modules() if part is not net.head]:

@@ -139,7 +139,7 @@ def test_what_is_no_name_is_refused(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "fc1", "encoder/fc", "layers.0"])
-def test_a_name(name: str | None) -> None:
+def test_a_name_that_can_be_logged_is_taken(name: str | None) -> None:
     assert check_name(name) == name
 
 

@@ -11,15 +11,10 @@ import yaml
 
 from lightning_relflat import FAM, FlatnessFigures, FlatnessMonitor, LayersMonitor, SharpestMonitor
 from tests.by_hand import assert_same_weights, of_union, train_by_hand
-from tests.models import SIZES, Batch, Net, make_batches, make_loader, twins
+from tests.models import SIZES, Batch, Net, PlainNet, make_batches, make_loader, twins
 from tests.oracles import kappa
 
 OURS = FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor, FlatnessFigures
-
-
-class PlainNet(Net):
-    def __init__(self, lr: float = 0.1) -> None:
-        super().__init__(lr=lr)
 
 
 CALLBACKS = """

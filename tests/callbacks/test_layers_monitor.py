@@ -338,7 +338,9 @@ class Backbone(Shown):
 
 @pytest.mark.parametrize("criterion", [F.cross_entropy, focal], ids=["criterion", "other"])
 @pytest.mark.parametrize("way", ["no_grad", "frozen", "detached"])
-def test_backbones(way: str, criterion: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_of_a_backbone_without_gradients_are_named_or_measured(
+    way: str, criterion: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     net = Backbone(criterion).double()
     net.way = way
     net.body.requires_grad_(way != "frozen")
