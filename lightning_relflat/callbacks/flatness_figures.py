@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, labelled, show
+from lightning_relflat._shown import show
+from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, labelled
 from lightning_relflat.callbacks._figures import Gallery, bars, check_matplotlib, curve_of_gaps, heat_map, sample_grid
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.flatness_monitor import FlatnessMonitor
