@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_relflat import functional as functional
     from lightning_relflat import layer_tap as layer_tap
     from lightning_relflat import metrics as metrics
+    from lightning_relflat._measure import measure
     from lightning_relflat.callbacks import (
         FAM,
         FlatnessFigures,
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     )
     from lightning_relflat.coefficient import find_coefficient
     from lightning_relflat.metrics import RelativeFlatness
+    from lightning_relflat.report import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FAM",
     "FlatnessFigures",
@@ -29,12 +31,19 @@ __all__ = [
     "LayersMonitor",
     "MaxNorm",
     "RelativeFlatness",
+    "Report",
     "SharpestMonitor",
     "find_coefficient",
+    "measure",
 ]
 
 _MODULES = ("callbacks", "functional", "layer_tap", "metrics")
-_ELSEWHERE = {"RelativeFlatness": "metrics", "find_coefficient": "coefficient"}  # the others are callbacks
+_ELSEWHERE = {  # the others are callbacks
+    "RelativeFlatness": "metrics",
+    "Report": "report",
+    "find_coefficient": "coefficient",
+    "measure": "_measure",
+}
 
 
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of ours

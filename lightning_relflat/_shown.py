@@ -1,4 +1,4 @@
-"""How objects print themselves: as the call that makes them, with what was set. Needs torch alone."""
+"""How objects and arguments are written in messages and reprs: as the call that makes them. Needs torch alone."""
 
 from __future__ import annotations
 
