@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_relflat import functional as functional
     from lightning_relflat import layer_tap as layer_tap
     from lightning_relflat import metrics as metrics
+    from lightning_relflat import report as report
     from lightning_relflat._measure import measure
     from lightning_relflat.callbacks import (
         FAM,
@@ -37,7 +38,7 @@ __all__ = [
     "measure",
 ]
 
-_MODULES = ("callbacks", "functional", "layer_tap", "metrics")
+_MODULES = ("callbacks", "functional", "layer_tap", "metrics", "report")
 _ELSEWHERE = {  # the others are callbacks
     "RelativeFlatness": "metrics",
     "Report": "report",

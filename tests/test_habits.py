@@ -112,7 +112,7 @@ def test_the_automatic_coefficient_prints_what_was_set() -> None:
     assert repr(Automatic(most=0.1)) == "Automatic(most=0.1)"
 
 
-@pytest.mark.parametrize("where", ["callbacks", "functional", "metrics"])
+@pytest.mark.parametrize("where", ["callbacks", "functional", "metrics", "report"])
 def test_dir_shows_public_names_alone(where: str) -> None:
     module = importlib.import_module(f"lightning_relflat.{where}")
     assert dir(module) == sorted(module.__all__)
@@ -127,6 +127,7 @@ def test_dir_of_the_package_shows_the_interface() -> None:
         "functional",
         "layer_tap",
         "metrics",
+        "report",
     }
     for name in shown:
         assert getattr(lightning_relflat, name) is not None
