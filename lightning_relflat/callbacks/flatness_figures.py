@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, named, show
+from lightning_relflat._shown import show
+from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, named
 from lightning_relflat.callbacks._figures import Drawn, bars, check_matplotlib, curve_of_gaps, heat_map, sample_grid
 from lightning_relflat.callbacks._gallery import Gallery
 from lightning_relflat.callbacks._labels import class_names

@@ -273,7 +273,8 @@ class Collector:
             parts = parts * recognised.total
         parts = parts.double().reshape(samples, -1).sum(dim=1)
         numbers = range(self._first, self._first + samples) if seen.indices is None else seen.indices
-        self._parts.update(parts, torch.tensor(list(numbers), device=parts.device))
+        unsaid = torch.full_like(parts, torch.nan)  # labels and predictions are kept with the candidates
+        self._parts.update(parts, torch.tensor(list(numbers), device=parts.device), unsaid, unsaid)
         self._candidates.add(parts, list(numbers), record.outputs.detach(), called, seen.inputs)
 
     # What comes of it.
@@ -303,7 +304,7 @@ class Collector:
             made_of = {name: float(number) for name, number in found.items()}
         counts = None if self._of_classes is None else self._of_classes.compute()
         layers, network = self._layers_found(value, error)
-        sharpest = () if self._parts is None else self._candidates.chosen(self._parts.compute())
+        sharpest = () if self._parts is None else self._candidates.chosen(self._parts.compute()[:2])
         return Report(
             model=self.name,
             layer=tap.name,

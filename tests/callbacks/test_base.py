@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_relflat import FAM
+from lightning_relflat._shown import show_call
 from lightning_relflat.callbacks._base import (
     Callback,
     check_key,
@@ -20,7 +21,6 @@ from lightning_relflat.callbacks._base import (
     find_target,
     labelled,
     refuse_collisions,
-    show_call,
 )
 
 LABELS = torch.tensor([3, 1, 2])

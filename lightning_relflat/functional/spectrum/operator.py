@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat._shown import show_call
 from lightning_relflat.functional._checks import check_floating, full_precision
 from lightning_relflat.functional.layer_measures import Scale, check_scale, row_scales
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
@@ -36,6 +37,9 @@ class LayerHessian:
     scales: Tensor
     own: Tensor
     blocks: bool
+
+    def __repr__(self) -> str:
+        return show_call(self)
 
     def product(self, vector: Tensor) -> Tensor:
         """Return the Hessian times ``vector``.
