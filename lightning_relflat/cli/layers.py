@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -10,18 +9,14 @@ from matplotlib.figure import Figure
 
 from lightning_relflat._numbers import with_error
 from lightning_relflat.callbacks import LayersMonitor
-from lightning_relflat.cli._shared import (
-    InputError,
-    Parser,
-    Result,
-    add_outputs,
-    check_outputs,
-    class_path,
-    new_figure,
-    new_table,
-)
-from lightning_relflat.cli._validation import Part, validate
-from lightning_relflat.cli.measure import add_checkpoint_options, load
+from lightning_relflat.cli._data import NAMES, Part
+from lightning_relflat.cli._labels import labels
+from lightning_relflat.cli._options import DataFunction, Parser, add_checkpoint_options, add_outputs
+from lightning_relflat.cli._output import Result, check_outputs, new_figure
+from lightning_relflat.cli._shared import InputError, class_path
+from lightning_relflat.cli._tables import Sheet
+from lightning_relflat.cli._validation import validate
+from lightning_relflat.cli.measure import check_once, load
 
 EPILOG = """\
 examples:
@@ -36,11 +31,15 @@ outputs it is a criterion with a closed form has an exact κ.
 Values = dict[str, tuple[float, float]]
 
 
-def make_parser() -> ArgumentParser:
-    """Return the command's parser."""
+def make_parser(function: DataFunction | None) -> ArgumentParser:
+    """Return the command's parser.
+
+    Args:
+        function: what ``--data`` names, if that is a function.
+    """
     parser = Parser(description="Estimate the relative flatness κ of every layer of checkpoints.", epilog=EPILOG)
     parser.add_argument("ckpts", type=str, nargs="+", metavar="CKPT", help="The checkpoints, of one class of models.")
-    add_checkpoint_options(parser, of_one_layer=False)
+    add_checkpoint_options(parser, function, of_one_layer=False)
     parser.add_argument("--split", type=Part, default="val", help="The data.")
     parser.add_argument("--layers", type=str, nargs="+", metavar="PATTERN", help="Patterns of layers' names; else all.")
     parser.add_argument("--probes", type=int, default=2, help="How many random probes to average.")
@@ -61,20 +60,23 @@ def run(config: Namespace, given: Namespace) -> Result:
     check_outputs(config)
     if not config.ckpts:
         raise InputError("name a checkpoint: relflat layers CKPT --model package.module.Class --data …")
+    check_once(config.ckpts, "checkpoint")
     found: dict[str, Values] = {}
+    facts: list[dict[str, Any]] = []
     try:
         for path in config.ckpts:
-            found[path] = _measure(path, config, given)
+            found[path], known = _measure(path, config, given)
+            facts.append(known)
     except KeyboardInterrupt:
         if not found:
             raise
-    where = {"train": "training", "val": "validation"}[config.split]
-    title = f"κ of every layer on {where} data, ± standard error"
-    table = new_table(title, "layer", *_labels(list(found)))
+    where = NAMES[config.split]
+    heads = labels(list(found), facts)
+    table = Sheet(f"κ of every layer on {where} data, ± standard error", ["layer", *heads])
     names = list(dict.fromkeys(name for values in found.values() for name in values if name != "all"))
     for index, name in enumerate([*names, "all"]):
         cells = [with_error(*values[name]) if name in values else "" for values in found.values()]
-        table.add_row(name, *cells, end_section=index == len(names) - 1)
+        table.add(name, *cells, end=index == len(names) - 1)
     data_out = {
         "model": class_path(config.model, "model"),
         "split": config.split,
@@ -92,14 +94,15 @@ def run(config: Namespace, given: Namespace) -> Result:
             for path, values in found.items()
         ],
     }
-    interrupted = len(found) < len(set(config.ckpts))
-    notes = [f"Interrupted after {len(found)} of {len(set(config.ckpts))} checkpoints."] if interrupted else []
-    return Result(data_out, [table], notes, figure=lambda: draw(found, names, where), interrupted=interrupted)
+    interrupted = len(found) < len(config.ckpts)
+    notes = [f"Interrupted after {len(found)} of {len(config.ckpts)} checkpoints."] if interrupted else []
+    figure = lambda: draw(dict(zip(heads, found.values(), strict=True)), names, where)  # noqa: E731
+    return Result(data_out, [table], notes, figure=figure, interrupted=interrupted)
 
 
-def _measure(path: str, config: Namespace, given: Namespace) -> Values:
-    """Return κ and its standard error by layer, and of all layers."""
-    model, data = load(path, config, given)
+def _measure(path: str, config: Namespace, given: Namespace) -> tuple[Values, dict[str, Any]]:
+    """Return κ and its standard error by layer, and of all layers; and what is known of the checkpoint."""
+    model, data, facts = load(path, config, given)
     monitor = LayersMonitor(config.layers or "*", stages=("val",), probes=config.probes, seed=config.seed)
     logged = validate(model, data, config.split, config, [monitor])
     if f"{config.split}/network_flatness" not in logged:
@@ -110,22 +113,15 @@ def _measure(path: str, config: Namespace, given: Namespace) -> Values:
         for name, value in logged.items()
         if name.startswith(prefix)
     }
-    return values | {
-        "all": (logged[f"{config.split}/network_flatness"], logged[f"{config.split}/network_flatness_error"])
-    }
-
-
-def _labels(paths: list[str]) -> list[str]:
-    """Return the files' names, with their folders where names repeat."""
-    names = [Path(path).stem for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
+    whole = (logged[f"{config.split}/network_flatness"], logged[f"{config.split}/network_flatness_error"])
+    return values | {"all": whole}, facts
 
 
 def draw(found: dict[str, Values], names: list[str], where: str) -> Figure:
     """Draw bars, the first layer on top.
 
     Args:
-        found: κ and its error by layer, for each checkpoint.
+        found: κ and its error by layer, for each checkpoint by its name.
         names: the layers.
         where: what data it is.
 
@@ -134,7 +130,7 @@ def draw(found: dict[str, Values], names: list[str], where: str) -> Figure:
     """
     figure, [axis] = new_figure(height=1.2 + 0.3 * len(names) * (1 + len(found)) / 2)
     thick = 0.8 / len(found)
-    for index, (label, values) in enumerate(zip(_labels(list(found)), found.values(), strict=True)):
+    for index, (label, values) in enumerate(found.items()):
         places = [row + thick * (index - (len(found) - 1) / 2) for row in range(len(names))]
         pairs = [values.get(name, (0.0, 0.0)) for name in names]
         errors: Any = [error for _, error in pairs]

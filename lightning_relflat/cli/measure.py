@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, seed_everything
@@ -10,21 +12,12 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning_relflat._numbers import number
 from lightning_relflat.callbacks import FlatnessMonitor
 from lightning_relflat.cli._checkpoint import load_model
-from lightning_relflat.cli._shared import (
-    InputError,
-    Parser,
-    Result,
-    add_classes,
-    add_hardware,
-    add_layer,
-    add_outputs,
-    build,
-    check_outputs,
-    class_path,
-    find_loss,
-    new_table,
-)
-from lightning_relflat.cli._validation import Part, SharedData, validate
+from lightning_relflat.cli._data import NAMES, PARTS, Part, SharedData, as_data, parts_of
+from lightning_relflat.cli._options import DataFunction, Parser, add_checkpoint_options, add_outputs
+from lightning_relflat.cli._output import Result, check_outputs
+from lightning_relflat.cli._shared import InputError, build, class_path, find_loss
+from lightning_relflat.cli._tables import Sheet
+from lightning_relflat.cli._validation import validate
 
 Measure = Literal[
     "relative_flatness",
@@ -67,38 +60,26 @@ those that `save_hyperparameters` put into the checkpoint, unless given.
 """
 
 
-def make_parser() -> ArgumentParser:
-    """Return the command's parser."""
+def make_parser(function: DataFunction | None) -> ArgumentParser:
+    """Return the command's parser.
+
+    Args:
+        function: what ``--data`` names, if that is a function.
+    """
     parser = Parser(
         description="Measure the relative flatness of a checkpoint, what it is made of, and its neighbours.",
         epilog=EPILOG,
     )
     parser.add_argument("ckpt", type=str, metavar="CKPT", help="The checkpoint.")
-    add_checkpoint_options(parser)
-    parser.add_argument("--split", type=Literal["train", "val", "both"], default="both", help="The data.")
+    add_checkpoint_options(parser, function)
+    parser.add_argument(
+        "--split", type=Literal["train", "val", "both"], default="both", help="The data; both, as far as there are."
+    )
     parser.add_argument(
         "--measures", type=Measure, nargs="+", metavar="MEASURE", help="Which to show, of those of the table; else all."
     )
     add_outputs(parser)
     return parser
-
-
-def add_checkpoint_options(parser: ArgumentParser, *, of_one_layer: bool = True) -> None:
-    """Add what is needed to measure a checkpoint.
-
-    Args:
-        parser: the command's parser.
-        of_one_layer: whether it is told which layer, and which loss of its outputs.
-    """
-    add_classes(parser)
-    if of_one_layer:
-        add_layer(parser)
-    add_hardware(parser)
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="Load a checkpoint that holds more than tensors and plain values; such a file can run any code.",
-    )
 
 
 def run(config: Namespace, given: Namespace) -> Result:
@@ -115,8 +96,10 @@ def run(config: Namespace, given: Namespace) -> Result:
     if config.ckpt is None:
         raise InputError("name a checkpoint: relflat measure CKPT --model package.module.Class --data …")
     measures = list(get_args(Measure)) if config.measures is None else config.measures
-    asked: list[Part] = ["train", "val"] if config.split == "both" else [config.split]
-    model, shared = load(config.ckpt, config, given)
+    model, shared, _ = load(config.ckpt, config, given)
+    asked = [config.split] if config.split != "both" else list(PARTS) if "split" in given else shared.parts
+    for part in asked:
+        shared.check(part)
     parts: list[Part] = []
     values: dict[str, float] = {}
     layer = None
@@ -129,9 +112,8 @@ def run(config: Namespace, given: Namespace) -> Result:
         if not parts:
             raise
     title = f"{config.ckpt}, layer {layer}, loss {config.loss or 'of the step'}"
-    heads = {"train": "training", "val": "validation"}
-    table = new_table(title, "", *(heads[part] for part in parts), *(["difference"] if len(parts) == 2 else []))
-    table.add_column("what it is")
+    differs = ["difference"] if len(parts) == 2 else []
+    table = Sheet(title, ["", *(NAMES[part] for part in parts), *differs, "what it is"], words=True)
     names = list(dict.fromkeys(name.partition("/")[2] for name in values))
     own = [name for name in names if not is_flatness(name)]
     of_report = [name for measure in measures if (name := _logged(measure)) in names]
@@ -142,7 +124,7 @@ def run(config: Namespace, given: Namespace) -> Result:
             train, val = numbers
             shown.append("" if train is None or val is None or name not in own else number(val - train))
         meaning = "logged by the model" if name in own else MEANINGS[name.rpartition("/")[2]]
-        table.add_row(name.removeprefix("flatness/"), *shown, meaning, end_section=index == len(own) - 1)
+        table.add(name.removeprefix("flatness/"), *shown, meaning, end=index == len(own) - 1)
     data = {
         "checkpoint": config.ckpt,
         "model": class_path(config.model, "model"),
@@ -150,7 +132,7 @@ def run(config: Namespace, given: Namespace) -> Result:
         "loss": config.loss,
         "values": values,
     }
-    missing = [heads[part] for part in asked if part not in parts]
+    missing = [NAMES[part] for part in asked if part not in parts]
     notes = [f"Interrupted: nothing was measured on {' and '.join(missing)} data."] if missing else []
     return Result(data, [table], notes, interrupted=bool(missing))
 
@@ -171,8 +153,8 @@ def is_flatness(name: str) -> bool:
     return name.startswith(("relative_flatness", "flatness/", "layer_flatness", "network_flatness"))
 
 
-def report_checkpoint(path: str, config: Namespace, given: Namespace) -> dict[str, float]:
-    """Measure a checkpoint on training and validation data.
+def report_checkpoint(path: str, config: Namespace, given: Namespace) -> tuple[dict[str, float], dict[str, Any]]:
+    """Measure a checkpoint on training and validation data, as far as there are.
 
     Args:
         path: the file.
@@ -180,15 +162,16 @@ def report_checkpoint(path: str, config: Namespace, given: Namespace) -> dict[st
         given: those that the user gave.
 
     Returns:
-        All values, by names that begin with the part of the data.
+        All values, by names that begin with the part of the data; and what tells the checkpoint from others.
 
     Raises:
         InputError: if something cannot be found or does not fit.
     """
-    model, data = load(path, config, given)
-    parts: list[Part] = ["train", "val"]
-    found = [report_part(model, data, part, config, list(MEANINGS))[1] for part in parts]
-    return found[0] | found[1]
+    model, data, facts = load(path, config, given)
+    values: dict[str, float] = {}
+    for part in data.parts:
+        values |= report_part(model, data, part, config, list(MEANINGS))[1]
+    return values, facts
 
 
 def report_part(
@@ -237,7 +220,7 @@ def report_part(
     }
 
 
-def load(path: str, config: Namespace, given: Namespace) -> tuple[LightningModule, SharedData]:
+def load(path: str, config: Namespace, given: Namespace) -> tuple[LightningModule, SharedData, dict[str, Any]]:
     """Return the model of a checkpoint, and the data.
 
     Args:
@@ -246,26 +229,42 @@ def load(path: str, config: Namespace, given: Namespace) -> tuple[LightningModul
         given: those that the user gave.
 
     Returns:
-        Both.
+        Both, and what tells the checkpoint from others.
 
     Raises:
         InputError: if something cannot be found or does not fit.
     """
     class_path(config.model, "model")
-    class_path(config.data, "data")
-    check_devices(config)
-    seed_everything(config.seed, workers=True, verbose=False)
-    return load_model(path, config, given), SharedData(build(config.data, "data"))
-
-
-def check_devices(config: Namespace) -> None:
-    """Refuse a number of processes that is none.
-
-    Args:
-        config: the options.
-
-    Raises:
-        InputError: if it is.
-    """
     if config.devices < 1:
         raise InputError(f"--devices {config.devices}: give a number of processes from 1 on")
+    _seed(config)
+    model, facts = load_model(path, config, given)
+    if config.data is None and parts_of(model):
+        return model, SharedData(model), facts
+    name = class_path(config.data, "data")
+    _seed(config)  # the same data, however many random numbers the model took
+    return model, SharedData(as_data(build(config.data, "data"), name)), facts
+
+
+def _seed(config: Namespace) -> None:
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed {config.seed}: give a number from 0 to {2**32 - 1}")
+    seed_everything(config.seed, workers=True, verbose=False)
+
+
+def check_once(paths: Sequence[str], what: str) -> None:
+    """Refuse to take a file or folder twice.
+
+    Args:
+        paths: the paths.
+        what: what they are of.
+
+    Raises:
+        InputError: if one is named twice, be it in another way.
+    """
+    seen: dict[str, str] = {}
+    for path in paths:
+        place = os.path.normpath(path)
+        if place in seen:
+            raise InputError(f"a {what} is named twice: {seen[place]}, {path}; name each once")
+        seen[place] = path
