@@ -21,9 +21,9 @@ from lightning_relflat._numbers import number
 from lightning_relflat.cli._labels import labels
 from lightning_relflat.cli._options import DataFunction, Parser, add_checkpoint_options, add_outputs
 from lightning_relflat.cli._output import Result, check_outputs, new_figure, plain_log_ticks
+from lightning_relflat.cli._reports import check_once, load, report_on, values_of
 from lightning_relflat.cli._shared import InputError
 from lightning_relflat.cli._tables import Sheet
-from lightning_relflat.cli.measure import check_once, is_flatness, report_checkpoint
 
 EPILOG = """\
 examples:
@@ -37,6 +37,9 @@ Of what was logged for both, gap/NAME is val/NAME - train/NAME.
 """
 
 Values = dict[str, float]
+
+# How the names of what the callbacks log begin, behind the part of the data.
+_FLATNESS = ("relative_flatness", "flatness/", "layer_flatness", "network_flatness")
 
 
 def make_parser(function: DataFunction | None) -> ArgumentParser:
@@ -183,7 +186,12 @@ def read_run(path: str, config: Namespace, given: Namespace) -> tuple[Values, Ma
             return {str(name): math.nan if value is None else float(value) for name, value in values.items()}, {}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} was not written by `relflat measure --json`; write it anew") from error
-    return report_checkpoint(path, config, given)
+    checkpoint = load(path, config, given)
+    found: Values = {}
+    for part in checkpoint.data.parts:
+        report, logged = report_on(checkpoint, part, config)
+        found |= logged | values_of(report, part)
+    return found, checkpoint.facts
 
 
 def _read_arguments(folder: Path) -> Mapping[str, Any]:
@@ -226,7 +234,7 @@ def _with_gaps(values: Values) -> Values:
         for separator in ("/", "_"):
             stage, found, rest = name.partition(separator)
             training = values.get(f"train{separator}{rest}", values.get(f"train{separator}{rest}{separator}epoch"))
-            if stage == "val" and found and training is not None and not is_flatness(rest):
+            if stage == "val" and found and training is not None and not rest.startswith(_FLATNESS):
                 gaps[f"gap/{rest}"] = value - training
     return values | gaps
 
