@@ -21,7 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lightning_relflat import __version__
 from lightning_relflat.cli import coefficient, compare, layers, measure
 from lightning_relflat.cli._options import Parser, find_function, of_function
-from lightning_relflat.cli._shared import InputError, say
+from lightning_relflat.cli._shared import InputError, begin_to_speak, say
 
 COMMANDS = {
     "measure": (measure, "what relative flatness a checkpoint has, and what it is made of"),
@@ -51,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
     # As with `python -m`: the user's own modules are found in the folder where the command is given.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
+    begin_to_speak()
     function = find_function(argv)
     argv = list(argv) if function is None else of_function(argv)
     parser = Parser(
@@ -115,15 +116,7 @@ def _plainly() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
-        said: set[str] = set()
-
-        def show(message: Warning | str, *_: object, **__: object) -> None:
-            text = str(message)
-            if text not in said:  # each part of the data and each checkpoint gives the same ones
-                said.add(text)
-                say("warning", text)
-
-        warnings.showwarning = show
+        warnings.showwarning = lambda message, *_, **__: say("warning", str(message))
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         try:

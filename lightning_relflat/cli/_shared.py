@@ -21,14 +21,26 @@ class InputError(Exception):
     """Bad input; the message says what to do."""
 
 
+_warned: set[str] = set()  # by the command that runs
+
+
 def say(kind: Literal["error", "warning"], message: str) -> None:
-    """Write one line to stderr.
+    """Write one line to stderr; a warning only once, however many checkpoints and parts of the data give it.
 
     Args:
         kind: what it is.
         message: its text, on one line whatever it holds.
     """
-    print(f"relflat: {kind}: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    line = " ".join(message.split())
+    if kind == "error" or line not in _warned:
+        print(f"relflat: {kind}: {line}", file=sys.stderr)  # noqa: T201
+    if kind == "warning":
+        _warned.add(line)
+
+
+def begin_to_speak() -> None:
+    """Forget which warnings an earlier command gave."""
+    _warned.clear()
 
 
 def class_path(value: Namespace | None, key: Literal["model", "data"]) -> str:

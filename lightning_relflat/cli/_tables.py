@@ -56,7 +56,8 @@ class Sheet:
         widths = [self._width(column) + BORDERS for column in range(len(self.heads))]
         if width is None or sum(widths) < width:
             return [self._table(list(range(len(widths))))]
-        first = min(widths[0], max(width - 1 - max(widths[1:], default=0), width // 3))
+        others = [*widths[1:-1], min(widths[-1], LEAST_WORDS + BORDERS)] if self.words else widths[1:]
+        first = min(widths[0], max(width - 1 - max(others, default=0), width // 3))
         parts: list[list[int]] = []
         room = 0
         for column in range(1, len(widths)):
