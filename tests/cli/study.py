@@ -98,8 +98,9 @@ class WithLoaders(Net):
     """It has loaders of its own, and sets them up itself."""
 
     def setup(self, stage: str) -> None:
-        self.data = Data()
-        self.data.setup(stage)
+        if stage == "fit":  # which sets up both parts
+            self.data = Data()
+            self.data.setup(stage)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.data.train_dataloader()

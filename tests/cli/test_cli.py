@@ -192,23 +192,14 @@ def test_compare_does_without_what_a_run_lacks(
         write_log(tmp_path / f"r{number}", {"val/relative_flatness": kappa, "val/accuracy": 0.1 * number})
         for number, kappa in enumerate(sharp)
     ]
-    bare = [
-        write_log(tmp_path / "no_kappa", {"val/accuracy": 0.9}),
-        write_log(tmp_path / "no_accuracy", {"val/relative_flatness": 9.0}),
-    ]
+    lacking = {"no_kappa": {"val/accuracy": 0.9}, "no_accuracy": {"val/relative_flatness": 9.0}}
+    bare = [write_log(tmp_path / name, values) for name, values in lacking.items()]
     argv = ["compare", *map(str, [bare[0], *runs, bare[1]]), "--against", "val/accuracy"]
     plot = tmp_path / "x.png"
     found = relflat(*argv, "--plot", plot)
     assert plot.is_file()
-    assert [Path(entry["run"]).name for entry in found["runs"]] == [
-        "r3",
-        "r4",
-        "r1",
-        "r2",
-        "r0",
-        "no_accuracy",
-        "no_kappa",
-    ]
+    order = [Path(entry["run"]).name for entry in found["runs"]]
+    assert order == ["r3", "r4", "r1", "r2", "r0", "no_accuracy", "no_kappa"]
     assert found["missing"] == {"val/relative_flatness": [str(bare[0])], "val/accuracy": [str(bare[1])]}
     ranks = found["correlation"]["columns"]["val/relative_flatness"]
     assert ranks["runs"] == 5

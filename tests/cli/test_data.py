@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 
 from lightning_relflat.cli import main
-from lightning_relflat.cli._data import as_data, parts_of
+from lightning_relflat.cli._data import SharedData, as_data, parts_of
+from lightning_relflat.cli._shared import InputError
 from tests.cli.commands import ROOT, SEARCH, STUDY, Relflat, refused
-from tests.cli.study import Data, Net, OnlyValidates, WithLoaders
+from tests.cli.study import Data, Net, OnlyValidates, WithLoaders, batches
 
 NET = ["--model", "tests.cli.study.Net"]
 CPU = ["--accelerator", "cpu", "--precision", "64-true"]
@@ -21,11 +23,6 @@ KAPPA = ["--measures", "relative_flatness"]
 def values(relflat: Relflat, path: str, *argv: str) -> dict[str, float]:
     found: dict[str, float] = relflat("measure", path, *argv, *CPU, *KAPPA)["values"]
     return found
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[int, Any]:
-    return {}
 
 
 FORMS: dict[str, list[str]] = {
@@ -78,14 +75,9 @@ def test_loaders_of_the_module(relflat: Relflat, checkpoints: dict[int, str]) ->
 
 def test_layers_and_compare_take_a_function(relflat: Relflat, checkpoints: dict[int, str]) -> None:
     for argv in (["layers", checkpoints[6], checkpoints[3]], ["compare", checkpoints[6], checkpoints[3]]):
-        of_class, of_function, of_module = (
-            relflat(*argv, *data, *CPU)
-            for data in (
-                STUDY[:4],
-                [*NET, "--data", "tests.cli.study.pair"],
-                ["--model", "tests.cli.study.WithLoaders"],
-            )
-        )
+        of_class = relflat(*argv, *STUDY[:4], *CPU)
+        of_function = relflat(*argv, *NET, "--data", "tests.cli.study.pair", *CPU)
+        of_module = relflat(*argv, "--model", "tests.cli.study.WithLoaders", *CPU)
         assert of_function == of_class
         assert of_module == of_class | {"model": "tests.cli.study.WithLoaders"} if argv[0] == "layers" else of_class
 
@@ -94,9 +86,8 @@ def test_coefficient_takes_a_function_and_loaders_of_the_module(relflat: Relflat
     how = ["--epochs", "2", "--seeds", "1", "--highest", "0.001"]
     search = [*SEARCH[4:], *how]
     of_class = relflat("coefficient", *SEARCH, *how)
-    assert (
-        relflat("coefficient", *NET, "--data", "tests.cli.study.pair", *search)["suggestion"] == of_class["suggestion"]
-    )
+    of_function = relflat("coefficient", *NET, "--data", "tests.cli.study.pair", *search)
+    assert of_function["coefficients"] == of_class["coefficients"]
     of_module = relflat("coefficient", "--model", "tests.cli.study.WithLoaders", *search)
     assert of_module["coefficients"] == of_class["coefficients"]
 
@@ -112,13 +103,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such argument": (["pair", "--data.foo", "3"], "unrecognized arguments: --data.foo 3; see --help"),
     "an argument of another type": (
         ["by_name", "--data.batch_size", "x"],
-        "--data.batch_size: expected int, but got 'x'",
+        "batch_size: expected int, but got 'x'",
     ),
     "an argument that is missing": (["by_name"], "study.by_name needs batch_size; give --data.batch_size VALUE"),
-    "several processes": (["batches", "--devices", "2"], "a single DataLoader is needed"),
     "another class": (
         ["Criterion"],
-        "tests.cli.study.Criterion is no LightningDataModule; give the dotted path of one, or",
+        "is no LightningDataModule; give the dotted path of one, or of a function that",
     ),
 }
 
@@ -129,30 +119,16 @@ def test_what_is_no_data(
 ) -> None:
     monkeypatch.chdir(ROOT)
     (function, *rest), message = BAD[case]
-    if case == "several processes":
-        with pytest.raises(ValueError, match=message):
-            share_of_two(function)
-        return
     argv = ["measure", checkpoints[6], *NET, "--data", f"tests.cli.study.{function}", *rest, *STUDY[4:]]
     assert message in refused(capsys, *argv)
 
 
-def share_of_two(function: str) -> None:
-    """Ask for the share of one of two processes."""
-    from types import SimpleNamespace
-
-    from lightning_relflat.cli._data import SharedData
-    from lightning_relflat.cli._shared import InputError
-    from tests.cli import study
-
-    data = as_data(getattr(study, function)(), function)
-    shared = SharedData(data)
+def test_what_processes_cannot_share() -> None:
+    data = as_data(batches(), "batches")
+    SharedData(data)
     data.trainer = SimpleNamespace(global_rank=0, world_size=2)  # type: ignore[assignment]
-    try:
+    with pytest.raises(InputError, match=r"a single DataLoader is needed; put several data sets into one with"):
         data.val_dataloader()
-    except InputError as error:
-        raise ValueError(str(error)) from error
-    assert shared.parts
 
 
 @pytest.mark.parametrize("command", ["measure", "coefficient"])
@@ -160,10 +136,7 @@ def test_neither_data_nor_loaders(
     command: str, checkpoints: dict[int, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    argv = [
-        command,
-        *([checkpoints[6], *NET] if command == "measure" else [*NET, "--model.width", "6", "--epochs", "2"]),
-    ]
+    argv = ["measure", checkpoints[6], *NET] if command == "measure" else ["coefficient", *NET, "--epochs", "2"]
     assert "or of a function that returns loaders, as --data package.module.name; or give the module" in refused(
         capsys, *argv
     )
@@ -172,16 +145,15 @@ def test_neither_data_nor_loaders(
 def test_a_search_needs_training_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     argv = ["coefficient", *NET, "--data", "tests.cli.study.validation", *SEARCH[4:], "--epochs", "2", "--seeds", "1"]
-    assert "tests.cli.study.validation returned no loader of training data; let it return a pair" in refused(
-        capsys, *argv
-    )
+    line = refused(capsys, *argv)
+    assert "tests.cli.study.validation returned no loader of training data; let it return a pair" in line
 
 
 def test_which_parts_there_are() -> None:
     assert parts_of(Data()) == parts_of(WithLoaders) == ["train", "val"]
     assert parts_of(OnlyValidates) == parts_of(OnlyValidates(6)) == ["val"]
     assert parts_of(Net(6)) == []
-    half = Data.from_datasets(train_dataset=torch.utils.data.TensorDataset(torch.ones(2, 1)))
+    half = LightningDataModule.from_datasets(train_dataset=torch.utils.data.TensorDataset(torch.ones(2, 1)))
     assert parts_of(half) == ["train"]
 
 

@@ -18,7 +18,7 @@ from lightning_relflat.cli import main
 from lightning_relflat.cli._labels import labels
 from lightning_relflat.cli._reports import MEANINGS
 from lightning_relflat.cli._tables import Sheet
-from tests.cli.commands import CKPT, ROOT, SEARCH, STUDY
+from tests.cli.commands import ROOT, SEARCH, STUDY
 from tests.cli.study import Net
 from tests.cli.terminal import in_a_terminal
 from tests.models import make_trainer
@@ -205,4 +205,3 @@ def test_a_warning_is_said_once(
     monkeypatch.setattr(torch, "__version__", "2.5.1")
     assert main(["layers", checkpoints[3], checkpoints[6], *STUDY]) == 0
     assert capsys.readouterr().err.count("has known holes") == 1
-    assert CKPT
