@@ -332,7 +332,8 @@ class Collector:
             return (), None
         values, errors = self._others.compute()
         found = []
-        total, variance = value, error**2
+        shown = any(layer is tap.layer for layer in self._layers.values())
+        total, variance = (value, error**2) if shown else (0.0, 0.0)
         for number, (name, layer) in enumerate(self._layers.items()):
             kind, own, width = kind_of(name, layer), float(values[number]), float(errors[number])
             if layer is tap.layer:
