@@ -28,6 +28,7 @@ from lightning_relflat.functional.criteria import criterion_loss, has_closed_for
 from lightning_relflat.report import Collector, LossTaken, Report, Seen
 from lightning_relflat.report._forward import size_of
 
+_STEPS = {"val": "validation", "test": "test"}
 Which = tuple[Stage, int]
 
 
@@ -133,7 +134,7 @@ class WholeReport(Monitor):
         """Make the report."""
         name = "that of the step" if self.loss is None else self.loss if isinstance(self.loss, str) else show(self.loss)
         if self.loss is None:
-            taken = LossTaken(name, "model", f"The loss is that of the {stage} step.")
+            taken = LossTaken(name, "model", f"The loss is that of the {_STEPS[stage]} step.")
         else:
             how = "" if self._verified else " No step has shown that it is the one trained with."
             taken = LossTaken(name, "named", f"The loss is {name} of the layer's outputs, as you named it.{how}")
