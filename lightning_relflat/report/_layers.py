@@ -91,7 +91,7 @@ class Layers:
             error: its standard error.
 
         Returns:
-            The layers; and the sum of the layers and the head, or ``None`` without layers.
+            The layers, and their sum; ``None`` without layers.
         """
         if not self._layers:
             return (), None
@@ -107,6 +107,8 @@ class Layers:
                 layers.append(LayerFlatness(name, kind, reason=self._reason(name)))
         # The head's probes are its own, so that the errors are independent.
         others, width = (0.0, 0.0) if math.isnan(values[-1]) else (values[-1], errors[-1])
+        if not any(layer is head for layer in self._layers.values()):
+            value, error = 0.0, 0.0
         return tuple(layers), (value + others, math.hypot(error, width))
 
     def _reason(self, name: str) -> str:
