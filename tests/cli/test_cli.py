@@ -375,13 +375,13 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such module": (["measure", CKPT, "--model", "nope.Nope"], "No module named 'nope'; give the dotted path"),
     "a bare name": (["measure", CKPT, "--model", "Nope"], "--model Nope is no dotted path; give one that can"),
     "another class": (["measure", CKPT, "--model", "torch.nn.Linear"], "torch.nn.Linear is no LightningModule"),
-    "wrong type": (["measure", CKPT, *STUDY, "--model.width", "x"], "Expected a <class 'int'>. Got value: x"),
+    "wrong type": (["measure", CKPT, *STUDY, "--model.width", "x"], "--model.width: expected int, but got 'x'; --"),
     "no such argument": (["measure", CKPT, *STUDY, "--data.foo", "x"], "--data.help tests.cli.study.Data shows"),
     "wrong shapes": (["measure", CKPT, *STUDY, "--model.width", "5"], "size mismatch for body.weight"),
     "no such layer": (["measure", CKPT, *STUDY, "--layer", "nope"], "one of 'body', 'head', but got 'nope'"),
     "no such loss": (["measure", CKPT, *STUDY, "--loss", "nope"], "Expected --loss to be one of"),
     "no such loss's path": (["measure", CKPT, *STUDY, "--loss", "torch.nope"], "--loss torch.nope is nothing"),
-    "no such measure": (["measure", CKPT, *STUDY, "--measures", "nope"], "Got value: nope"),
+    "no such measure": (["measure", CKPT, *STUDY, "--measures", "nope"], "zero_rows, but got 'nope'"),
     "no such target": (
         ["measure", CKPT, *STUDY, "--loss", "cross_entropy", "--target", "7"],
         "Expected --target to be",
@@ -516,7 +516,7 @@ def test_options_from_a_file(relflat: Relflat, checkpoints: dict[int, str], tmp_
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_relflat.cli._shared import write_whole
+    from lightning_relflat.cli._output import write_whole
 
     old = tmp_path / "a.json"
     old.write_text("old")
