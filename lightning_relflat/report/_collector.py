@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat._calls import CriterionCalls
+from lightning_relflat._labels import class_names as find_class_names
+from lightning_relflat._labels import kind_of as kind_of_criterion
+from lightning_relflat._labels import say
 from lightning_relflat.curvature import Probes, exact_parts, recognise_passes, sums_of_criterion, sums_of_loss
 from lightning_relflat.functional._checks import check_count, shape_of
 from lightning_relflat.functional._graph import depends
@@ -20,8 +23,8 @@ from lightning_relflat.metrics.flatness_sums import FlatnessSums
 from lightning_relflat.metrics.sharpest_samples import SharpestParts
 from lightning_relflat.report._layers import Layers
 from lightning_relflat.report._listening import Listening, kind_of, match_layers
-from lightning_relflat.report._report import LossTaken, Report
-from lightning_relflat.report._samples import Candidates
+from lightning_relflat.report._report import LossTaken, Report, SharpSample
+from lightning_relflat.report._samples import Classes, Pictures
 from lightning_relflat.report._totals import ClassTotals, Totals
 
 
@@ -60,6 +63,7 @@ class Collector:
         seed: where the probes start.
         sharpest: how many of the sharpest samples to keep; 0 for none.
         class_names: what the classes are called.
+        places: where to look for that else: a data set, a data module, or the model.
         mean: whether the loss is a mean, or a sum over samples.
         name: what the model is called; the name of its class if left out.
         kwargs: the arguments of :class:`torchmetrics.Metric`, for all metrics.
@@ -78,6 +82,7 @@ class Collector:
         seed: int = 0,
         sharpest: int = 8,
         class_names: Sequence[str] | None = None,
+        places: Sequence[object] = (),
         mean: bool = True,
         name: str | None = None,
         **kwargs: Any,
@@ -98,8 +103,9 @@ class Collector:
         self._made_of: FlatnessReport | None = None
         self._of_classes: ClassTotals | None = None
         self._parts = SharpestParts(sharpest, **kwargs) if sharpest else None
-        self._candidates = Candidates(sharpest, class_names)
-        self.class_names = class_names
+        self._pictures = Pictures(sharpest)
+        self._class_names, self._places = class_names, places
+        self._of_labels = False  # whether the samples' labels are classes
         self._training = False
         self._notes: dict[str, str] = {}
         self._first = 0  # the number of the next batch's first sample
@@ -249,8 +255,12 @@ class Collector:
             parts = parts * recognised.total
         parts = parts.double().reshape(samples, -1).sum(dim=1)
         numbers = range(self._first, self._first + samples) if seen.indices is None else seen.indices
-        self._parts.update(parts, torch.tensor(list(numbers), device=parts.device))
-        self._candidates.add(parts, list(numbers), record.outputs.detach(), called, seen.inputs)
+        criterion, target = called or (None, None)
+        outputs = record.outputs.detach()
+        said = say(outputs, target, kind_of_criterion(criterion), getattr(criterion, "ignore_index", -100))
+        self._of_labels = said.num_classes is not None
+        self._parts.update(parts, torch.tensor(list(numbers), device=parts.device), said.labels, said.predictions)
+        self._pictures.add(parts, list(numbers), seen.inputs)
 
     # What comes of it.
 
@@ -279,7 +289,12 @@ class Collector:
             made_of = {name: float(number) for name, number in found.items()}
         counts = None if self._of_classes is None else self._of_classes.compute()
         layers, network = self._layers.found(tap.layer, value, error)
-        sharpest = () if self._parts is None else self._candidates.chosen(self._parts.compute())
+        count = None if self._made_of is None else self._made_of.weight_shape[0]
+        classes = Classes(self._class_names or find_class_names(count, *self._places))
+        sharpest: tuple[SharpSample, ...] = ()
+        if self._parts is not None:
+            pictures = self._pictures.of_all_processes(together=self._parts.sync_on_compute)
+            sharpest = classes.samples(self._parts.compute(), pictures, of_classes=self._of_labels)
         return Report(
             model=self.name,
             layer=tap.name,
@@ -296,7 +311,7 @@ class Collector:
             accuracy=None if counts is None else float(counts[1].sum() / counts[0].sum()),
             layers=layers,
             network=network,
-            classes=self._candidates.classes(per_class, counts),
+            classes=classes.flatness(per_class, counts),
             sharpest=sharpest,
             notes=(*notes, *self._notes.values()),
         )
