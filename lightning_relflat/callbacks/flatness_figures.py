@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_relflat._labels import class_names
 from lightning_relflat._shown import show
 from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, named
 from lightning_relflat.callbacks._figures import Drawn, bars, check_matplotlib, curve_of_gaps, heat_map, sample_grid
 from lightning_relflat.callbacks._gallery import Gallery
-from lightning_relflat.callbacks._labels import class_names
 from lightning_relflat.callbacks._monitor import Monitor
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.flatness_monitor import FlatnessMonitor
