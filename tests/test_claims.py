@@ -116,7 +116,7 @@ def test_with_very_many_outputs_rows_or_gradients_are_compared(case: str, monkey
     value = loss(outputs, target)
     with gradients_taken(monkeypatch) as taken:
         verdict = check_claim(value, [outputs], target, nn.CrossEntropyLoss())
-    assert len(taken) <= 1  # nothing is differentiated twice
+    assert not any(taken)  # nothing can be differentiated twice, which would take as much memory again
     assert verdict.holds is (not reason)
     assert reason in verdict.reason
 
