@@ -194,7 +194,7 @@ def test_the_other_monitors_see_one_layer_too(name: str) -> None:
     assert layers.values["val"][0] == ["body", "head"]
     batch = [torch.cat(parts) for parts in zip(*make_batches([5, 3]), strict=True)]
     expected = by_hand(net.eval(), batch).item()
-    assert result["val/layer_flatness/head"] == pytest.approx(expected)
+    assert result["val_layer_flatness/head"] == pytest.approx(expected)
     for sample in sharpest.samples["val"]:
         index = slice(sample.index, sample.index + 1)
         assert sample.part == pytest.approx(by_hand(net, [part[index] for part in batch]).item())
