@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 
-GREY = "#757d87"  # legible on white and on black
+from lightning_relflat._style import settings
 
 
 def prepare(out: str) -> Path:
@@ -63,13 +63,11 @@ def passes(network: nn.Sequential, inputs: Tensor) -> list[tuple[nn.Module, Tens
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches, whose texts and axes are drawn in grey."""
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style.use(dict.fromkeys(parts, GREY))
+    """Return an empty figure of so many inches, in the style of all pictures of the library."""
+    style.use(settings())
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def lighten(axis: Axes) -> None:
-    """Give an axis a faint grid and no frame above and to the right."""
-    axis.grid(alpha=0.3, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    """Give an axis a faint grid."""
+    axis.grid()
