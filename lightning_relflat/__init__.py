@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_relflat.metrics import RelativeFlatness
     from lightning_relflat.report import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FAM",
     "FlatnessFigures",

@@ -139,7 +139,7 @@ def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criteri
         TypeError: as :func:`~lightning_relflat.functional.output_hessian` does.
         ValueError: as :func:`~lightning_relflat.functional.output_hessian` does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn import functional as F
         >>> from lightning_relflat.claims import check_claim

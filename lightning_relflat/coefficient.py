@@ -84,7 +84,7 @@ def find_coefficient(
         RuntimeError: if training diverges with all candidates, κ cannot be measured, or something cannot be copied.
         SearchInterruptedError: on Ctrl-C. It is a ``KeyboardInterrupt``; its message is the table so far.
 
-    Example:
+    Examples:
         >>> import lightning as L, torch
         >>> from lightning_relflat import find_coefficient
         >>> class Net(L.LightningModule):

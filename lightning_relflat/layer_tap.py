@@ -35,15 +35,6 @@ __all__ = ["LayerRecord", "LayerTap", "did_not_run"]
 class LayerTap:
     """Listens to a layer of a model while it is recording; as a context manager, from beginning to end.
 
-    In a plain training loop, or one with Fabric, three lines add the penalty λ·κ to any loss:
-
-    >>> import torch
-    >>> from lightning_relflat.layer_tap import LayerTap
-    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-    >>> with LayerTap(net, "2") as tap:
-    ...     loss = net(torch.ones(5, 4)).square().mean()
-    ...     (loss + 0.1 * tap.relative_flatness(loss)).backward()
-
     Args:
         module: the model.
         layer: the dotted name of a linear or convolution layer in it, or ``None`` for the last linear one that runs
@@ -72,7 +63,16 @@ class LayerTap:
     Raises:
         ValueError: if there is no such layer in the model. The message lists those that there are.
 
-    Example:
+    Examples:
+        In a plain training loop, or one with Fabric, three lines add the penalty λ·κ to any loss:
+
+        >>> import torch
+        >>> from lightning_relflat.layer_tap import LayerTap
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> with LayerTap(net, "2") as tap:
+        ...     loss = net(torch.ones(5, 4)).square().mean()
+        ...     (loss + 0.1 * tap.relative_flatness(loss)).backward()
+
         What went through the last linear layer:
 
         >>> tap = LayerTap(net)

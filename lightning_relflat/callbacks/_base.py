@@ -116,6 +116,23 @@ def labelled(label: str, name: str | None) -> str:
     return label if name is None else f"{group}/{name}/{rest}"
 
 
+def named(stage: str, label: str, name: str | None) -> str:
+    """Return the name of what is logged of a stage: in the user's own group, or in one of ours beside it.
+
+    Dashboards make a group of what has the same first part, and show it with a card for each name.
+
+    Args:
+        stage: ``"train"``, ``"val"`` or ``"test"``.
+        label: what it is, such as ``relative_flatness``, for the stage's group; with a group of ours in front, such as
+            ``flatness/weight_norm``, for that.
+        name: the callback's name, or ``None``.
+
+    Returns:
+        Such as ``val/relative_flatness``, or ``val_flatness/weight_norm``.
+    """
+    return labelled(f"{stage}{'_' if '/' in label else '/'}{label}", name)
+
+
 def refuse_collisions(trainer: Trainer, callback: Callback) -> None:
     """Raise if another callback would log under the same names.
 

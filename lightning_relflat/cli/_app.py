@@ -19,7 +19,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_relflat import __version__
-from lightning_relflat.cli import coefficient, compare, layers, measure
+from lightning_relflat.cli import coefficient, compare, layers, measure, report
 from lightning_relflat.cli._options import Parser, find_function, of_function
 from lightning_relflat.cli._shared import InputError, begin_to_speak, say
 
@@ -27,6 +27,7 @@ COMMANDS = {
     "measure": (measure, "what relative flatness a checkpoint has, and what it is made of"),
     "compare": (compare, "several runs or checkpoints side by side, and how their ranks agree with another column"),
     "layers": (layers, "the relative flatness of every layer of a checkpoint"),
+    "report": (report, "one HTML page on checkpoints, side by side"),
     "coefficient": (coefficient, "try coefficients for FAM over decades and suggest one"),
 }
 INTERRUPTED = 130  # 128 and the number of the signal, as shells have it

@@ -204,7 +204,7 @@ def grid(lowest: float, highest: float, per_decade: int) -> list[float]:
     Raises:
         InputError: if there are none.
 
-    Example:
+    Examples:
         >>> from lightning_relflat.cli.coefficient import grid
         >>> grid(0.01, 1.0, 1)
         [0.01, 0.1, 1.0]

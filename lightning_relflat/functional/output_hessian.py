@@ -200,7 +200,7 @@ def output_hessian(
             variance. Numbers are looked at on a CPU alone. On any other device, and while something traces or
             ``torch.func`` transforms, nothing waits for them, and the samples in question are NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional import output_hessian
         >>> hessian = output_hessian(torch.zeros(3, 2), torch.tensor([0, 1, 1]), loss="cross_entropy")

@@ -53,7 +53,7 @@ class FlatnessReport(SpectralMeasure):
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, a count is no positive
             integer, or class means or the number of classes do not fit what is asked for.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics import FlatnessReport
         >>> report = FlatnessReport(in_features=2, out_features=2, num_classes=2)

@@ -74,9 +74,9 @@ class HessianTrace(LayerMeasure):
     Raises:
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or the scale is not known.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.layer_measures import HessianTrace
+        >>> from lightning_relflat.metrics import HessianTrace
         >>> trace = HessianTrace("mse", scale="layer")
         >>> weight = torch.tensor([[1.0, -1.0]])
         >>> for features in (torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])):
@@ -150,9 +150,9 @@ class ColumnFlatness(LayerMeasure):
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or another argument is not
             what it should be.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.layer_measures import ColumnFlatness
+        >>> from lightning_relflat.metrics import ColumnFlatness
         >>> flatness = ColumnFlatness("mse", in_features=2)
         >>> weight = torch.tensor([[1.0, -1.0]])
         >>> for features in (torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])):
@@ -234,9 +234,9 @@ class StandardizedRelativeFlatness(LayerMeasure):
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or ``in_features`` is not an
             integer of at least 1.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.layer_measures import StandardizedRelativeFlatness
+        >>> from lightning_relflat.metrics import StandardizedRelativeFlatness
         >>> flatness = StandardizedRelativeFlatness("mse", in_features=2)
         >>> weight = torch.tensor([[1.0, -1.0]])
         >>> for features in (torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])):

@@ -46,7 +46,7 @@ class RelativeFlatness(FlatnessSums):
         ValueError: if the loss is neither known nor callable or does not reduce to a mean or a sum, or if ``probes``
             is not an integer of at least 2 or ``None``, or ``seed`` not one of at least 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat import RelativeFlatness
         >>> flatness = RelativeFlatness(loss="cross_entropy")

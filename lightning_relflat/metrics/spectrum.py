@@ -97,9 +97,9 @@ class LargestEigenvalue(SpectralMeasure):
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or another argument is not
             what it should be.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.spectrum import LargestEigenvalue
+        >>> from lightning_relflat.metrics import LargestEigenvalue
         >>> eigenvalue = LargestEigenvalue("mse", in_features=2, out_features=1)
         >>> weight = torch.tensor([[1.0, 1.0]])
         >>> for features in (torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])):

@@ -92,11 +92,11 @@ def largest_eigenvalue(
             ``sync``: on all processes together), or an argument is not what it should be.
         RuntimeError: if the bounds are still further apart after ``max_iterations`` products.
 
-    Example:
+    Examples:
         Mean squared error of one output: H = 2 · mean(φφᵀ), here with the eigenvalues 1 and 4.
 
         >>> import torch
-        >>> from lightning_relflat.functional.spectrum import largest_eigenvalue
+        >>> from lightning_relflat.functional import largest_eigenvalue
         >>> features, weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0]])
         >>> batches = [(row[None], weight, row[None] @ weight.T) for row in features]
         >>> largest_eigenvalue(batches, loss="mse")
@@ -245,9 +245,9 @@ def largest_eigenvalue_bounds(
         ValueError: if shapes do not fit, the target is missing or does not fit, an argument is not what it should
             be, or the curvature of what is sketched is negative (as with negative class weights).
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.spectrum import largest_eigenvalue_bounds
+        >>> from lightning_relflat.functional import largest_eigenvalue_bounds
         >>> features, weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0]])
         >>> lower, upper = largest_eigenvalue_bounds(features, weight, features @ weight.T, loss="mse")
         >>> lower, (upper - lower) < 1e-9

@@ -213,9 +213,9 @@ def layer_hessian(
         ValueError: if shapes do not fit, the criterion or scale is not known, or the target is missing or does not
             fit.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.spectrum import layer_hessian
+        >>> from lightning_relflat.functional import layer_hessian
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
         >>> layer_hessian(features, weight, features @ weight.T, loss="mse").product(torch.eye(2).double()[:1])
         tensor([[2., 4.]], dtype=torch.float64)
