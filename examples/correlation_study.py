@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import numpy as np
 import torch
 from experiment import GREY, lighten, mislabel, new_figure, passes, prepare

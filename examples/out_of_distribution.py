@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import torch
 from digits import HIDDEN, Batch, cross_entropy, fit, make_network, noisy, read_digits, split, turned, with_flatness
 from experiment import GREY, check_seeds, interval, lighten, new_figure, passes, prepare
