@@ -88,7 +88,7 @@ def to_markdown(text: str) -> str:
 
 def _reference(match: re.Match[str]) -> str:
     name = match[2].rsplit(".", 1)[-1] if match[1] else match[2]
-    *_, parent, last = ["", *match[2].split(".")]
+    parent, last = match[2].split(".")[-2:] if "." in match[2] else ("", match[2])
     if last in PUBLIC:
         path = PUBLIC[last][0]
     elif parent in PUBLIC and isinstance(PUBLIC[parent][1], type):

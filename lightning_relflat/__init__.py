@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_relflat._measure import measure
     from lightning_relflat.callbacks import (
         FAM,
         FlatnessFigures,
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     )
     from lightning_relflat.coefficient import find_coefficient
     from lightning_relflat.metrics import RelativeFlatness
+    from lightning_relflat.report import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FAM",
     "FlatnessFigures",
@@ -24,8 +26,10 @@ __all__ = [
     "LayersMonitor",
     "MaxNorm",
     "RelativeFlatness",
+    "Report",
     "SharpestMonitor",
     "find_coefficient",
+    "measure",
 ]
 
 
@@ -39,6 +43,14 @@ def __getattr__(name: str) -> Any:
         from lightning_relflat.coefficient import find_coefficient
 
         return find_coefficient
+    if name == "measure":
+        from lightning_relflat._measure import measure
+
+        return measure
+    if name == "Report":
+        from lightning_relflat.report import Report
+
+        return Report
     if name in __all__:
         from lightning_relflat import callbacks
 

@@ -16,9 +16,10 @@ from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonit
 from lightning_relflat.functional import layer_flatness
 from lightning_relflat.functional._weights import adapted_weight
 from lightning_relflat.layer_tap import LayerTap
-from tests.callbacks.test_fam import assert_same_weights, assert_untouched
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, assert_untouched
+from tests.models import Batch, ManualNet, Net, OwnLoRA, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
+from tests.watching import compile_part
 
 SIZES = [7, 4, 6]
 ADAPTERS: dict[str, Any] = {
@@ -33,20 +34,6 @@ ADAPTERS: dict[str, Any] = {
 def adapted(name: str, net: Net) -> Net:
     peft.inject_adapter_in_model(ADAPTERS[name], net)
     return net
-
-
-class OwnLoRA(nn.Module):
-    """As one writes it oneself."""
-
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
-        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base_layer.out_features, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        outputs: Tensor = self.base_layer(features) + 0.5 * self.up(self.down(features))
-        return outputs
 
 
 def made(name: str, net: Net) -> Net:
@@ -135,6 +122,7 @@ def test_in_activation_checkpointing(name: str, form: dict[str, Any]) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
 @pytest.mark.parametrize("name", ["LoRA", "own"])
 @pytest.mark.parametrize("compiled", ["whole", "parts"])
@@ -143,9 +131,8 @@ def test_compiled(compiled: str, name: str, form: dict[str, Any]) -> None:
     net = made(name, Net(lr=0.1).double())
     twin = copy.deepcopy(net)
     for part in [net.head] if compiled == "whole" else [part for part in net.head.modules() if part is not net.head]:
-        part.compile(backend="aot_eager")
+        compile_part(part)
     make_trainer(precision="64-true", callbacks=[FAM("head", 0.3, **form)]).fit(net, make_loader(SIZES))
-    torch._dynamo.reset()
     train_by_hand(twin)
     assert_same_weights(net, twin)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_relflat import FAM, FlatnessMonitor, claims
 from lightning_relflat.claims import check_claim
 from lightning_relflat.functional.large_head import _from_outputs
-from tests.callbacks.test_fam import assert_same_weights, definition, train_by_hand
+from tests.by_hand import assert_same_weights, definition, train_by_hand
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 
 N, D = 24, 5

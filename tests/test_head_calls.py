@@ -13,30 +13,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor
 from lightning_relflat.functional.large_head import _from_features, _tiles
 from lightning_relflat.layer_tap import LayerTap
 from tests.functional.cases import normal, seeded
-from tests.models import Batch, ManualNet, Net, make_loader, make_trainer
+from tests.models import (
+    CHUNKED,
+    Batch,
+    Direct,
+    DirectManualNet,
+    DirectNet,
+    ManualNet,
+    Net,
+    fused,
+    make_loader,
+    make_trainer,
+)
 from tests.oracles import kappa as by_definition
+from tests.watching import Largest
 
 pytestmark = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="since PyTorch 2.13")
 original: Any = getattr(F, "linear_cross_entropy", None)
-CHUNKED: Any = getattr(nn, "LinearCrossEntropyOptions", dict)(batch_chunk_size=2)
-
-
-def fused(weight: Tensor, bias: Tensor | None, features: Tensor, target: Tensor, **options: Any) -> Tensor:
-    result: Tensor = F.linear_cross_entropy(
-        features,
-        weight,
-        target,
-        linear_bias=bias,
-        **{name.replace("class_weight", "weight"): value for name, value in options.items()},
-    )
-    return result
 
 
 def as_documented(outputs: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -198,19 +196,6 @@ def test_under_autocast_the_outputs_are_those_of_the_call() -> None:
     torch.testing.assert_close(*kappas, rtol=1e-6, atol=0)
 
 
-class LargestStorage(TorchDispatchMode):
-    """Records how many numbers the largest new memory holds; a view has none of its own."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.numel = max(self.numel, leaf.untyped_storage().nbytes() // leaf.itemsize)
-        return result
-
-
 @pytest.mark.parametrize("layer", [None, "head"])
 def test_nothing_of_the_size_of_the_outputs_is_made(layer: str | None) -> None:
     n, d, m = 60, 50, 8
@@ -218,13 +203,13 @@ def test_nothing_of_the_size_of_the_outputs_is_made(layer: str | None) -> None:
     body, head = net.values()
     x, y = torch.randn(n, m), torch.zeros(n, dtype=torch.long)
     sizes: dict[str, Any] = {"_BLOCK": 1, "_BLOCK_ROWS": 5}
-    with patch.multiple(_from_features, **sizes), LargestStorage() as largest, LayerTap(net, layer) as tap:
+    with patch.multiple(_from_features, **sizes), Largest() as largest, LayerTap(net, layer) as tap:
         loss = fused(head.weight, None, body(x), y, options=CHUNKED)  # type: ignore[arg-type]
         (loss + tap.relative_flatness(loss)).backward()
-    assert 5 * d <= largest.numel < n * d / 2
-    with LargestStorage() as largest:
+    assert 5 * d <= largest.memory < n * d / 2
+    with Largest() as largest:
         head(x)
-    assert largest.numel == n * d
+    assert largest.memory == n * d
 
 
 def test_factors_that_are_learnt() -> None:
@@ -341,23 +326,6 @@ def test_a_call_leaves_no_trace() -> None:
 
 
 # --- in a Trainer ---------------------------------------------------------------------------------------------------
-
-
-class Direct:
-    """Hands the head's weight to the loss, and leaves the head alone."""
-
-    options: Any = CHUNKED
-
-    def loss(self: Any, batch: Batch) -> Tensor:
-        return fused(self.head.weight, self.head.bias, self.features(batch[0]), batch[1], options=self.options)
-
-
-class DirectNet(Direct, Net):
-    pass
-
-
-class DirectManualNet(Direct, ManualNet):
-    pass
 
 
 class Owner(Net):

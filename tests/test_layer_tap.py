@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_relflat._layer_hook import LayerHook
 from lightning_relflat.functional.large_head import _from_outputs
 from lightning_relflat.layer_tap import LayerTap
+from lightning_relflat.linear_layers import linear_layers
 
 
 def make_net() -> Any:
@@ -163,8 +164,10 @@ def test_tied_and_compiled_names() -> None:
             self.first = nn.Linear(2, 2)
             self.second = self.first
             self._orig_mod = nn.Sequential(nn.Linear(2, 2))
+            self.third = torch.compile(nn.Linear(2, 2), backend="eager")
 
-    for name in ("first", "second", "0"):
+    assert list(linear_layers(Tied())) == ["first", "second", "0", "third"]
+    for name in ("first", "second", "0", "third", "third._orig_mod"):
         tap = LayerTap(Tied(), name)
         assert tap.name == name
         tap.close()

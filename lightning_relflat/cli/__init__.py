@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     missing = [name for name in ("jsonargparse", "rich", "matplotlib") if find_spec(name) is None]
     if missing:
-        needed = f"needs {' and '.join(missing)}: pip install 'lightning-relflat[cli]'"
+        needed = f"needs {' and '.join(missing)}: pip install '.[cli]' in a checkout"
         print(f"relflat: error: the command line {needed}", file=sys.stderr)  # noqa: T201
         return 2
     from lightning_relflat.cli._app import run

@@ -6,6 +6,7 @@ import datetime
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm
 from lightning_relflat.functional.large_head import _from_outputs
 from tests.models import Batch, Net, Resumable, focal, make_batches, make_trainer
-from tests.processes import COEFFICIENT, LR
+from tests.processes import COEFFICIENT, LR, fit_in_processes, free_port, run
 from tests.shares import Share
 
 TRAINING = [8, 8, 8, 8]
@@ -206,6 +207,24 @@ def main(
     result: dict[str, Any] = {"weights": weights, "values": values, "penalties": penalties.seen}
     result |= {"coefficients": penalties.coefficients, "norms": penalties.norms}
     torch.save(result, Path(folder) / f"{world}-{trainer.global_rank}.pt")
+
+
+def fit(folder: Path, world: int, *, nodes: int = 1, launched: bool = False, **options: Any) -> list[dict[str, Any]]:
+    """Return what every process writes; ``launched`` by Lightning itself, several nodes by torchrun."""
+    folder.mkdir(exist_ok=True)
+    command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
+    if world == 1:
+        main(str(folder), world, **options)
+    elif launched:
+        run(folder, command)
+    elif nodes == 1:
+        fit_in_processes(partial(main, str(folder), world, **options), world)
+    else:
+        endpoint = f"127.0.0.1:{free_port()}"
+        torchrun = ["torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(world // nodes)]
+        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1", "-m", *command]
+        run(folder, *[torchrun] * nodes)
+    return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 if __name__ == "__main__":

@@ -16,9 +16,22 @@ from torch.nn import functional as F
 from lightning_relflat import FAM, MaxNorm
 from lightning_relflat.callbacks._penalty import Penalty
 from lightning_relflat.callbacks.coefficients import Automatic
-from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, fixed_probe, train, twins
-from tests.models import Batch, ManualNet, Net, Reads, Resumable, focal, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, definition, fixed_probe
+from tests.models import (
+    SIZES,
+    Batch,
+    ManualNet,
+    Net,
+    Resumable,
+    focal,
+    make_batches,
+    make_loader,
+    make_trainer,
+    train,
+    twins,
+)
 from tests.shares import Share
+from tests.watching import Reads
 
 
 def unit(seen: list[tuple[float, float]]) -> float:

@@ -13,15 +13,8 @@ from torch.nn import functional as F
 from lightning_relflat import FAM
 from lightning_relflat.functional import relative_flatness
 from lightning_relflat.functional.layer_flatness import probe_seed
-from tests.callbacks.test_fam import (
-    SIZES,
-    assert_same_weights,
-    definition,
-    train,
-    train_by_hand,
-    twins,
-)
-from tests.models import Batch, ManualNet, Net, focal, make_batches
+from tests.by_hand import assert_same_weights, definition, train_by_hand
+from tests.models import SIZES, Batch, ManualNet, Net, focal, make_batches, train, twins
 from tests.oracles import block_traces, kappa
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a negative coefficient")

@@ -10,9 +10,8 @@ import torch
 import yaml
 
 from lightning_relflat import FAM, FlatnessFigures, FlatnessMonitor, LayersMonitor, SharpestMonitor
-from tests.callbacks.test_fam import SIZES, assert_same_weights, train_by_hand, twins
-from tests.callbacks.test_flatness_monitor import of_union
-from tests.models import Batch, Net, make_batches, make_loader
+from tests.by_hand import assert_same_weights, of_union, train_by_hand
+from tests.models import SIZES, Batch, Net, make_batches, make_loader, twins
 from tests.oracles import kappa
 
 OURS = FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor, FlatnessFigures

@@ -19,91 +19,34 @@ from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional.layer_flatness import probe_seed
-from lightning_relflat.layer_tap import LayerTap
-from tests.models import Batch, ManualNet, Net, Reads, as_on_a_device, focal, make_batches, make_loader, make_trainer
+from tests.by_hand import (
+    assert_same_weights,
+    assert_untouched,
+    definition,
+    definition_with_constant_hessian,
+    fixed_probe,
+    tapped,
+    train_by_hand,
+)
+from tests.models import (
+    SIZES,
+    Batch,
+    Conv,
+    Crash,
+    Detached,
+    ManualNet,
+    Net,
+    NoGrad,
+    Unused,
+    focal,
+    make_batches,
+    make_loader,
+    make_trainer,
+    train,
+    twins,
+)
 from tests.oracles import kappa
-
-SIZES = [7, 4, 6]
-Penalty = Callable[[Net, Batch, int], Tensor]
-
-
-def definition(net: Net, batch: Batch, step: int) -> Tensor:
-    features = net.features(batch[0])
-    bias = net.head.bias
-    return kappa(
-        lambda weight: net.criterion(F.linear(features, weight, bias), batch[1]), net.head.weight, create_graph=True
-    )
-
-
-def definition_with_constant_hessian(net: Net, batch: Batch, step: int) -> Tensor:
-    features, weight = net.features(batch[0]).detach(), net.head.weight.detach()
-    bias = net.head.bias.detach()
-    hessian: Tensor = torch.autograd.functional.hessian(
-        lambda value: net.criterion(F.linear(features, value, bias), batch[1]), weight
-    )
-    return torch.einsum("sm,tm,sktk->", net.head.weight, net.head.weight, hessian)
-
-
-def fixed_probe(net: Net, batch: Batch, step: int, *, seed: int = 0) -> Tensor:
-    """Return Σ_i ‖φ_i‖² uᵢᵀ ∇² uᵢ with the probes that FAM draws, from the dense Hessian over all outputs.
-
-    They lie in the span of W's rows, of which there are fewer than features; its basis counts as a constant.
-    """
-    features = net.features(batch[0])
-    basis = torch.linalg.qr(net.head.weight.detach().T)[0]
-    generator = torch.Generator().manual_seed(probe_seed(seed, step, 0))
-    signs = torch.randint(0, 2, (len(features), 3), generator=generator).double() * 2 - 1
-    probes = signs @ basis.T
-    outputs = net.head(features)
-    hessian: Tensor = torch.autograd.functional.hessian(
-        lambda value: net.criterion(value, batch[1]), outputs, create_graph=True
-    )
-    pushed = probes @ net.head.weight.T
-    return torch.einsum("n,ns,nsnt,nt->", features.square().sum(dim=1), pushed, hessian, pushed)
-
-
-def tapped(net: Net, batch: Batch, step: int, *, layer: str = "body") -> Tensor:
-    """Return what a plain loop has for κ, with the probes that FAM draws."""
-    generator = torch.Generator().manual_seed(probe_seed(0, step, 0))
-    with LayerTap(net, layer) as tap:
-        return tap.relative_flatness(net.loss(batch), probes=2, generator=generator)
-
-
-def train_by_hand(net: Net, batches: list[Batch], penalty: Penalty, coefficients: list[float]) -> Net:
-    optimizer = torch.optim.SGD(net.parameters(), lr=net.lr)
-    for step, (batch, coefficient) in enumerate(zip(batches, coefficients, strict=True)):
-        optimizer.zero_grad()
-        loss = net.loss(batch)
-        if coefficient:
-            loss = loss + coefficient * penalty(net, batch, step)
-        loss.backward()
-        optimizer.step()
-    return net
-
-
-def train(net: Net, fam: FAM | None, sizes: list[int] = SIZES, **kwargs: Any) -> Net:
-    callbacks = [] if fam is None else [fam]
-    make_trainer(precision="64-true", callbacks=callbacks, **kwargs).fit(net, make_loader(sizes))
-    return net
-
-
-def assert_same_weights(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-10) -> None:
-    for (name, left), right in zip(actual.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance, msg=f"{name} differs")
-
-
-def twins(kind: type[Net] = Net, **kwargs: Any) -> tuple[Net, Net]:
-    net = kind(**kwargs).double()
-    twin = Net(**kwargs).double()
-    twin.load_state_dict(net.state_dict())
-    return net, twin
-
-
-def assert_untouched(net: nn.Module) -> None:
-    assert "training_step" not in net.__dict__
-    assert "manual_backward" not in net.__dict__
-    assert not any(module._forward_hooks for module in net.modules())
-
+from tests.watching import Reads, as_on_a_device
 
 NAMED: list[Any] = [
     nn.CrossEntropyLoss(),
@@ -535,30 +478,6 @@ def test_says_once_which_layer(caplog: pytest.LogCaptureFixture) -> None:
     assert said == [f"FAM(): relative flatness is penalised at {layer}", f"FlatnessMonitor(): measured at {layer}"]
 
 
-class Conv(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(1, 2, 3)
-
-
-class Unused(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Linear(2, 2)
-
-
-class NoGrad(Net):
-    def forward(self, inputs: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.head(self.features(inputs))
-        return self.features(inputs)[:, :3]
-
-
-class Detached(Net):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.features(inputs)[:, :3] + self.head(self.features(inputs)).detach()
-
-
 class InPlace(Net):
     def forward(self, inputs: Tensor) -> Tensor:
         return F.relu(super().forward(inputs), inplace=True)
@@ -599,13 +518,6 @@ class FrozenBelow(Net):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = super().forward(inputs) * self.scale
         return outputs
-
-
-class Crash(Net):
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if batch_idx == 1:
-            raise ZeroDivisionError("in the middle")
-        return self.loss(batch)
 
 
 class Interrupt(Net):

@@ -15,20 +15,22 @@ from torch.nn import functional as F
 from lightning_relflat import FAM
 from lightning_relflat.functional.large_head import _from_outputs
 from lightning_relflat.layer_tap import LayerTap
-from tests.callbacks.test_fam import (
+from tests.by_hand import assert_same_weights, assert_untouched, definition, train_by_hand
+from tests.models import (
     SIZES,
+    Batch,
     Conv,
     Detached,
+    ManualNet,
+    Net,
     NoGrad,
     Unused,
-    assert_same_weights,
-    assert_untouched,
-    definition,
+    make_batches,
+    make_loader,
+    make_trainer,
     train,
-    train_by_hand,
     twins,
 )
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 from tests.shares import Share
 
 

@@ -12,29 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
-from tests.oracles import kappa
+from tests.by_hand import of_union
+from tests.models import Batch, ManualNet, Net, Still, focal, make_batches, make_loader, make_trainer
 
 SIZES = [7, 4, 1]
-
-
-def of_union(net: Net, batches: list[Batch], layer: str = "head") -> float:
-    inputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    net.eval()
-
-    def loss(weight: Tensor) -> Tensor:
-        if layer == "head":
-            return net.criterion(F.linear(net.features(inputs), weight, net.head.bias), target)
-        return net.criterion(net.head(torch.tanh(F.linear(inputs, weight, net.body.bias))), target)
-
-    return kappa(loss, getattr(net, layer).weight).item()
-
-
-class Still(Net):
-    """Does not move, so that the value over a training epoch has one true answer."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(lr=0.0, **kwargs)
 
 
 @pytest.mark.parametrize("layer", ["head", None])

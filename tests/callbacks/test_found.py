@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor
-from tests.callbacks.test_fam import assert_same_weights
+from tests.by_hand import assert_same_weights
 from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa_of_layer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -15,14 +14,25 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_relflat import FAM, MaxNorm
-from lightning_relflat.callbacks.max_norm import project, spectral_norm
-from tests.callbacks.test_fam import SIZES, Crash, assert_same_weights, assert_untouched, definition, twins
-from tests.callbacks.test_trainer_settings import ConvNet, TwoOptimizers
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
-from tests.test_adapted_layers import OwnLoRA
+from lightning_relflat.callbacks.max_norm import project
+from tests.by_hand import assert_same_weights, assert_untouched, definition
+from tests.models import (
+    SIZES,
+    Batch,
+    ConvNet,
+    Crash,
+    ManualNet,
+    Net,
+    OwnLoRA,
+    TwoOptimizers,
+    make_batches,
+    make_loader,
+    make_trainer,
+    twins,
+)
+from tests.watching import Reads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a negative coefficient")
 
@@ -435,6 +445,7 @@ def test_a_layer_that_can_no_longer_be_capped_is_refused_in_the_next_epoch() -> 
 
 
 @pytest.mark.compiled
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["part", "module"])
 def test_a_compiled_layer(form: str) -> None:
@@ -442,8 +453,7 @@ def test_a_compiled_layer(form: str) -> None:
     twin = copy.deepcopy(net)
     if form == "part":
         net.head = torch.compile(net.head, backend="eager")  # type: ignore[assignment]
-    name = "head._orig_mod" if form == "part" else "head"
-    trainer = make_trainer(precision="64-true", callbacks=[MaxNorm(name, 0.4)])
+    trainer = make_trainer(precision="64-true", callbacks=[MaxNorm("head", 0.4)])
     trainer.fit(torch.compile(net, backend="eager") if form == "module" else net, make_loader(SIZES))  # type: ignore[arg-type]
     capped_by_hand(twin, make_batches(SIZES), [0.0] * 3, 0.4, "frobenius")
     assert_same_weights(net, twin)
@@ -471,62 +481,11 @@ def test_a_negative_coefficient_without_a_cap_is_warned_of_once(
     assert all("The callback `MaxNorm('head', …)` caps the layer's weight" in message for message in said)
 
 
-@pytest.fixture
-def reads() -> Iterator[list[Any]]:
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-                found.append(func)
-            return func(*args, **(kwargs or {}))
-
-    found: list[Any] = []
-    with Count():
-        yield found
-
-
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
-def test_projecting_reads_no_value(norm: Any, reads: list[Any]) -> None:
+def test_projecting_reads_no_value(norm: Any) -> None:
     layer = nn.Linear(6, 3)
-    project(layer.weight, 0.1, norm)
-    assert reads == []
-    assert norm_of(layer.weight, norm) <= 0.1 * (1 + 1e-6)
-    assert len(reads) == 1  # that of this comparison, so that readings are seen
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 6), (6, 3), (1, 5), (5, 1), (40, 30)], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
-def test_the_spectral_norm_comes_from_above(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
-    matrix = scale * torch.randn(shape, dtype=dtype)
-    exact = torch.linalg.svdvals(matrix.double())[0].item()
-    rounding = 1e-6 if dtype == torch.float32 else 1e-13
-    assert exact * (1 - rounding) <= spectral_norm(matrix).item() <= exact * (1 + 2e-5)
-
-
-def test_the_spectral_norm_of_extremes() -> None:
-    orthogonal = torch.linalg.qr(torch.randn(50, 50)).Q  # all singular values alike: the worst case
-    assert 1 - 1e-6 <= spectral_norm(orthogonal).item() <= 1 + 2e-5
-    assert spectral_norm(torch.zeros(3, 4)) < 1e-15
-    assert spectral_norm(torch.diag(torch.tensor([1.0, 1e-10, 0.0]))).item() == pytest.approx(1)
-
-
-def test_a_weight_of_zeros_can_be_capped() -> None:
-    layer = nn.Linear(6, 3)
-    nn.init.zeros_(layer.weight)
-    for norm in ("frobenius", "spectral"):
+    with Reads() as reads:
         project(layer.weight, 0.1, norm)
-        assert not layer.weight.any()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_from_plain_values() -> None:
-    from lightning.pytorch.cli import LightningCLI
-
-    from tests.callbacks.test_cli import PlainNet
-
-    args = ["--trainer.callbacks=lightning_relflat.MaxNorm", "--trainer.logger=false", "--trainer.accelerator=cpu"]
-    args += [f"--trainer.callbacks.{name}" for name in ("layer=head", "max_norm=5", "norm=spectral")]
-    cli = LightningCLI(PlainNet, args=args, run=False, save_config_callback=None)
-    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    [found] = [callback for callback in callbacks if isinstance(callback, MaxNorm)]
-    assert repr(found) == "MaxNorm(layer='head', max_norm=5.0, norm='spectral')"
+        assert reads.count == 0
+        assert norm_of(layer.weight, norm) <= 0.1 * (1 + 1e-6)
+    assert reads.count == 1  # that of this comparison, so that readings are seen

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.callbacks.fit_in_processes import Sharded
-from tests.callbacks.test_processes import fit
+from tests.callbacks.fit_in_processes import Sharded, fit
 from tests.models import make_trainer
 from tests.processes import free_port, started
 

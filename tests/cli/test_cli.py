@@ -566,5 +566,5 @@ def test_without_the_extra() -> None:
     )
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.strip() == (
-        "relflat: error: the command line needs jsonargparse and rich: pip install 'lightning-relflat[cli]'"
+        "relflat: error: the command line needs jsonargparse and rich: pip install '.[cli]' in a checkout"
     )

@@ -12,8 +12,8 @@ from lightning_relflat.functional import largest_eigenvalue_bounds
 from lightning_relflat.functional.spectrum import LayerHessian, eigenvalues, layer_hessian
 from lightning_relflat.functional.spectrum import lanczos as module
 from lightning_relflat.functional.spectrum.lanczos import Bounds, lanczos
-from tests.functional.cases import normal, seeded
-from tests.functional.test_spectrum import dense_eigenvalue, dense_softmax, softmax_problem
+from tests.functional.cases import normal, seeded, softmax_problem
+from tests.oracles import dense_eigenvalue, dense_softmax
 
 FLAT = torch.cat([torch.linspace(1.0, 0.9, 50), torch.linspace(0.9, 0.0, 350)]).double()[None]
 START = normal(seeded(0), *FLAT.shape)

@@ -22,7 +22,7 @@ from lightning_relflat.functional.layer_measures import (
     standardized_relative_flatness,
 )
 from lightning_relflat.metrics.layer_measures import ColumnFlatness, HessianTrace, StandardizedRelativeFlatness
-from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
+from tests.metrics.cases import CLASSES, CRITERIA, WIDTH, Batch, accumulated, make_batches
 from tests.processes import process_group, spawn
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13, equal_nan=True)
@@ -48,12 +48,6 @@ MEASURES: dict[str, tuple[Callable[[Any], Metric], Callable[..., Tensor]]] = {
 def of_union(twin: Callable[..., Tensor], batches: list[Batch], criterion: Any) -> Tensor:
     features, _, outputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return twin(features, batches[0][1], outputs, target, loss=criterion)
-
-
-def accumulated(metric: Metric, batches: list[Batch]) -> Tensor:
-    for batch in batches:
-        metric.update(*batch)
-    return metric.compute()
 
 
 @pytest.mark.parametrize("name", MEASURES)
