@@ -9,13 +9,16 @@ from typing import Any
 import griffe
 
 import lightning_relflat
-from lightning_relflat import functional, metrics
+from lightning_relflat import functional, metrics, report
 
-# The shortest public path of what the package exports, and the object.
+# What is exported for other parts of the package.
+OURS = {"Collector", "Seen"}
+# The shortest public path of what else is exported, and the object.
 PUBLIC: dict[str, tuple[str, Any]] = {
     name: (f"{home.__name__}.{name}", getattr(home, name))
-    for home in (functional, metrics, lightning_relflat)
+    for home in (report, functional, metrics, lightning_relflat)
     for name in home.__all__
+    if name not in OURS
 }
 # What users call, though a base class asks for it.
 CALLED = {"__init__", "compute", "plot", "update"}
