@@ -43,7 +43,9 @@ class Interface(griffe.Extension):
             home, name = path.rsplit(".", 1)
             if obj.is_class:
                 _hide_machinery(obj, PUBLIC[name][1])
-            # An alias in the old place, for annotations that name it; a module of the same name gives way.
+            # Names in it go on being looked up where it was written. An alias there is for annotations that name it. In
+            # the new place a module of the same name gives way.
+            obj.resolve = obj.parent.resolve
             obj.parent.members[name] = griffe.Alias(name, obj, parent=obj.parent)
             obj.parent = pkg if home == pkg.name else pkg.members[home.rsplit(".", 1)[-1]]
             obj.parent.members[name] = obj
@@ -77,7 +79,9 @@ def _hide_machinery(cls: griffe.Class, value: type) -> None:
 def to_markdown(text: str) -> str:
     """Return a docstring with Markdown in place of roles, math directives and simple tables."""
     text = re.sub(r":\w+:`(~?)([\w.]+)`", _reference, text)
-    text = re.sub(r"^( *)\.\. math::(.*)\n\n?((?:\1    .*(?:\n|$)|\n(?=\1    ))*)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^( *)\.\. math::(.*)\n\n?((?:\1    .*(?:\n|$)|\n(?=\1    ))*)\n*", _formula, text, flags=re.MULTILINE
+    )
     text = re.sub(r"^(=+(?: +=+)+)\n((?:.+\n)+)\1$", _table, text, flags=re.MULTILINE)
     return text.replace("``", "`").replace("\\|", "|") if "```" not in text else text
 

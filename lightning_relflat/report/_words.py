@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # From this share on κ says little.
 MOST = 0.5
+MANY = 6  # names in a sentence
 
 # What each part of a report is, for those who meet it for the first time.
 MEANINGS: dict[str, str] = {
@@ -172,7 +173,8 @@ def _of_layers(report: Report) -> list[str]:
     for layer in absent:
         reasons.setdefault(layer.reason or "", []).append(repr(layer.name))
     for reason, names in reasons.items():
-        found.append(f"Not measured, because {reason}: {', '.join(names)}.")
+        shown = names if len(names) <= MANY else [*names[:MANY], f"… {len(names) - MANY} more"]
+        found.append(f"Not measured, because {reason}: {', '.join(shown)}.")
     return found
 
 
