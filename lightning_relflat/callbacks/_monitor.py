@@ -281,8 +281,20 @@ class Monitor(Callback):
             for label, value in self.end_epoch(stage, loader, behind).items():
                 shown = bool(getattr(self, "prog_bar", False)) and "/" not in label
                 # The size is told, because Lightning would look for one in a batch that it may not have.
-                name = labelled(f"{stage}/{label}", self.name) + behind
+                name = _Name(labelled(f"{stage}/{label}", self.name) + behind)
                 self._module.log(name, value, prog_bar=shown, batch_size=1, add_dataloader_idx=False)
+
+
+class _Name(str):
+    """A name of a value that may end as Lightning's own for one of several loaders do.
+
+    Lightning 2.4 refuses such a name, also where it is told to add no number of its own.
+    """
+
+    __slots__ = ()
+
+    def __contains__(self, part: object) -> bool:
+        return part != "/dataloader_idx_" and super().__contains__(part)  # type: ignore[operator]
 
 
 def computed(metric: Metric) -> Any:
