@@ -43,7 +43,7 @@ _STYLE = {
 
 
 def settings() -> dict[str, Any]:
-    """Return the style as matplotlib's settings: for a program whose every picture has it, ``style.use(settings())``."""
+    """Return the style as matplotlib's settings: ``style.use(settings())``, where every picture is to have it."""
     from cycler import cycler
 
     return {**_STYLE, "axes.prop_cycle": cycler(color=COLOURS)}
