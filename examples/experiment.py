@@ -1,14 +1,16 @@
-"""What the experiments beside this file share: a new folder for every call, wrong labels, intervals, pictures."""
+"""What the studies beside this file share: a new folder for every call, wrong labels, intervals, results, pictures."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib import style
@@ -17,7 +19,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 
-from lightning_relflat._style import settings
+from lightning_relflat._style import INK, settings
+
+GREY = INK  # what is drawn to compare with
 
 
 def prepare(out: str) -> Path:
@@ -50,6 +54,11 @@ def interval(differences: Sequence[float]) -> dict[str, float]:
     mean, count = statistics.mean(differences), len(differences)
     half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def write_results(results: dict[str, Any], path: Path, indent: int | None = None) -> None:
+    """Write results as JSON."""
+    path.write_text(json.dumps(results, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
 def passes(network: nn.Sequential, inputs: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:

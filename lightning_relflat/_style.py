@@ -43,7 +43,7 @@ _STYLE = {
 
 
 def settings() -> dict[str, Any]:
-    """Return the style as settings of matplotlib: `style.use(settings())` is for a program that draws nothing else."""
+    """Return the style as matplotlib's settings: ``style.use(settings())``, where every picture is to have it."""
     from cycler import cycler
 
     return {**_STYLE, "axes.prop_cycle": cycler(color=COLOURS)}

@@ -99,6 +99,7 @@ def run(config: Namespace, given: Namespace) -> Result:
     interrupted = len(runs) < len(config.runs)
     notes = [f"Interrupted after {len(runs)} of {len(config.runs)} runs."] if interrupted else []
     names = dict(zip(runs, labels(list(runs), facts), strict=True))
+    heads = dict(zip(runs, labels(list(runs), facts, between="\n"), strict=True))
     for column in filter(None, (config.by, config.against)):
         _check_column(column, runs)
     runs = dict(sorted(runs.items(), key=lambda item: _last_if_unknown(item[1].get(config.by))))
@@ -108,16 +109,15 @@ def run(config: Namespace, given: Namespace) -> Result:
     }
     title = f"{len(runs)} runs by {config.by}"
     if len(columns) > max(6, len(runs)):  # runs across, so that it fits
-        table = Sheet(title, ["", *(names[path] for path in runs)])
+        table = Sheet(title, ["", *(heads[path] for path in runs)])
         for column in columns:
             table.add(column, *(_cell(values, column) for values in runs.values()))
     else:
         table = Sheet(title, ["run", *columns])
         for path, values in runs.items():
-            table.add(names[path].replace("\n", ", "), *(_cell(values, column) for column in columns))
+            table.add(names[path], *(_cell(values, column) for column in columns))
     notes += [
-        f"{', '.join(names[path].partition(chr(10))[0] for path in lacking)} "
-        f"{'has' if len(lacking) == 1 else 'have'} no {column}."
+        f"{', '.join(names[path] for path in lacking)} {'has' if len(lacking) == 1 else 'have'} no {column}."
         for column, lacking in missing.items()
     ]
     data: dict[str, Any] = {

@@ -25,7 +25,7 @@ from tests.cli.study import Careless, Convolving, Criterion, Data, Net
 from tests.cli.terminal import in_a_terminal
 from tests.models import make_trainer
 from tests.oracles import kappa
-from tests.test_imports import run
+from tests.processes import run_code
 
 
 def net_of(path: str, width: int) -> tuple[Net, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -554,7 +554,7 @@ def test_every_command_runs_in_a_terminal(
 
 
 def test_without_the_extra() -> None:
-    found = run(
+    found = run_code(
         "import importlib.util, sys\nfind = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name in ('jsonargparse', 'rich') else find(name)\n"
         "from lightning_relflat.cli import main\ncode = main([])\n"

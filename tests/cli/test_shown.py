@@ -52,7 +52,7 @@ def test_no_two_labels_are_the_same(places: list[str]) -> None:
     ],
 )
 def test_labels_say_what_differs(places: list[str], facts: list[dict[str, object]], expected: list[str]) -> None:
-    assert labels(places, facts) == expected
+    assert labels(places, facts, between="\n") == expected
 
 
 def lines_of(sheet: Sheet, width: int) -> list[str]:
