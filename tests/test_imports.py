@@ -151,6 +151,20 @@ def test_the_metric_needs_no_lightning() -> None:
     assert "is blocked" in run(only_trainers + "from lightning_relflat import FAM").stderr
 
 
+def test_measuring_a_model_needs_no_lightning() -> None:
+    found = run(
+        BLOCKER.replace(str(BLOCKED), str(("lightning", "lightning_fabric", "pytorch_lightning")))
+        + """
+import torch
+from lightning_relflat import Report, measure
+report = measure(torch.nn.Linear(2, 2), [(torch.ones(3, 2), torch.tensor([0, 1, 0]))])
+assert isinstance(report, Report) and report.relative_flatness > 0
+assert report._repr_html_() and str(report) and report.to_dict()
+"""
+    )
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -158,6 +172,7 @@ def test_the_metric_needs_no_lightning() -> None:
         "from lightning_relflat import FlatnessMonitor",
         "from lightning_relflat import RelativeFlatness",
         "from lightning_relflat import find_coefficient",
+        "from lightning_relflat import measure",
         *(f"import {name}" for name in BLOCKED),
     ],
 )
