@@ -29,7 +29,7 @@ EPILOG = """\
 examples:
   relflat compare lightning_logs/version_*
   relflat compare a.json b.json c.json --against gap/loss --plot gap.png
-  relflat compare a.ckpt b.ckpt --model my.Net --data my.Data --columns 'val/flatness/*'
+  relflat compare a.ckpt b.ckpt --model my.Net --data my.Data --columns 'val_flatness/*'
 
 A RUN is a folder with CSVLogger's metrics.csv or TensorBoard's event files, whose last logged values count; a file
 that `relflat measure --json` wrote; or a checkpoint, which is measured, with the options of `relflat measure`.
@@ -39,7 +39,7 @@ Of what was logged for both, gap/NAME is val/NAME - train/NAME.
 Values = dict[str, float]
 
 # How the names of what the callbacks log begin, behind the part of the data.
-_FLATNESS = ("relative_flatness", "flatness/", "layer_flatness", "network_flatness")
+_FLATNESS = ("relative_flatness", "flatness/", "layer_flatness")
 
 
 def make_parser(function: DataFunction | None) -> ArgumentParser:
@@ -250,7 +250,7 @@ def _columns(config: Namespace, runs: dict[str, Values]) -> list[str]:
     """Return the columns to show: first the one that is sorted by, then the one to correlate with."""
     names = list(dict.fromkeys(name for values in runs.values() for name in values))
     if config.columns is None:
-        hidden = ("flatness/", "layer_flatness", "network_flatness", "epoch", "step", "lr-", "hp_metric")
+        hidden = ("flatness/", "layer_flatness", "neural_collapse", "epoch", "step", "lr-", "hp_metric")
         rest = [name for name in names if not any(part in name for part in hidden) and not name.startswith("fam/")]
     else:
         for pattern in config.columns:

@@ -28,7 +28,7 @@ class Comparison:
     Raises:
         ValueError: if there is none.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat import measure
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))

@@ -82,7 +82,7 @@ def percent(share: float) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> from lightning_relflat.report._words import percent
         >>> percent(0.0), percent(0.0001), percent(0.126), percent(0.9999), percent(1.0)
         ('0 %', 'under 1 %', '13 %', 'over 99 %', '100 %')
@@ -105,7 +105,7 @@ def times(ratio: float) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> from lightning_relflat.report._words import times
         >>> times(1.234), times(5.02), times(123.4), times(2.0e9)
         ('1.2 times', '5.0 times', '123 times', '2e+09 times')

@@ -25,7 +25,7 @@ from tests.cli.study import Careless, Convolving, Criterion, Data, Net
 from tests.cli.terminal import in_a_terminal
 from tests.models import make_trainer
 from tests.oracles import kappa
-from tests.test_imports import run
+from tests.processes import run_code
 
 
 def net_of(path: str, width: int) -> tuple[Net, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -49,7 +49,7 @@ def test_the_report_is_that_of_all_samples(relflat: Relflat, checkpoints: dict[i
         report = flatness_report(features, net.head.weight.detach(), outputs, target, loss="cross_entropy")
         expected[f"{part}/loss"] = F.cross_entropy(outputs, target).item()
         expected |= {
-            f"{part}/{name}" if name == "relative_flatness" else f"{part}/flatness/{name}": value.item()
+            f"{part}/{name}" if name == "relative_flatness" else f"{part}_flatness/{name}": value.item()
             for name, value in report.items()
         }
     assert found["values"] == pytest.approx(expected, rel=1e-10, abs=1e-12)
@@ -223,7 +223,7 @@ def test_compare_does_without_what_a_run_lacks(
 def test_compare_checkpoints_and_files(relflat: Relflat, checkpoints: dict[int, str], tmp_path: Path) -> None:
     written = tmp_path / "six.json"
     assert main(["measure", checkpoints[6], *STUDY, "--layer", "head", "--out", str(written)]) == 0
-    found = relflat("compare", written, checkpoints[6], *STUDY, "--layer", "head", "--columns", "val/flatness/*")
+    found = relflat("compare", written, checkpoints[6], *STUDY, "--layer", "head", "--columns", "val_flatness/*")
     first, second = found["runs"]
     assert first["values"] == second["values"]
 
@@ -323,7 +323,7 @@ def test_of_a_layer_further_back_kappa_is_estimated_and_nothing_more_is_told(
     argv = [*convolving(tmp_path), layer]
     values = relflat(*argv)["values"]
     assert values["val/relative_flatness_error"] > 0
-    assert not [name for name in values if "/flatness/" in name]
+    assert not [name for name in values if "_flatness/" in name]
     assert main(argv) == 0
     shown = capsys.readouterr().out
     assert f" ± {values['val/relative_flatness_error']:.1g}"[:6] in shown
@@ -333,17 +333,23 @@ def test_of_a_layer_further_back_kappa_is_estimated_and_nothing_more_is_told(
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("command", ["measure", "layers", "compare"])
+@pytest.mark.parametrize("command", ["measure", "report", "layers", "compare"])
 def test_ctrl_c_shows_what_was_measured(
-    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    checkpoints: dict[int, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(ROOT)
     several = list(checkpoints.values())
     argv = [command, *(several[:1] if command == "measure" else several), *STUDY]
+    argv += ["--out", str(tmp_path / "page.html")] if command == "report" else []
     # A checkpoint takes two validations, but only one for its layers.
     after, note = {
         "measure": (1, "Interrupted: nothing was measured on validation data."),
         "layers": (2, "Interrupted after 2 of 3 checkpoints."),
+        "report": (2, "Interrupted after 2 of 3 checkpoints."),
         "compare": (5, "Interrupted after 2 of 3 runs."),
     }[command]
     handler = signal.getsignal(signal.SIGINT)
@@ -369,7 +375,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "name a command"),
-    "no such command": (["foo"], "there is no command 'foo'; name one of measure, compare, layers, coefficient"),
+    "no such command": (["foo"], "there is no command 'foo'; name one of measure, compare, layers, report, coef"),
     "a typo": (["mesure"], "there is no command 'mesure'; did you mean measure?"),
     "no such option": (["measure", CKPT, "--nope"], "unrecognized arguments: --nope"),
     "no checkpoint": (["measure", *STUDY], "name a checkpoint"),
@@ -527,7 +533,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [old]
 
 
-@pytest.mark.parametrize("command", ["measure", "compare", "layers", "coefficient"])
+@pytest.mark.parametrize("command", ["measure", "report", "compare", "layers", "coefficient"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -538,23 +544,25 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "measure": (["measure", CKPT, *STUDY], "relative_flatness"),
     "compare": (["compare", CKPT, *STUDY], "val/relative_flatness"),
     "layers": (["layers", CKPT, *STUDY], "body"),
+    "report": (["report", CKPT, *STUDY, "--out", "«page»"], "The page is "),
     "coefficient": (["coefficient", *SEARCH, "--epochs", "2", "--seeds", "1", "--lowest", "1"], "Suggested: λ ="),
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs_in_a_terminal(
-    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch
+    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
     argv, expected = COMMANDS[command]
-    code, shown = in_a_terminal([checkpoints[6] if value == CKPT else value for value in argv], monkeypatch)
+    places = {CKPT: checkpoints[6], "«page»": str(tmp_path / "page.html")}
+    code, shown = in_a_terminal([places.get(value, value) for value in argv], monkeypatch)
     assert code == 0, shown
     assert expected in shown
 
 
 def test_without_the_extra() -> None:
-    found = run(
+    found = run_code(
         "import importlib.util, sys\nfind = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name in ('jsonargparse', 'rich') else find(name)\n"
         "from lightning_relflat.cli import main\ncode = main([])\n"
