@@ -1,4 +1,4 @@
-"""What the experiments beside this file share: a new folder for every call, wrong labels, intervals, results, pictures."""
+"""What the experiments beside this file share: a folder for every call, wrong labels, intervals, results, pictures."""
 
 from __future__ import annotations
 

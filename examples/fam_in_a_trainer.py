@@ -46,7 +46,7 @@ def main(coefficient: float = 0.01, epochs: int = 50) -> None:
     train, test = random_split(digits, [300, len(digits) - 300], torch.Generator().manual_seed(0))
     for name, fam in {"plain": [], "FAM": [FAM(coefficient=coefficient)]}.items():
         L.seed_everything(0, verbose=False)
-        callbacks = [*fam, FlatnessMonitor()]
+        callbacks: list[L.Callback] = [*fam, FlatnessMonitor()]
         trainer = L.Trainer(max_epochs=epochs, callbacks=callbacks, accelerator="cpu", logger=False, **QUIET)
         trainer.fit(model := Digits(), DataLoader(train, batch_size=30, shuffle=True))
         [found] = trainer.test(model, DataLoader(test, batch_size=500), verbose=False)

@@ -47,7 +47,7 @@ def main(epochs: int = 20, logdir: str = "flatness") -> None:
     digits = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
     train, val = random_split(digits, [1000, len(digits) - 1000], torch.Generator().manual_seed(0))
     L.seed_everything(0, verbose=False)
-    monitors = [FlatnessMonitor(), LayersMonitor(), FlatnessFigures()]
+    monitors: list[L.Callback] = [FlatnessMonitor(), LayersMonitor(), FlatnessFigures()]
     logger = TensorBoardLogger(logdir, name=None)
     trainer = L.Trainer(max_epochs=epochs, callbacks=monitors, logger=logger, accelerator="cpu", log_every_n_steps=10)
     trainer.fit(Digits(), DataLoader(train, batch_size=50, shuffle=True), DataLoader(val, batch_size=500))
