@@ -9,13 +9,16 @@ from typing import Any
 import griffe
 
 import lightning_relflat
-from lightning_relflat import functional, metrics
+from lightning_relflat import functional, metrics, report
 
-# The shortest public path of what the package exports, and the object.
+# What is exported for other parts of the package.
+OURS = {"Collector", "Seen"}
+# The shortest public path of what else is exported, and the object.
 PUBLIC: dict[str, tuple[str, Any]] = {
     name: (f"{home.__name__}.{name}", getattr(home, name))
-    for home in (functional, metrics, lightning_relflat)
+    for home in (report, functional, metrics, lightning_relflat)
     for name in home.__all__
+    if name not in OURS
 }
 # What users call, though a base class asks for it.
 CALLED = {"__init__", "compute", "plot", "update"}
@@ -43,7 +46,9 @@ class Interface(griffe.Extension):
             home, name = path.rsplit(".", 1)
             if obj.is_class:
                 _hide_machinery(obj, PUBLIC[name][1])
-            # An alias in the old place, for annotations that name it; a module of the same name gives way.
+            # Names in it go on being looked up where it was written. An alias there is for annotations that name it. In
+            # the new place a module of the same name gives way.
+            obj.resolve = obj.parent.resolve
             obj.parent.members[name] = griffe.Alias(name, obj, parent=obj.parent)
             obj.parent = pkg if home == pkg.name else pkg.members[home.rsplit(".", 1)[-1]]
             obj.parent.members[name] = obj
@@ -77,14 +82,16 @@ def _hide_machinery(cls: griffe.Class, value: type) -> None:
 def to_markdown(text: str) -> str:
     """Return a docstring with Markdown in place of roles, math directives and simple tables."""
     text = re.sub(r":\w+:`(~?)([\w.]+)`", _reference, text)
-    text = re.sub(r"^( *)\.\. math::(.*)\n\n?((?:\1    .*(?:\n|$)|\n(?=\1    ))*)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^( *)\.\. math::(.*)\n\n?((?:\1    .*(?:\n|$)|\n(?=\1    ))*)\n*", _formula, text, flags=re.MULTILINE
+    )
     text = re.sub(r"^(=+(?: +=+)+)\n((?:.+\n)+)\1$", _table, text, flags=re.MULTILINE)
     return text.replace("``", "`").replace("\\|", "|") if "```" not in text else text
 
 
 def _reference(match: re.Match[str]) -> str:
     name = match[2].rsplit(".", 1)[-1] if match[1] else match[2]
-    *_, parent, last = ["", *match[2].split(".")]
+    parent, last = match[2].split(".")[-2:] if "." in match[2] else ("", match[2])
     if last in PUBLIC:
         path = PUBLIC[last][0]
     elif parent in PUBLIC and isinstance(PUBLIC[parent][1], type):

@@ -1,4 +1,4 @@
-"""What the experiments beside this file share: a folder for every call, wrong labels, intervals, results, pictures."""
+"""What the studies beside this file share: a new folder for every call, wrong labels, intervals, results, pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 
-GREY = "#757d87"  # legible on white and on black
+from lightning_relflat._style import INK, settings
+
+GREY = INK  # what is drawn to compare with
 
 
 def prepare(out: str) -> Path:
@@ -70,13 +72,11 @@ def passes(network: nn.Sequential, inputs: Tensor) -> list[tuple[nn.Module, Tens
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches, whose texts and axes are drawn in grey."""
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style.use(dict.fromkeys(parts, GREY))
+    """Return an empty figure of so many inches, in the style of all pictures of the library."""
+    style.use(settings())
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def lighten(axis: Axes) -> None:
-    """Give an axis a faint grid and no frame above and to the right."""
-    axis.grid(alpha=0.3, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    """Give an axis a faint grid."""
+    axis.grid()
