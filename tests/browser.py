@@ -20,9 +20,10 @@ ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 # Where Chromium looks for the pipes.
 ON_3_AND_4 = """
 import os, sys
-read, write = (os.dup(int(number)) for number in sys.argv[1:3])
-os.dup2(read, 3)
-os.dup2(write, 4)
+ends = [os.dup(int(number)) for number in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+    os.set_inheritable(number, True)
 os.execv(sys.argv[3], sys.argv[3:])
 """
 
