@@ -117,27 +117,50 @@ class CriterionCall:
 
 
 def _target_of_rows(source: Derived, target: Tensor, ignore_index: int) -> Tensor | None:
-    """Return class indices for every row that left a layer, from those that cross-entropy was given.
+    """Return class indices for every row that left a layer, from those that cross-entropy was given."""
+    *positions, _ = source.origin.shape
+    rows = _rows_in_view(source)
+    if rows is None:
+        rows = _rows_in_copy(source)
+    if rows is None or target.is_floating_point() or rows.shape != target.shape:
+        return None
+    found = torch.full((math.prod(positions),), ignore_index, dtype=torch.long, device=target.device)
+    found[rows.reshape(-1).to(target.device)] = target.reshape(-1).long()
+    return found.reshape(positions)
 
-    The shapes' steps are taken by the rows' numbers and by the classes', which take no memory: where they end up, their
-    strides say, so that no device is read.
+
+def _rows_in_view(source: Derived) -> Tensor | None:
+    """Return from which row of what left the layer each row comes, if the steps copy nothing and keep rows whole.
+
+    They are taken by the numbers of rows and of classes, which take no memory: where they end up, their strides say, so
+    that no device is read.
     """
     origin = source.origin
     *positions, classes = origin.shape
-    count = math.prod(positions)
-    rows = torch.arange(count, device=origin.device).reshape(*positions, 1).expand(origin.shape)
+    rows = torch.arange(math.prod(positions), device=origin.device).reshape(*positions, 1).expand(origin.shape)
     moved = _moved(source, rows)
     along = _moved(source, torch.arange(classes, device=origin.device).expand(origin.shape))
-    if moved is None or along is None or target.is_floating_point() or moved.ndim == 0:
+    if moved is None or along is None or moved.ndim == 0:
         return None
     dim = 1 if moved.ndim > 1 else 0
     others = [along.stride(other) for other in range(along.ndim) if other != dim and along.shape[other] != 1]
     whole = along.shape[dim] == classes and (classes == 1 or (along.stride(dim) == 1 and moved.stride(dim) == 0))
-    if not whole or any(others) or moved.select(dim, 0).shape != target.shape:
+    return moved.select(dim, 0) if whole and not any(others) else None
+
+
+def _rows_in_copy(source: Derived) -> Tensor | None:
+    """Return the same by the places of all numbers, which are looked at: on the CPU, and not of very many."""
+    origin = source.origin
+    classes = origin.shape[-1]
+    if origin.numel() > _PLACES or any(isinstance(value, Tensor) for step in source.steps for value in step[1]):
         return None
-    found = torch.full((count,), ignore_index, dtype=torch.long, device=target.device)
-    found[moved.select(dim, 0).reshape(-1)] = target.reshape(-1).long()
-    return found.reshape(positions)
+    moved = _moved(source, torch.arange(origin.numel(), dtype=torch.int32).reshape(origin.shape))
+    if moved is None or moved.ndim == 0 or moved.shape[dim := 1 if moved.ndim > 1 else 0] != classes:
+        return None
+    places = moved.movedim(dim, -1)
+    rows = places[..., 0] // classes
+    whole = torch.equal(places, rows[..., None] * classes + torch.arange(classes, dtype=torch.int32))
+    return rows.long() if whole else None
 
 
 def _target_of_numbers(source: Derived, target: Tensor) -> Tensor | None:
@@ -162,6 +185,7 @@ def _moved(source: Derived, values: Tensor) -> Tensor | None:
 
 
 _IGNORED = -100  # by F.cross_entropy, if it is not told what
+_PLACES = 1 << 23
 
 
 def _itself(result: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def measure(
         layers: patterns of the names of layers to measure beside the head, as :mod:`fnmatch` understands them; ``None``
             for the head alone, which is much cheaper.
         sharpest: how many of the samples with the largest parts in κ to keep.
-        class_names: what the classes are called.
+        class_names: what the classes are called; left out, the data set or the model may say it, by an attribute
+            ``classes`` or ``class_names`` or in Hugging Face's configuration.
         probes: how many random probes to take of a batch, two at least.
         seed: where the probes start.
         training: whether to run the model in training mode; the statistics of a batch count as constants then.
@@ -92,9 +93,10 @@ def measure(
         (['0', '2'], 4, 0.0)
     """
     _check(model, loader)
-    for argument, value in (("forward", forward),):
-        if value is not None and not callable(value):
-            raise ValueError(f"Expected argument `{argument}` to be a callable, or None, but got {said(value)}.")
+    if forward is not None and not callable(forward):
+        raise ValueError(f"Expected argument `forward` to be a callable, or None, but got {said(forward)}.")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise ValueError(f"Expected argument `progress` to be True, False or a callable, but got {said(progress)}.")
     check_flag("training", training)
     taker = LossTaker(loss, check_key(target))
     bare = _bare(model)
@@ -105,7 +107,8 @@ def measure(
         probes=probes,
         seed=seed,
         sharpest=sharpest,
-        class_names=_class_names(bare, class_names),
+        class_names=class_names or _names_of_config(bare),
+        places=(getattr(loader, "dataset", None), bare),
         mean=taker.mean,
         name=name,
         sync_on_compute=False,  # what another process measures is its own affair
@@ -172,16 +175,13 @@ def _bare(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _class_names(model: nn.Module, given: Sequence[str] | None) -> Sequence[str] | None:
-    """Return what the classes are called: as told, else as a model of Hugging Face's has it in its configuration."""
-    if given is not None:
-        return given
+def _names_of_config(model: nn.Module) -> list[str] | None:
+    """Return what the configuration of a model of Hugging Face's calls the classes, if it does."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
         return None
-    if all(name == f"LABEL_{number}" for number, name in names.items()):
-        return None
-    return [str(names[number]) for number in range(len(names))]
+    found = [str(names[number]) for number in range(len(names))]
+    return None if found == [f"LABEL_{number}" for number in range(len(names))] else found
 
 
 def _notes(loader: object) -> list[str]:

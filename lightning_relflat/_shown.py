@@ -1,17 +1,20 @@
-"""How objects and arguments are written in messages and `repr`s. Needs torch alone."""
+"""How objects and arguments are written in messages and reprs: as the call that makes them. Needs torch alone."""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
 
-def show_call(thing: object) -> str:
+def show_call(thing: object, **kept: Any) -> str:
     """Return the call that makes an object, with the arguments that are not their defaults.
 
     Args:
         thing: an object that keeps its arguments as attributes of the same names.
+        kept: arguments that it keeps in another way; one that its signature does not name is shown unless it is
+            ``None``.
 
     Returns:
         For example ``FAM(layer='head')``; of tensors only their sizes.
@@ -25,12 +28,22 @@ def show_call(thing: object) -> str:
             parameters.setdefault(parameter.name, parameter)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
             break  # where there is one, the base class says what it may be
-    shown = []
-    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].kind):
-        value = getattr(thing, name, parameter.default)
-        if value is not parameter.default and (isinstance(value, Tensor) or value != parameter.default):
-            shown.append(f"{name}={show(value)}")
+    defaults = {
+        name: parameter.default for name, parameter in sorted(parameters.items(), key=lambda item: item[1].kind)
+    }
+    values = {name: getattr(thing, name, default) for name, default in defaults.items()} | kept
+    shown = (f"{name}={show(value)}" for name, value in values.items() if not _is_default(value, defaults.get(name)))
     return f"{type(thing).__name__}({', '.join(shown)})"
+
+
+def _is_default(value: object, default: object) -> bool:
+    if value is default:
+        return True
+    if isinstance(value, Tensor):
+        return False
+    if isinstance(value, list | tuple) and isinstance(default, list | tuple):
+        return list(value) == list(default)
+    return bool(value == default)
 
 
 def show(value: object) -> str:
@@ -45,7 +58,7 @@ def show(value: object) -> str:
     if isinstance(value, Tensor):
         return f"<{'×'.join(map(str, value.shape)) or 1} numbers>"
     if isinstance(value, nn.Module):
-        return show_call(value)
+        return repr(value) if value.extra_repr() else show_call(value)  # criteria print nothing of what was set
     if inspect.isroutine(value):
         return f"<function {value.__qualname__}>"
     if isinstance(value, list | tuple):

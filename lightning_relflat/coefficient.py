@@ -8,8 +8,9 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_relflat._shown import show
 from lightning_relflat.callbacks import FAM
-from lightning_relflat.callbacks._base import LightningModule, Trainer, show
+from lightning_relflat.callbacks._base import LightningModule, Trainer
 from lightning_relflat.callbacks._trial import Trial, lightning_package, quietly
 from lightning_relflat.callbacks._watcher import too_short
 from lightning_relflat.callbacks.coefficients import check_coefficient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 # Small tensors: several threads each, in several processes, only wait for one another.
@@ -24,8 +24,17 @@ from tests.watching import forget_graphs, graphs_compiled
 TOGETHER = {
     "tests/functional/test_layer_flatness.py",
     "tests/functional/test_probes.py",
+    "tests/test_correlation_study.py",
+    "tests/test_site.py",
     "tests/test_waits.py",
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Look for no examples in docstrings of the tests themselves."""
+    found = yield
+    return [collector for collector in found if not type(collector).__name__.startswith("Doctest")]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -75,6 +75,13 @@ class ManualNet(Net):
         optimizer.step()
 
 
+class PlainNet(Net):
+    """Its arguments are what a command line or a file can hold."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr=lr)
+
+
 class Crash(Net):
     """Raises in its second step."""
 

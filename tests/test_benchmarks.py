@@ -70,7 +70,7 @@ def script(name: str, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_training_step(run: Run) -> None:
+def test_steps_are_compared_with_the_plain_one(run: Run) -> None:
     case = {"body": "mlp", "classes": 3, "batch_size": 4, "steps": 10}
     found = run("training_step", cases=[case], memory=False)["mlp, 3 classes, batch 4"]
     assert set(found) == {
@@ -90,7 +90,7 @@ def test_the_peak_of_a_contender_in_its_own_process(tmp_path: Path) -> None:
     assert peak is None or peak > 2**26
 
 
-def test_estimators(run: Run) -> None:
+def test_estimators_have_deviations_and_costs(run: Run) -> None:
     situations = ["head", "contrastive"]
     found = run("estimators", situations=situations, n=4, probes=3, rounds=1)
     assert set(found) == set(situations)
@@ -100,7 +100,7 @@ def test_estimators(run: Run) -> None:
             assert candidate["step"]["median"] > 0, name
 
 
-def test_measuring(run: Run) -> None:
+def test_measuring_is_compared_with_other_libraries(run: Run) -> None:
     head = {"samples": 40, "features": 6, "classes": 3, "exact_samples": 40, "probes": 2, "rounds": 2}
     epoch = {"body": "mlp", "batch_size": 4, "batches": 2, "rounds": 2}
     found = run("measuring", heads=[head], epochs=[epoch], spectra=[], memory=False)
@@ -134,7 +134,7 @@ def test_the_bars_of_an_eigenvalue(run: Run) -> None:
         )
 
 
-def test_measures(run: Run) -> None:
+def test_every_measure_is_timed(run: Run) -> None:
     found = run("measures", samples=60, features=6, classes=3, rounds=2, memory=False)
     assert len(found) == 15
     for name, entry in found.items():
@@ -144,7 +144,7 @@ def test_measures(run: Run) -> None:
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_scaling(tmp_path: Path) -> None:
+def test_sizes_and_processes_are_scaled(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     options = {"base": {"n": 16, "d": 4, "m": 8}, "axes": {"n": [16, 32]}, "rounds": 2, "worlds": [2]}
     options |= {"batches": [1, 3], "memory": False}
@@ -166,7 +166,7 @@ def test_scaling(tmp_path: Path) -> None:
     assert found["state_bytes"]["RelativeFlatness"] == 40
 
 
-def test_import_time(run: Run) -> None:
+def test_imports_are_timed_once(run: Run) -> None:
     found = run("import_time", runs=1, kinds=["lightning_relflat"])
     assert found["lightning_relflat"]["milliseconds"]["median"] > 0
     # What the file holds is not measured again.

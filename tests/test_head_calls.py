@@ -104,7 +104,7 @@ def test_kappa_is_that_of_the_definition_and_its_gradients_are_those_with_output
         sizes: dict[str, Any] = {"_BLOCK": rows * len(case["weight"]), "_BLOCK_ROWS": rows}
         with (
             patch.multiple(_from_features, **sizes),
-            patch.multiple(_tiles, _TILE=tile, _TILE_ROWS=2),
+            patch.multiple(_tiles, TILE=tile, TILE_ROWS=2),
             LayerTap(head, "") as tap,
         ):
             loss = total(case, criterion, inputs)
@@ -158,7 +158,7 @@ def test_a_constant_hessian_reaches_the_weight_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision_is_near_float64(dtype: torch.dtype) -> None:
     """Against float64 at the same, rounded numbers."""
     generator = seeded(0)
     x, weight = torch.randn(300, 32, generator=generator), torch.randn(50, 32, generator=generator) / 4
@@ -212,7 +212,7 @@ def test_nothing_of_the_size_of_the_outputs_is_made(layer: str | None) -> None:
     assert largest.memory == n * d
 
 
-def test_factors_that_are_learnt() -> None:
+def test_a_factor_that_is_learnt_has_its_gradient() -> None:
     generator = seeded(0)
     x, y = normal(generator, 6, 4), torch.tensor([0, 4, -100, 1, 2, 3])
     head, scale = nn.Linear(4, 5).double(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -393,7 +393,7 @@ def test_fam_and_the_monitor_do_what_they_do_with_outputs(
     assert {"fam/penalty", "train/relative_flatness", "val/relative_flatness"} <= set(found[0])
 
 
-def test_accumulated_gradients() -> None:
+def test_accumulated_gradients_are_those_with_outputs() -> None:
     same(*(fit(kind(), FAM(coefficient=0.3), accumulate_grad_batches=2) for kind in (DirectNet, Net)))
 
 
@@ -417,7 +417,7 @@ def test_layers_before_such_a_head_have_their_curvature(options: Any, monkeypatc
         same(*(fit(kind(), *make()) for kind in (DirectNet, Net)))
 
 
-def test_the_sharpest_samples() -> None:
+def test_the_sharpest_samples_are_those_with_outputs() -> None:
     monitors = [SharpestMonitor(3), SharpestMonitor(3)]
     for net, monitor in zip((DirectNet(), Net()), monitors, strict=True):
         fit(net, monitor)

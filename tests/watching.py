@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -50,23 +51,28 @@ class Reads(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_a_device() -> Iterator[None]:
-    """Let no number be looked at, as on a device for which the host would have to wait."""
+def unseen(*modules: ModuleType) -> Iterator[None]:
+    """Let some of our modules look at no number, as on a device for which the host would have to wait."""
     with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("lightning_relflat.") and "is_open" in vars(module):
-                stack.enter_context(mock.patch.object(module, "is_open", return_value=False))
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "is_open", return_value=False))
         yield
 
 
+def as_on_a_device() -> AbstractContextManager[None]:
+    """Let none of our modules look at a number."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("lightning_relflat.")]
+    return unseen(*(module for module in modules if "is_open" in vars(module)))
+
+
 @contextmanager
-def gradients_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Count the calls of torch.autograd.grad."""
-    calls: list[int] = []
+def gradients_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Note the calls of torch.autograd.grad, each by whether what it returns can be differentiated again."""
+    calls: list[bool] = []
     grad = torch.autograd.grad
 
     def counting(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
+        calls.append(bool(kwargs.get("create_graph")))
         return grad(outputs, *args, **kwargs)
 
     with monkeypatch.context() as context:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_relflat._style import BLUE, INK, RED, new_figure, styled, with_grid
+from lightning_relflat._style import BLUE, DARK_ORANGE, INK, new_figure, styled, with_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,9 +114,9 @@ def heat_map(pairs: Tensor, names: Sequence[str] | None, title: str, where: str)
     figure, axes = _titled(4.8, 4.4, title, where)
     figure.set_layout_engine("compressed")  # the axes are square
     size = float(pairs.abs().max()) or 1.0
-    image = axes.imshow(pairs, cmap="RdBu_r", vmin=-size, vmax=size)
+    image = axes.imshow(pairs.numpy(), cmap="RdBu_r", vmin=-size, vmax=size)
     bar = figure.colorbar(image, ax=axes, label="part in κ, in units of the loss", shrink=0.8)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # a spine
+    bar.outline.set_visible(False)
     axes.spines[:].set_visible(False)
     if names is not None and len(names) <= MOST_NAMED:
         short = [_short(name, 14) for name in names]
@@ -152,7 +152,7 @@ def curve_of_gaps(
     axes.plot(gaps, values, color=INK, alpha=0.4, linewidth=1, zorder=1)
     dots = axes.scatter(gaps, values, c=epochs, cmap="cividis", edgecolors=INK, linewidths=0.5, zorder=2)
     bar = figure.colorbar(dots, ax=axes, label="epoch", ticks=MaxNLocator(6, integer=True))
-    bar.outline.set_visible(False)  # type: ignore[operator]  # a spine
+    bar.outline.set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     with_grid(axes)
     axes.set_xlabel(f"generalisation gap, {gap}")
@@ -172,8 +172,8 @@ def sample_grid(samples: Sequence[Drawn], title: str, where: str) -> Figure:
     Returns:
         The picture.
     """
-    images = [image_in(one.sample) for one in samples]
-    if not samples or any(image is None for image in images):
+    images = [image for one in samples if (image := image_in(one.sample)) is not None]
+    if len(images) < len(samples):
         names = [": ".join(filter(None, [f"sample {one.index}", _said(one, ", ")])) for one in samples]
         return bars([one.part for one in samples], names, title, where, label="part in κ, in units of the loss")
     if len(samples) > MOST_SAMPLES:
@@ -181,18 +181,17 @@ def sample_grid(samples: Sequence[Drawn], title: str, where: str) -> Figure:
     shown = list(zip(images, samples, strict=True))[:MOST_SAMPLES]
     columns = min(len(shown), 4 if len(shown) <= 16 else 6)
     rows = -(-len(shown) // columns)
-    figure = new_figure(max(1.25 * columns, 3.6), 1.75 * rows + 0.6)
+    figure = new_figure(max(1.25 * columns, 3.6), 1.9 * rows + 0.6)
+    figure.set_layout_engine("constrained", h_pad=0.08)  # whose label is whose
     figure.suptitle(f"{title}\n{where}")
     for place, (image, one) in enumerate(shown, 1):
         axes = figure.add_subplot(rows, columns, place)
-        axes.imshow(image, cmap="gray")  # type: ignore[arg-type]  # none is None
-        axes.set_axis_off()
+        axes.imshow(image.numpy(), cmap="gray")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         axes.set_title(f"sample {one.index}\npart {one.part:.3g}", fontsize=8)
         wrong = None not in (one.label, one.prediction) and one.label != one.prediction
-        below = _said(one, "\n")
-        axes.text(
-            0.5, -0.05, below, ha="center", va="top", size=8, color=RED if wrong else INK, transform=axes.transAxes
-        )
+        axes.set_xlabel(_said(one, "\n"), fontsize=8, color=DARK_ORANGE if wrong else INK)
     return figure
 
 

@@ -22,12 +22,14 @@ from lightning_relflat.callbacks._base import (
 from lightning_relflat.callbacks._claim import has_value, refuse_layer
 from lightning_relflat.callbacks._monitor import Monitor
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
+from lightning_relflat.callbacks.sharpest_monitor import loaders_of
 from lightning_relflat.claims import Claim, value_of_callable
 from lightning_relflat.curvature import Loss, read_loss
 from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
 from lightning_relflat.report import Collector, LossTaken, Report, Seen
 from lightning_relflat.report._forward import size_of
 
+_STEPS = {"val": "validation", "test": "test"}
 Which = tuple[Stage, int]
 
 
@@ -87,7 +89,11 @@ class WholeReport(Monitor):
         self.reports = {key: found for key, found in self.reports.items() if key.partition("/")[0] != stage}
         mean = self._claim is None or getattr(self._claim.criterion, "reduction", "mean") != "sum"
         for loader in range(loaders):
-            self._collectors[stage, loader] = Collector(self._module, layer=self.layer, mean=mean, **self._options)
+            trainer = self._module.trainer
+            data = getattr(loaders_of(trainer, stage)[loader], "dataset", None)
+            places = data, getattr(trainer, "datamodule", None), self._module
+            options: dict[str, Any] = {"places": places} | self._options
+            self._collectors[stage, loader] = Collector(self._module, layer=self.layer, mean=mean, **options)
 
     def begin(self, step: Step) -> None:
         """Listen to the layers, if the step counts.
@@ -133,7 +139,7 @@ class WholeReport(Monitor):
         """Make the report."""
         name = "that of the step" if self.loss is None else self.loss if isinstance(self.loss, str) else show(self.loss)
         if self.loss is None:
-            taken = LossTaken(name, "model", f"The loss is that of the {stage} step.")
+            taken = LossTaken(name, "model", f"The loss is that of the {_STEPS[stage]} step.")
         else:
             how = "" if self._verified else " No step has shown that it is the one trained with."
             taken = LossTaken(name, "named", f"The loss is {name} of the layer's outputs, as you named it.{how}")

@@ -127,7 +127,7 @@ class FAM(Callback):
         super().__init__()
         check_probes(probes)
         self.layer = check_layer(layer)
-        self.coefficient = check_coefficient(coefficient)
+        self.coefficient: float | Literal["auto"] = check_coefficient(coefficient)
         self.loss = loss
         self.criterion: Any = None if loss is None else read_loss(loss)
         known: Any = self.criterion if has_closed_form(self.criterion) else None

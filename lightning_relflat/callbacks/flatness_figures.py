@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, named, show
+from lightning_relflat._labels import class_names
+from lightning_relflat._shown import show
+from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, named
 from lightning_relflat.callbacks._figures import Drawn, bars, check_matplotlib, curve_of_gaps, heat_map, sample_grid
 from lightning_relflat.callbacks._gallery import Gallery
-from lightning_relflat.callbacks._labels import class_names
 from lightning_relflat.callbacks._monitor import Monitor
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.flatness_monitor import FlatnessMonitor
@@ -135,19 +136,21 @@ class FlatnessFigures(Callback):
     def _figures(self, trainer: Trainer, stage: Stage) -> Iterator[tuple[str, Figure]]:
         """Draw what each monitor has measured of a stage, with what tells its pictures from others'."""
         callbacks: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
-        values: dict[str, Any]
         for monitor in callbacks:
-            draw: Callable[[Trainer, Stage, str, Any], Iterator[tuple[str, Figure]]]
+            measured: Iterator[tuple[str, Iterator[tuple[str, Figure]]]]
             if isinstance(monitor, FlatnessMonitor):
-                values, draw = monitor.reports, self._of_report
+                keys = _behind(monitor.reports, stage)
+                measured = ((behind, self._of_report(trainer, stage, behind, monitor)) for behind in keys)
             elif isinstance(monitor, LayersMonitor):
-                values, draw = monitor.values, self._of_layers
+                keys = _behind(monitor.values, stage)
+                measured = ((behind, self._of_layers(stage, behind, monitor)) for behind in keys)
             elif isinstance(monitor, SharpestMonitor):
-                values, draw = monitor.samples, self._of_samples
+                keys = _behind(monitor.samples, stage)
+                measured = ((behind, self._of_samples(trainer, stage, behind, monitor)) for behind in keys)
             else:
                 continue
-            for behind in _behind(values, stage):
-                for label, figure in draw(trainer, stage, behind, monitor):
+            for behind, figures in measured:
+                for label, figure in figures:
                     yield named(stage, f"flatness_figures/{label}", monitor.name) + behind, figure
 
     def _of_report(
@@ -163,11 +166,9 @@ class FlatnessFigures(Callback):
         if "neuron_pairs" in values:
             pairs: Tensor = values["neuron_pairs"]
             names = self._class_names(trainer, stage, behind, len(pairs))
-            yield "neuron_pairs", heat_map(pairs, names, "What pairs of outputs have in κ", where)
+            yield "neuron_pairs", heat_map(pairs, names, "κ by pairs of outputs", where)
 
-    def _of_layers(
-        self, trainer: Trainer, stage: Stage, behind: str, monitor: LayersMonitor
-    ) -> Iterator[tuple[str, Figure]]:
+    def _of_layers(self, stage: Stage, behind: str, monitor: LayersMonitor) -> Iterator[tuple[str, Figure]]:
         names, flatness, errors = monitor.values[f"{stage}{behind}"]
         where = _where(monitor, stage, behind)
         yield "layers", bars(flatness, names, "κ of each layer ± standard error", where, errors=errors)

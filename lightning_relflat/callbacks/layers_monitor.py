@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._sharded import staying_whole
-from lightning_relflat.callbacks._base import LightningModule, Trainer, show
+from lightning_relflat._shown import show
+from lightning_relflat.callbacks._base import LightningModule, Trainer
 from lightning_relflat.callbacks._monitor import Monitor, computed
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.curvature import exact_parts, recognise_passes

@@ -114,9 +114,14 @@ class FlatnessReport(SpectralMeasure):
         if self.class_means is not None and self.num_classes == d:
             shapes["mismatches"] = ()
         self._names = tuple(shapes)
+        self.in_features, self.out_features = m, d
+        self.eigenvalues = eigenvalues
         for name, shape in shapes.items():
             self._add_sums(name, *shape)
         self.add_state("moments", torch.zeros(3, m, dtype=torch.float64), dist_reduce_fx=merge_moments)
+
+    def _set_to(self) -> dict[str, Any]:
+        return {"neuron_pairs": "neuron_pairs" in self._names}
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.

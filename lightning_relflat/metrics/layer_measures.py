@@ -177,7 +177,8 @@ class ColumnFlatness(LayerMeasure):
             raise ValueError(f"Expected argument `summary` to be 'none', 'max' or 'sum', but got {said(summary)}.")
         self.summary = summary
         self._add_sums("totals", 1)
-        self._add_sums("columns", check_count("in_features", in_features, at_least=1))
+        self.in_features = check_count("in_features", in_features, at_least=1)
+        self._add_sums("columns", self.in_features)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -257,7 +258,7 @@ class StandardizedRelativeFlatness(LayerMeasure):
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
-        check_count("in_features", in_features, at_least=1)
+        self.in_features = check_count("in_features", in_features, at_least=1)
         self._add_sums("totals", 1)
         self._add_sums("pairs", in_features, in_features)
         self.add_state("moments", torch.zeros(3, in_features, dtype=torch.float64), dist_reduce_fx=merge_moments)

@@ -118,6 +118,9 @@ class NeuralCollapse(SummedMetric):
         for name, shape in shapes.items():
             self._add_sums(name, *shape)
 
+    def _set_to(self) -> dict[str, Any]:
+        return {} if self.class_means is None else {"center": None}
+
     def update(
         self, features: Tensor, target: Tensor, weight: Tensor | None = None, outputs: Tensor | None = None
     ) -> None:

@@ -83,6 +83,9 @@ class RelativeFlatness(FlatnessSums):
         self.class_dim = class_dim
         self.probes = Probes(probes, seed)
 
+    def _set_to(self) -> dict[str, Any]:
+        return {"probes": self.probes.probes, "seed": self.probes.seed}
+
     def update(  # type: ignore[override]  # each metric has arguments of its own
         self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None
     ) -> None:

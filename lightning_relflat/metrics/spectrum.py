@@ -122,8 +122,9 @@ class LargestEigenvalue(SpectralMeasure):
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
         check_scale(scale)
-        check_count("in_features", in_features, at_least=1)
-        check_count("out_features", out_features, at_least=1)
+        self.in_features = check_count("in_features", in_features, at_least=1)
+        self.out_features = check_count("out_features", out_features, at_least=1)
+        self.columns, self.seed = columns, seed
         self.scale: Scale = scale
         self._add_sums("totals", 1)
         blocks = has_blocks(self.loss, scale)

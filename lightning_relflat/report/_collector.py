@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat._calls import CriterionCalls
+from lightning_relflat._labels import class_names as find_class_names
+from lightning_relflat._labels import kind_of as kind_of_criterion
+from lightning_relflat._labels import say
 from lightning_relflat.curvature import Probes, exact_parts, recognise_passes, sums_of_criterion, sums_of_loss
 from lightning_relflat.functional._checks import check_count, shape_of
 from lightning_relflat.functional._graph import depends
-from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._weights import class_path, has_matrix
 from lightning_relflat.layer_tap import LayerRecord, did_not_run
 from lightning_relflat.metrics.flatness_report import FlatnessReport
 from lightning_relflat.metrics.flatness_sums import FlatnessSums
-from lightning_relflat.metrics.layers_flatness import LayersFlatness
 from lightning_relflat.metrics.sharpest_samples import SharpestParts
+from lightning_relflat.report._layers import Layers
 from lightning_relflat.report._listening import Listening, kind_of, match_layers
-from lightning_relflat.report._report import LayerFlatness, LossTaken, Report
-from lightning_relflat.report._samples import Candidates
+from lightning_relflat.report._report import LossTaken, Report, SharpSample
+from lightning_relflat.report._samples import Classes, Pictures
 from lightning_relflat.report._totals import ClassTotals, Totals
 
 
@@ -62,6 +63,7 @@ class Collector:
         seed: where the probes start.
         sharpest: how many of the sharpest samples to keep; 0 for none.
         class_names: what the classes are called.
+        places: where to look for that else: a data set, a data module, or the model.
         mean: whether the loss is a mean, or a sum over samples.
         name: what the model is called; the name of its class if left out.
         kwargs: the arguments of :class:`torchmetrics.Metric`, for all metrics.
@@ -80,30 +82,30 @@ class Collector:
         seed: int = 0,
         sharpest: int = 8,
         class_names: Sequence[str] | None = None,
+        places: Sequence[object] = (),
         mean: bool = True,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.name = name or type(model).__name__
         self._model = class_path(model)
-        self._layers = match_layers(model, layers)
-        self.listening = Listening(model, layer, self._layers)
+        matched = match_layers(model, layers)
+        self.listening = Listening(model, layer, matched)
         self.mean = mean
         self._options = kwargs
         check_count("probes", probes, at_least=2)
         check_count("sharpest", sharpest, at_least=0)
         self._probes = Probes(probes, seed)
         # Other probes than the head's, so that their errors are independent.
-        self._others = LayersFlatness(max(1, len(self._layers)), probes=probes, seed=seed + 1, mean=mean, **kwargs)
+        self._layers = Layers(matched, probes=probes, seed=seed + 1, mean=mean, **kwargs)
         self._head = FlatnessSums(mean=mean, **kwargs)
         self._totals = Totals(mean=mean, **kwargs)
         self._made_of: FlatnessReport | None = None
         self._of_classes: ClassTotals | None = None
         self._parts = SharpestParts(sharpest, **kwargs) if sharpest else None
-        self._candidates = Candidates(sharpest, class_names)
-        self.class_names = class_names
-        self._ran: set[str] = set()
-        self._refused: dict[str, str] = {}
+        self._pictures = Pictures(sharpest)
+        self._class_names, self._places = class_names, places
+        self._of_labels = False  # whether the samples' labels are classes
         self._training = False
         self._notes: dict[str, str] = {}
         self._first = 0  # the number of the next batch's first sample
@@ -142,7 +144,7 @@ class Collector:
         if not head:
             raise RuntimeError(self._no_head(ran))
         device = loss.device
-        for metric in (self._others, self._head, self._totals, *([self._parts] if self._parts else [])):
+        for metric in (self._layers.metric, self._head, self._totals, *([self._parts] if self._parts else [])):
             metric.to(device)
         called = self._called(loss, head) if seen.called is None else seen.called
         self._training |= seen.training
@@ -155,12 +157,14 @@ class Collector:
         samples = seen.samples if seen.samples is not None else 1 if features.ndim == 1 else len(features)
         self._head.update(sums if self.mean else _unweighted(sums))
         self._totals.update(loss, sums[1], samples)
-        self._add_layers(loss, sums[1], seen.training)
+        self._layers.add(loss, self.listening, sums[1], training=seen.training)
         assert tap.name is not None
-        if called is not None and self._agrees(called, head[0], sums):
-            self._add_report(head[0], *called)
-        else:
+        if called is not None and not self._agrees(called, head[0], sums):
             called = None
+        if called is not None and "made of" not in self._notes:
+            self._add_report(head[0], *called)
+        else:  # what holds for a part of the data alone is not told
+            self._made_of = self._of_classes = None
             self._notes["made of"] = (
                 "What κ is made of is not told, because the loss is no criterion with a closed form of the outputs of "
                 f"layer {tap.name!r}."
@@ -200,35 +204,11 @@ class Collector:
     def _agrees(self, called: tuple[nn.Module, Any], head: LayerRecord, sums: Tensor) -> bool:
         """Return whether a criterion has the κ of the loss: then the loss is it, and no multiple of it."""
         criterion, target = called
-        found = sums_of_criterion(
-            head.features.detach(), head.weight.detach(), head.outputs.detach(), target, criterion
-        )
-        expected, value = sums[0], found[0]
-        if getattr(criterion, "reduction", "mean") == "sum":
-            value = value * sums[1]
-        return bool(torch.isclose(value, expected, rtol=1e-3, atol=1e-12)) or not bool(expected.isfinite())
-
-    def _add_layers(self, loss: Tensor, weight: Tensor, training: bool) -> None:
-        listening = self.listening
-        uses: list[list[Any]] = []
-        exact: dict[int, Tensor] = {}
-        for number, (name, tap) in enumerate(listening.taps.items()):
-            self._ran |= {name} if tap.pending else set()
-            mine = [record for record in tap.take(loss) if record.is_in(loss)]
-            if name in self._refused or tap.layer is listening.head.layer:
-                mine = []
-            recognised = recognise_passes(loss, mine)
-            if recognised is not None:
-                with torch.no_grad():
-                    exact[number] = torch.stack([part.double().sum() for part in exact_parts(recognised, mine)]).sum()
-                mine = []
-            uses.append([as_use(record.layer, record.features, record.outputs, record.weight) for record in mine])
-        if not any(uses) and not exact:
-            if listening.taps:
-                self._others.update(loss, uses, weight, training, exact)
-            return
-        with listening.behind.curvature():
-            self._others.update(loss, uses, weight, training, exact)
+        batch = head.features.detach(), head.weight.detach(), head.outputs.detach(), target
+        value, weight, *_ = sums_of_criterion(*batch, criterion)
+        found = value if getattr(criterion, "reduction", "mean") == "sum" else value / weight
+        expected = sums[0] / sums[1]
+        return bool(torch.isclose(found, expected, rtol=1e-2, atol=1e-12, equal_nan=True))
 
     def _add_report(self, head: LayerRecord, criterion: nn.Module, target: Any) -> None:
         outputs, inputs = head.weight.shape
@@ -255,6 +235,7 @@ class Collector:
             return
         recognised = recognise_passes(loss, head)
         if recognised is None or len(head) != 1 or head[0].call is not None:
+            self._parts = None
             self._notes["samples"] = (
                 "No sample has a part of its own in κ that could be told: the loss is no criterion with a closed form "
                 f"of the outputs of layer {self.listening.head.name!r}."
@@ -262,6 +243,7 @@ class Collector:
             return
         [record] = head
         if len(record.features) != samples or record.features.ndim < 2:
+            self._parts = None
             self._notes["samples"] = (
                 f"Which samples are the sharpest is not told: what enters layer {self.listening.head.name!r} is of "
                 f"shape {shape_of(record.features)} for {samples} samples, so that it is not known which row is whose."
@@ -273,8 +255,12 @@ class Collector:
             parts = parts * recognised.total
         parts = parts.double().reshape(samples, -1).sum(dim=1)
         numbers = range(self._first, self._first + samples) if seen.indices is None else seen.indices
-        self._parts.update(parts, torch.tensor(list(numbers), device=parts.device))
-        self._candidates.add(parts, list(numbers), record.outputs.detach(), called, seen.inputs)
+        criterion, target = called or (None, None)
+        outputs = record.outputs.detach()
+        said = say(outputs, target, kind_of_criterion(criterion), getattr(criterion, "ignore_index", -100))
+        self._of_labels = said.num_classes is not None
+        self._parts.update(parts, torch.tensor(list(numbers), device=parts.device), said.labels, said.predictions)
+        self._pictures.add(parts, list(numbers), seen.inputs)
 
     # What comes of it.
 
@@ -302,8 +288,13 @@ class Collector:
             per_class = found.pop("per_class", None)
             made_of = {name: float(number) for name, number in found.items()}
         counts = None if self._of_classes is None else self._of_classes.compute()
-        layers, network = self._layers_found(value, error)
-        sharpest = () if self._parts is None else self._candidates.chosen(self._parts.compute())
+        layers, network = self._layers.found(tap.layer, value, error)
+        count = None if self._made_of is None else self._made_of.weight_shape[0]
+        classes = Classes(self._class_names or find_class_names(count, *self._places))
+        sharpest: tuple[SharpSample, ...] = ()
+        if self._parts is not None:
+            pictures = self._pictures.of_all_processes(together=self._parts.sync_on_compute)
+            sharpest = classes.samples(self._parts.compute(), pictures, of_classes=self._of_labels)
         return Report(
             model=self.name,
             layer=tap.name,
@@ -320,36 +311,10 @@ class Collector:
             accuracy=None if counts is None else float(counts[1].sum() / counts[0].sum()),
             layers=layers,
             network=network,
-            classes=self._candidates.classes(per_class, counts),
+            classes=classes.flatness(per_class, counts),
             sharpest=sharpest,
             notes=(*notes, *self._notes.values()),
         )
-
-    def _layers_found(self, value: float, error: float) -> tuple[tuple[LayerFlatness, ...], tuple[float, float] | None]:
-        tap = self.listening.head
-        if not self._layers:
-            return (), None
-        values, errors = self._others.compute()
-        found = []
-        total, variance = value, error**2
-        for number, (name, layer) in enumerate(self._layers.items()):
-            kind, own, width = kind_of(name, layer), float(values[number]), float(errors[number])
-            if layer is tap.layer:
-                found.append(LayerFlatness(name, kind, value, error))
-            elif not math.isnan(own):
-                found.append(LayerFlatness(name, kind, own, width))
-            else:
-                found.append(LayerFlatness(name, kind, reason=self._reason(name)))
-        if not math.isnan(float(values[-1])):
-            total, variance = total + float(values[-1]), variance + float(errors[-1]) ** 2
-        return tuple(found), (total, math.sqrt(variance))
-
-    def _reason(self, name: str) -> str:
-        if name in self._refused:
-            return self._refused[name]
-        if name not in self._ran:
-            return "it did not run as a module"
-        return "the loss does not depend on it"
 
 
 def _unweighted(sums: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_relflat._batch import Target
 from lightning_relflat._shown import show
-from lightning_relflat.claims import value_of_callable
 from lightning_relflat.curvature import Loss, read_loss
 from lightning_relflat.functional._checks import said, shape_of
 from lightning_relflat.functional.criteria import CRITERIA, criterion_loss, has_closed_form
@@ -62,12 +61,18 @@ class LossTaker:
             if has_closed_form(self._named):
                 assert isinstance(self._named, nn.Module)
                 return _of_criterion(self._named, _outputs(output), target)
-            return _scalar(value_of_callable(self._named, output, target), f"`loss`, {self._shown},")
+            value = self._named(output, target)
+            if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+                raise ValueError(
+                    f"Expected argument `loss` to return a loss, or one for every sample, but got {_what(value)} from "
+                    f"{self._shown}."
+                )
+            return value.mean() if self.mean else value.sum()
         own = loss_in(output)
         if own is not None:
             reason = "The loss is the model's own: the one that it returns."
             self.taken = LossTaken("the model's own", "model", reason)
-            return _scalar(own, "the model's own loss")
+            return _scalar(own)
         outputs = _outputs(output)
         target = target_of(batch, self._target)
         if self._inferred is None:
@@ -89,7 +94,7 @@ def infer_loss(outputs: Tensor, target: Any) -> tuple[str, str]:
     Raises:
         ValueError: if there is doubt.
     """
-    got = f"outputs of shape {shape_of(outputs)} and {_what(target)}"
+    got = f"outputs of shape {shape_of(outputs)} and a target of {_what(target)}"
     if not isinstance(target, Tensor) or not outputs.is_floating_point():
         raise _doubt(f"which does not follow from {got}")
     if not target.is_floating_point():
@@ -114,9 +119,9 @@ def infer_loss(outputs: Tensor, target: Any) -> tuple[str, str]:
         raise _doubt(f"which does not follow from {got}")
     values = target.detach()
     if bool(((values == 0) | (values == 1)).all()):
-        raise _doubt(f"because {got} hold only 0 and 1, for which it may be 'binary_cross_entropy' or 'mse'")
+        raise _doubt(f"because {got} holds only 0 and 1, for which it may be 'binary_cross_entropy' or 'mse'")
     if same and outputs.ndim > 1 and outputs.shape[-1] > 1 and _are_probabilities(values):
-        raise _doubt(f"because {got} hold probabilities, for which it may be 'cross_entropy' or 'mse'")
+        raise _doubt(f"because {got} holds probabilities, for which it may be 'cross_entropy' or 'mse'")
     return "mse", "The loss is mse, inferred: the targets are numbers in the shape of the outputs."
 
 
@@ -141,7 +146,7 @@ def _class_dim(outputs: Tensor, target: Tensor) -> int:
     if not dims:
         raise ValueError(
             f"Expected the target to hold one class number for each row of outputs of shape {shape_of(outputs)}, but "
-            f"got {_what(target)}. `target=` says where it is in the batch."
+            f"got a target of {_what(target)}. `target=` says where it is in the batch."
         )
     if len(dims) > 1:
         raise ValueError(
@@ -164,9 +169,11 @@ def _outputs(output: Any) -> Tensor:
     return outputs
 
 
-def _scalar(loss: Tensor, what: str) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        raise ValueError(f"Expected {what} to be one number, but got {_what(loss)}.")
+def _scalar(loss: Tensor) -> Tensor:
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError(
+            f"Expected the model's own loss to be one number, but got {_what(loss)}. Say how it becomes one: `loss=`."
+        )
     return loss.reshape(())
 
 
@@ -177,7 +184,7 @@ def _are_probabilities(rows: Tensor) -> bool:
 
 def _what(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"targets of {value.dtype} of shape {shape_of(value)}"
+        return f"{value.dtype} of shape {shape_of(value)}"
     return said(value)
 
 

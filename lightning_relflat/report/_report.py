@@ -107,7 +107,7 @@ class Report:
         mean_loss: the loss over the data.
         accuracy: the share of rows whose class is predicted rightly; ``None`` without classes.
         layers: κ of every layer that was asked for, in the order of the model.
-        network: the sum of the layers' κ, and its standard error; ``None`` where no layer but the head was asked for.
+        network: the sum of these layers' κ, and its standard error; ``None`` where none was asked for.
         classes: κ of every class; empty without classes.
         sharpest: the samples with the largest parts, the largest first; empty where no sample has a part of its own.
         notes: what was left out, and why, in sentences.

@@ -152,7 +152,7 @@ def main(
     **options: Any,
 ) -> None:
     if large and world > 1:
-        _from_outputs._FEW = 0
+        _from_outputs.FEW = 0
     torch.manual_seed(0)
     net = Sharded(**options).double()
     fsdp, unused = net.fsdp, options.get("unused", False)
@@ -209,14 +209,12 @@ def main(
     torch.save(result, Path(folder) / f"{world}-{trainer.global_rank}.pt")
 
 
-def fit(folder: Path, world: int, *, nodes: int = 1, launched: bool = False, **options: Any) -> list[dict[str, Any]]:
-    """Return what every process writes; ``launched`` by Lightning itself, several nodes by torchrun."""
+def fit(folder: Path, world: int, *, nodes: int = 1, **options: Any) -> list[dict[str, Any]]:
+    """Return what every process writes; those of several nodes are started by torchrun."""
     folder.mkdir(exist_ok=True)
     command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
     if world == 1:
         main(str(folder), world, **options)
-    elif launched:
-        run(folder, command)
     elif nodes == 1:
         fit_in_processes(partial(main, str(folder), world, **options), world)
     else:

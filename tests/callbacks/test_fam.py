@@ -140,7 +140,7 @@ def test_accumulation_averages_the_penalties_with_the_losses() -> None:
         ({"every_n_steps": 2, "start_epoch": 1}, [0, 0, 0.8, 0, 0.8, 0]),
     ],
 )
-def test_schedules(options: dict[str, Any], expected: list[float]) -> None:
+def test_the_coefficient_follows_its_schedule(options: dict[str, Any], expected: list[float]) -> None:
     net, twin = twins(lr=0.1)
     train(net, FAM("head", 0.4, loss="cross_entropy", **options), [5, 6], max_epochs=3)
     assert_same_weights(net, train_by_hand(twin, make_batches([5, 6]) * 3, definition, expected))
@@ -278,7 +278,7 @@ def test_half_precision_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> 
     assert [name for name, _ in seen] == ["fam/penalty", "fam/coefficient"] * 3
 
 
-def test_logged_values() -> None:
+def test_penalty_and_coefficient_are_logged() -> None:
     class Recorder(FAM):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -313,7 +313,7 @@ def test_two_on_two_layers_in_any_order() -> None:
     assert_same_weights(results[0], results[1])
 
 
-def test_fit_twice_and_state() -> None:
+def test_steps_are_counted_over_fits_and_kept_in_the_state() -> None:
     fam = FAM("head", 0.1, warmup_steps=100)
     net = Net()
     trainer = make_trainer(callbacks=[fam])
@@ -664,7 +664,7 @@ def test_a_frozen_head_is_said_and_what_comes_before_is_penalised() -> None:
         ({"layer": ["head"]}, r"`layer` to be the dotted name of a layer, or None, but got \['head'\]"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         FAM(**options)
 
@@ -678,7 +678,7 @@ def test_a_policy_that_is_not_finite() -> None:
         train(Net().double(), Bad("head"))
 
 
-def test_only_in_fit() -> None:
+def test_outside_of_fit_it_does_nothing() -> None:
     trainer = make_trainer(callbacks=[FAM("no such layer")])
     trainer.validate(Net(), make_loader([4], dtype=torch.float32), verbose=False)
     assert "fam/penalty" not in trainer.callback_metrics
@@ -710,17 +710,17 @@ class Watch(Callback):
         self.reads.append(self.count.count)
 
 
-@pytest.mark.parametrize("layer", ["head", "body"])
+UNNAMED: list[dict[str, Any]] = [{}, {"through_hessian": False}, {"probes": None}, {"coefficient": "auto"}]
+
+
 @pytest.mark.parametrize(
-    "form",
-    [{}, {"loss": "cross_entropy"}, {"through_hessian": False}, {"probes": None}, {"coefficient": "auto"}],
+    ("layer", "form"),
+    [("head", {"loss": "cross_entropy"}), *((layer, form) for form in UNNAMED for layer in ("head", "body"))],
     ids=str,
 )
 def test_only_the_first_step_of_an_epoch_reads_a_device(form: dict[str, Any], layer: str) -> None:
     # Every such reading makes the host wait; whether values are finite is read when the epoch ends, and targets never.
     # The first step looks at how rows meet.
-    if layer == "body" and "loss" in form:
-        pytest.skip("a named loss is computed from the outputs of the layer")
     named = "loss" in form
     reads = []
     for fams in ([], [FAM(layer, **form)]):

@@ -205,9 +205,9 @@ def test_uneven_shares(tmp_path: Path) -> None:
 
     report = flatness_report(features, net.head.weight, net.head(features), target, loss="cross_entropy")
     for name in set(report) - {"relative_flatness"}:
-        assert values[f"val/flatness/{name}"] == pytest.approx(report[name].item(), rel=1e-12)
+        assert values[f"val_flatness/{name}"] == pytest.approx(report[name].item(), rel=1e-12)
     # Of the criterion of its own outputs the head's κ is exact, here as there.
-    assert values["val/layer_flatness/head"] == pytest.approx(union.item(), rel=1e-12)
-    assert values["val/layer_flatness_error/head"] == 0 < values["val/layer_flatness_error/body"]
+    assert values["val_layer_flatness/head"] == pytest.approx(union.item(), rel=1e-12)
+    assert values["val_layer_flatness_error/head"] == 0 < values["val_layer_flatness_error/body"]
     for rank in ranks[1:]:
-        assert rank["values"]["val/network_flatness"] == values["val/network_flatness"]
+        assert rank["values"]["val_flatness/network"] == values["val_flatness/network"]

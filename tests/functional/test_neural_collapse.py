@@ -145,7 +145,7 @@ def test_known_values_around_a_simplex(classes: int, width: int, noise: float) -
     assert found["nc2_equiangular"] == pytest.approx(0, abs=1e-13)
 
 
-def test_the_opposite_of_duality() -> None:
+def test_the_opposite_of_duality_is_as_far_as_it_can_be() -> None:
     """W = -Ṁ is as far away as can be: the squared distance of two opposite unit vectors."""
     means = etf(4, 5)
     target = torch.arange(4)
@@ -345,7 +345,7 @@ def test_half_precision_comes_out_in_float64() -> None:
         ({"class_means": torch.ones(4, 2)}, ValueError, r"`class_means` to be of shapes \(..., m\) and \(C, m\)"),
     ],
 )
-def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {
         "features": torch.ones(5, 3),
         "target": torch.ones(5).long(),
@@ -357,7 +357,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         neural_collapse(**{**arguments, **change})
 
 
-def test_bad_centers() -> None:
+def test_bad_centers_are_named() -> None:
     features, target, *_ = clustered(5, 3, 2)
     for center, message in (
         (torch.ones(2), r"`center` to be of shape \(3,\) or \(2, 3\), but got \(2,\)"),

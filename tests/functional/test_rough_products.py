@@ -110,9 +110,9 @@ def test_float32_is_near_enough_for_any_hessian(loss: nn.Module, scale: str, siz
 @pytest.mark.parametrize("kind", ["gaussian", "relu", "undecided"])
 def test_a_large_layer_is_within_a_millionth(kind: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a little patience, as if each product took long, whatever the size."""
-    monkeypatch.setattr(eigenvalues, "_WORK", 0)
-    monkeypatch.setattr(eigenvalues, "_PATIENCE", 30)
-    monkeypatch.setattr(eigenvalues, "_DENSE_SIZE", 0)
+    monkeypatch.setattr(eigenvalues, "WORK", 0)
+    monkeypatch.setattr(eigenvalues, "PATIENCE", 30)
+    monkeypatch.setattr(eigenvalues, "DENSE_SIZE", 0)
     features, weight, outputs = softmax_problem(kind, n=60, d=40, m=30)
     types: list[torch.dtype] = []
     product = LayerHessian.product

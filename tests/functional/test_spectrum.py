@@ -87,8 +87,8 @@ def test_products_and_traces_are_those_of_the_dense_matrix(loss: str, data: st.D
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_products_are_made_of_some_samples_at_a_time(loss: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the derivative of the gradient along the vector, from central differences."""
-    monkeypatch.setattr(operator, "_CHUNK", 1)
-    monkeypatch.setattr(operator, "_LEAST_ROWS", rows)
+    monkeypatch.setattr(operator, "CHUNK", 1)
+    monkeypatch.setattr(operator, "LEAST_ROWS", rows)
     generator = seeded(0)
     features, weight, vector = normal(generator, 65, 3), normal(generator, 4, 3), normal(generator, 4, 3)
     target: Any = (
@@ -257,7 +257,7 @@ def test_groups_of_columns_and_samples_change_nothing(loss: str, scale: Scale, m
         single = torch.stack([hessian.product(vectors[..., k]) for k in range(vectors.shape[2])], dim=2)
         assert_equal(expected, single)
         for group in (1, 100, 170):  # a column or a sample, some, and a rest
-            monkeypatch.setattr(sketches, "_GROUP", group)
+            monkeypatch.setattr(sketches, "GROUP", group)
             assert_equal(sketch(hessian, test), expected)
 
 
@@ -465,12 +465,12 @@ def test_the_plain_eigenvalue_changes_with_layer_rescaling() -> None:
 def test_no_large_matrix_is_made(loss: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, m = 30, 20, 50
     if columns == 1:  # a group of one column
-        monkeypatch.setattr(sketches, "_GROUP", 1)
+        monkeypatch.setattr(sketches, "GROUP", 1)
     features, weight = normal(seeded(0), n, m), normal(seeded(1), d, m)
     with Largest() as largest:
         largest_eigenvalue_bounds(features, weight, features @ weight.T, loss=loss, columns=columns)
     assert d * m <= largest.tensor <= max(d * m * columns, n * (d + m)) < n * d * m
-    monkeypatch.setattr(eigenvalues, "_DENSE", 0)
+    monkeypatch.setattr(eigenvalues, "DENSE", 0)
     with Largest() as largest:
         largest_eigenvalue([(features[: n // 5], weight, (features @ weight.T)[: n // 5])] * 5, loss=loss)
     # Vectors and samples, or the coefficients of the blocks: no basis.
@@ -495,7 +495,7 @@ def test_no_curvature_and_no_numbers() -> None:
 def test_negative_curvature_is_refused_by_a_sketch_and_found_by_lanczos(
     dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eigenvalues, "_DENSE", 2**21 if dense else 0)
+    monkeypatch.setattr(eigenvalues, "DENSE", 2**21 if dense else 0)
     features, weight, outputs = softmax_problem("gaussian", d=3, m=30)
     class_weight = torch.tensor([1.0, -2.0, 1.0]).double()
     criterion = nn.CrossEntropyLoss(class_weight, reduction="sum")
@@ -554,7 +554,7 @@ PHI, W, Z = torch.ones(5, 3), torch.ones(2, 3), torch.ones(5, 2)
         ),
     ],
 )
-def test_bad_arguments(call: Callable[[], Any], message: str) -> None:
+def test_bad_arguments_are_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         call()
 

@@ -139,12 +139,13 @@ def test_collections_keep_apart_what_begins_alike() -> None:
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_plot(name: str) -> None:
+def test_every_measure_is_plotted(name: str) -> None:
     mpl.use("Agg")
     metric = MEASURES[name][0]("cross_entropy")
     metric.update(*make_batches([5], nn.CrossEntropyLoss())[0])
-    metric.plot()
-    plt.close("all")
+    figure, _ = metric.plot()
+    assert figure.axes[0].has_data()
+    plt.close(figure)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_plot(name: str) -> None:
         ),
     ],
 )
-def test_bad_arguments(make: Callable[[], Metric], message: str) -> None:
+def test_bad_arguments_are_named(make: Callable[[], Metric], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         make()
 

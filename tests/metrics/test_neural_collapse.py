@@ -84,7 +84,7 @@ def test_forward_gives_the_batch_and_keeps_the_sum() -> None:
     assert floats(fed(metric, batches[:1]).compute()) == pytest.approx(without_nc4(of_union(batches[:1])), rel=1e-8)
 
 
-def test_clones_and_pickles() -> None:
+def test_clones_and_pickles_go_on_from_there() -> None:
     batches = make_batches([9, 11, 2])
     metric = fed(make(class_means=torch.randn(CLASSES, WIDTH)), batches[:1])
     expected = floats(fed(metric.clone(), batches[1:]).compute())
@@ -94,7 +94,7 @@ def test_clones_and_pickles() -> None:
 
 
 @pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="this torchmetrics has no Metric.merge_state yet")
-def test_merged_states() -> None:
+def test_merged_states_are_those_of_all_batches() -> None:
     batches = make_batches([9, 11, 2])
     metric, other = fed(make(), batches[:2]), fed(make(), batches[2:])
     other.merge_state(metric)
@@ -179,12 +179,13 @@ def test_inference_mode_and_the_random_stream() -> None:
     fed(metric, make_batches([5]))  # also afterwards, outside
 
 
-def test_plot() -> None:
+def test_all_entries_are_plotted() -> None:
     mpl.use("Agg")
     metric = make()
     values = [metric(*batch) for batch in make_batches([20, 20])]
     for given_values in (None, values[0], values):
         figure, _ = metric.plot(given_values)
+        assert figure.axes[0].has_data()
         plt.close(figure)
 
 
@@ -226,7 +227,7 @@ def test_bad_batches_leave_the_metric_as_it_was(
         ({"center": torch.ones(4), "class_means": torch.ones(3, 4)}, ValueError, "`center` to be left out"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"Expected argument {message}"):
         NeuralCollapse(**{"num_classes": 3, "num_features": 4, **options})
 

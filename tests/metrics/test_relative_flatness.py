@@ -59,7 +59,7 @@ def test_forward_gives_the_batch_and_keeps_the_sum() -> None:
     assert value_of(metric, batches[:1]) == pytest.approx(of_union(batches[:1], criterion), rel=1e-10)
 
 
-def test_clones_and_pickles() -> None:
+def test_clones_and_pickles_go_on_from_there() -> None:
     criterion = nn.CrossEntropyLoss()
     batches = make_batches([5, 2, 3], criterion)
     metric = RelativeFlatness("cross_entropy")
@@ -69,7 +69,7 @@ def test_clones_and_pickles() -> None:
 
 
 @pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="this torchmetrics has no Metric.merge_state yet")
-def test_merged_states() -> None:
+def test_merged_states_are_those_of_all_batches() -> None:
     criterion = nn.CrossEntropyLoss()
     batches = make_batches([5, 2], criterion)
     metric = RelativeFlatness("cross_entropy")
@@ -125,7 +125,7 @@ def test_a_class_is_no_loss() -> None:
         RelativeFlatness(nn.MSELoss)  # type: ignore[arg-type]
 
 
-def test_tracker() -> None:
+def test_a_tracker_has_the_value_of_each_round() -> None:
     batches = make_batches([5, 2], nn.CrossEntropyLoss())
     tracker = MetricTracker(RelativeFlatness(), maximize=False)
     for batch in batches:
@@ -136,7 +136,7 @@ def test_tracker() -> None:
     assert tracker.best_metric(return_step=True) == (pytest.approx(min(expected)), expected.index(min(expected)))
 
 
-def test_plot() -> None:
+def test_a_plot_begins_at_zero() -> None:
     mpl.use("Agg")
     metric = RelativeFlatness()
     values = [metric(*batch) for batch in make_batches([5, 2], nn.CrossEntropyLoss())]
@@ -165,7 +165,7 @@ ANY_LOSS = [log_cosh, log_cosh_per_sample, LogCoshSum(), nn.SoftMarginLoss(reduc
 
 
 @pytest.mark.parametrize("loss", ANY_LOSS)
-def test_any_loss_exactly(loss: Any) -> None:
+def test_any_loss_is_exact_without_probes(loss: Any) -> None:
     batches = make_batches([5, 2, 3], nn.MSELoss())
     summed = loss if getattr(loss, "reduction", "mean") == "sum" else lambda z, y: log_cosh_per_sample(z, y).mean()
     metric = RelativeFlatness(loss, probes=None)
@@ -220,7 +220,7 @@ def test_batches_and_epochs_draw_different_probes() -> None:
     assert len(set(values)) > 1
 
 
-def test_layouts() -> None:
+def test_class_dim_says_where_the_outputs_are() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 5, WIDTH, generator=generator)
     weight = torch.randn(CLASSES, WIDTH, generator=generator)
@@ -245,7 +245,7 @@ def test_layouts() -> None:
     ],
 )
 @pytest.mark.parametrize("loss", ["cross_entropy", F.cross_entropy], ids=["named", "any"])
-def test_bad_batches(change: dict[str, Tensor], error: type[Exception], message: str, loss: Any) -> None:
+def test_bad_batches_are_named(change: dict[str, Tensor], error: type[Exception], message: str, loss: Any) -> None:
     batch = {
         "features": torch.ones(5, 3),
         "weight": torch.ones(4, 3),
@@ -271,7 +271,7 @@ def test_bad_batches(change: dict[str, Tensor], error: type[Exception], message:
         ({"probes": 0}, "`probes` to be an integer of at least 1, or None, but got 0"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         RelativeFlatness(**options)
 

@@ -191,7 +191,7 @@ def test_no_more_samples_are_kept_than_there_is_room_for(
 
 @pytest.mark.parametrize("columns", [None, 300])
 @pytest.mark.parametrize("forward", [False, True])
-def test_a_running_window(columns: int | None, forward: bool) -> None:
+def test_a_running_window_is_of_its_last_batches(columns: int | None, forward: bool) -> None:
     batches = [*large_batches(), large_batches()[0]]
     window = Running(LargestEigenvalue(in_features=40, out_features=5, columns=columns), window=2)
     for number, batch in enumerate(batches):
@@ -216,7 +216,7 @@ def test_states_of_several_processes_can_be_merged() -> None:
 
 
 @pytest.mark.parametrize("columns", [None, 300])
-def test_resumed(columns: int | None) -> None:
+def test_a_state_that_was_saved_goes_on_elsewhere(columns: int | None) -> None:
     batches = large_batches()
     make = partial(LargestEigenvalue, in_features=40, out_features=5, columns=columns)
     metric, other = make(), make()
@@ -280,7 +280,7 @@ def test_a_changing_weight_gives_the_eigenvalue_of_the_average() -> None:
         ({"seed": -1}, "`seed` to be an integer of at least 0, but got -1"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         make_metric(**options)
 

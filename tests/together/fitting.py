@@ -120,7 +120,7 @@ def _expected_to_be_logged(case: Case, loop: Loop) -> dict[str, float]:
     own_statistics = case["behind"] == "batch_norm" and case["strategy"] != "single"  # each process has running ones
     averaged = case["beside"] in ("average", "swa")
     if case["monitor"] in ("flatness", "report", "layers") and not averaged and not own_statistics:
-        name = "val/layer_flatness/layer" if case["monitor"] == "layers" else "val/relative_flatness"
+        name = "val_layer_flatness/layer" if case["monitor"] == "layers" else "val/relative_flatness"
         expected[name] = loop.validated()
     return expected
 

@@ -89,7 +89,7 @@ def class_names(count: int | None, *places: object) -> list[str] | None:
     for place in places if count is not None else ():
         for owner in _behind(place):
             for attribute in ("classes", "class_names"):
-                found = getattr(owner, attribute, None)
+                found: Any = getattr(owner, attribute, None)
                 found = found.tolist() if hasattr(found, "tolist") else found
                 if isinstance(found, Sequence) and not isinstance(found, str) and len(found) == count:
                     return [str(name) for name in found]
