@@ -9,13 +9,16 @@ from typing import Any
 import griffe
 
 import lightning_relflat
-from lightning_relflat import functional, metrics
+from lightning_relflat import functional, metrics, report
 
-# The shortest public path of what the package exports, and the object.
+# What is exported for other parts of the package.
+OURS = {"Collector", "Seen"}
+# The shortest public path of what else is exported, and the object.
 PUBLIC: dict[str, tuple[str, Any]] = {
     name: (f"{home.__name__}.{name}", getattr(home, name))
-    for home in (functional, metrics, lightning_relflat)
+    for home in (report, functional, metrics, lightning_relflat)
     for name in home.__all__
+    if name not in OURS
 }
 # What users call, though a base class asks for it.
 CALLED = {"__init__", "compute", "plot", "update"}
@@ -88,7 +91,7 @@ def to_markdown(text: str) -> str:
 
 def _reference(match: re.Match[str]) -> str:
     name = match[2].rsplit(".", 1)[-1] if match[1] else match[2]
-    *_, parent, last = ["", *match[2].split(".")]
+    parent, last = match[2].split(".")[-2:] if "." in match[2] else ("", match[2])
     if last in PUBLIC:
         path = PUBLIC[last][0]
     elif parent in PUBLIC and isinstance(PUBLIC[parent][1], type):

@@ -25,7 +25,7 @@ LETTERS = dict(
 
 
 def on_page_content(content: str, *, page: Page, files: Files, **kwargs: Any) -> str:  # noqa: ARG001 - theirs
-    """Replace the formulas of a page, and names of other pages by links to them."""
+    """Replace the formulas of a page and names of other pages, and let long names break."""
 
     def link(match: re.Match[str]) -> str:
         file = files.get_file_from_path(match[1])
@@ -34,6 +34,10 @@ def on_page_content(content: str, *, page: Page, files: Files, **kwargs: Any) ->
         return f'<a href="{file.url_relative_to(page.file)}">{file.page.title}</a>'
 
     content = re.sub(r"<code>docs/([\w/]+\.md)</code>", link, content)
+    # A long name may go on in the next line after a dot.
+    content = re.sub(
+        r'(?<=<span class="doc doc-object-name )[^>]*>[\w.]+', lambda name: name[0].replace(".", ".<wbr>"), content
+    )
     content = re.sub(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', _block, content, flags=re.DOTALL)
     return re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', _inline, content, flags=re.DOTALL)
 

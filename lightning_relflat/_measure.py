@@ -81,7 +81,7 @@ def measure(
         RuntimeError: if the loss does not depend on the head, or the curvature cannot be had rightly.
         FloatingPointError: if the loss of a batch is not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat import measure
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))

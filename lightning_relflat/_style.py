@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 # Texts and axes: 4.8 : 1 on white, and still legible where a page lays a transparent picture on black.
 INK = "#6b737d"
-# Told apart by the colour-blind, by their lightness too, and seen on white and on black: after Okabe and Ito.
-BLUE, ORANGE, GREEN, RED, PINK, SKY = COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+# Told apart by the colour-blind, too, and seen on white and on black pages.
+BLUE, ORANGE, GREEN, PURPLE, GOLD = COLOURS = ("#2b83c6", "#e0701a", "#1b9e77", "#6a3d9a", "#e6ab02")
+DARK_ORANGE = "#b85407"  # for letters
 
-STYLE = {
+_STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -41,13 +42,19 @@ STYLE = {
 }
 
 
+def settings() -> dict[str, Any]:
+    """Return the style as matplotlib's settings: ``style.use(settings())``, where every picture is to have it."""
+    from cycler import cycler
+
+    return {**_STYLE, "axes.prop_cycle": cycler(color=COLOURS)}
+
+
 @contextmanager
 def styled() -> Iterator[None]:
     """Draw in our style; what the user has set is set again afterwards, and does not show in the picture."""
-    from cycler import cycler
     from matplotlib import style
 
-    with style.context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}, after_reset=True):
+    with style.context(settings(), after_reset=True):
         yield
 
 

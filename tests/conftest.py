@@ -24,6 +24,8 @@ from tests.watching import forget_graphs, graphs_compiled
 TOGETHER = {
     "tests/functional/test_layer_flatness.py",
     "tests/functional/test_probes.py",
+    "tests/test_correlation_study.py",
+    "tests/test_site.py",
     "tests/test_waits.py",
 }
 

@@ -67,6 +67,11 @@ def run(folder: Path, *commands: Sequence[str]) -> None:
             assert process.wait(timeout=300) == 0, (folder / f"log-{index}").read_text()
 
 
+def run_code(code: str) -> subprocess.CompletedProcess[str]:
+    """Run lines of Python in a fresh process, to the end, whatever it is."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 def spawn(work: Callable[..., None], arguments: Sequence[object], *, nprocs: int) -> None:
     """Run a function in several processes, with its rank before the arguments.
 

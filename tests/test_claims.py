@@ -49,7 +49,7 @@ FAILS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "masked rows": (lambda z, y: F.cross_entropy(z[:7], y[:7]), "rows have no share"),
     "a layer between": (lambda z, y: F.cross_entropy(z.tanh() @ MIX, y), "differs by"),
     "focal loss": (focal, "differs by"),
-    "another criterion": (lambda z, y: F.mse_loss(z, F.one_hot(y, D).double()), "differs by"),
+    "another criterion": (lambda z, y: F.mse_loss(z, F.one_hot(y, D).to(z)), "differs by"),
     "piecewise linear": (lambda z, y: F.l1_loss(z, F.one_hot(y, D).double()), "no second derivatives|piecewise linear"),
     "an entropy bonus": (
         lambda z, y: F.cross_entropy(z, y) + 0.1 * (z.softmax(1) * z.log_softmax(1)).sum(1).mean(),
@@ -116,7 +116,7 @@ def test_with_very_many_outputs_rows_or_gradients_are_compared(case: str, monkey
     value = loss(outputs, target)
     with gradients_taken(monkeypatch) as taken:
         verdict = check_claim(value, [outputs], target, nn.CrossEntropyLoss())
-    assert len(taken) <= 1  # nothing is differentiated twice
+    assert not any(taken)  # nothing can be differentiated twice, which would take as much memory again
     assert verdict.holds is (not reason)
     assert reason in verdict.reason
 

@@ -160,6 +160,15 @@ def test_nothing_in_the_reference_is_left_as_it_was_written(reference: dict[str,
 
 
 @pytest.mark.slow
+def test_signatures_are_laid_out(reference: dict[str, Page]) -> None:
+    blocks = [block for page in reference.values() for blocks in page.code.values() for block in blocks]
+    signatures = [block for block in blocks if ">>>" not in block]
+    assert len(signatures) > 100
+    for signature in signatures:
+        assert max(len(line) for line in signature.splitlines()) <= 80, signature
+
+
+@pytest.mark.slow
 def test_examples_are_code_and_formulas_are_formulas(reference: dict[str, Page]) -> None:
     shown = {name: page for page in reference.values() for name in page.headings}
     texts = {name: text for name, text in own_docstrings().items() if name in shown}

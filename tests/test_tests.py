@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.conftest import TOGETHER
+
 TESTS = Path(__file__).parent
 FILES = sorted(TESTS.rglob("*.py"))
 PATCHING = {"setattr", "delattr", "setitem", "object", "patch", "replace_attr"}
@@ -53,6 +55,10 @@ def test_no_test_puts_something_else_in_the_place_of_a_private_name() -> None:
         if re.match(r"_[a-zA-Z]", name)
     }
     assert found == set()
+
+
+def test_files_that_stay_together_are_there() -> None:
+    assert [name for name in TOGETHER if not (TESTS.parent / name).exists()] == []
 
 
 def test_this_would_be_seen() -> None:

@@ -66,13 +66,13 @@ def as_on_a_device() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def gradients_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Count the calls of torch.autograd.grad."""
-    calls: list[int] = []
+def gradients_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Note the calls of torch.autograd.grad, each by whether what it returns can be differentiated again."""
+    calls: list[bool] = []
     grad = torch.autograd.grad
 
     def counting(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
+        calls.append(bool(kwargs.get("create_graph")))
         return grad(outputs, *args, **kwargs)
 
     with monkeypatch.context() as context:

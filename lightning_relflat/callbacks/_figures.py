@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_relflat._style import BLUE, INK, RED, new_figure, styled, with_grid
+from lightning_relflat._style import BLUE, DARK_ORANGE, INK, new_figure, styled, with_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,7 +181,8 @@ def sample_grid(samples: Sequence[Drawn], title: str, where: str) -> Figure:
     shown = list(zip(images, samples, strict=True))[:MOST_SAMPLES]
     columns = min(len(shown), 4 if len(shown) <= 16 else 6)
     rows = -(-len(shown) // columns)
-    figure = new_figure(max(1.25 * columns, 3.6), 1.75 * rows + 0.6)
+    figure = new_figure(max(1.25 * columns, 3.6), 1.9 * rows + 0.6)
+    figure.set_layout_engine("constrained", h_pad=0.08)  # whose label is whose
     figure.suptitle(f"{title}\n{where}")
     for place, (image, one) in enumerate(shown, 1):
         axes = figure.add_subplot(rows, columns, place)
@@ -190,7 +191,7 @@ def sample_grid(samples: Sequence[Drawn], title: str, where: str) -> Figure:
         axes.spines[:].set_visible(False)
         axes.set_title(f"sample {one.index}\npart {one.part:.3g}", fontsize=8)
         wrong = None not in (one.label, one.prediction) and one.label != one.prediction
-        axes.set_xlabel(_said(one, "\n"), fontsize=8, color=RED if wrong else INK)
+        axes.set_xlabel(_said(one, "\n"), fontsize=8, color=DARK_ORANGE if wrong else INK)
     return figure
 
 

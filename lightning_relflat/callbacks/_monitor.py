@@ -288,9 +288,21 @@ class Monitor(Callback):
             behind = f"/dataloader_idx_{loader}" if loaders > 1 else ""
             for label, value in self.end_epoch(stage, loader, behind).items():
                 shown = bool(getattr(self, "prog_bar", False)) and label in IN_BAR
-                name = named(stage, label, self.name) + behind
+                name = _Name(named(stage, label, self.name) + behind)
                 # The size is told, because Lightning would look for one in a batch that it may not have.
                 self._module.log(name, value, prog_bar=shown, batch_size=1, add_dataloader_idx=False)
+
+
+class _Name(str):
+    """A name of a value that may end as Lightning's own for one of several loaders do.
+
+    Lightning 2.4 refuses such a name, also where it is told to add no number of its own.
+    """
+
+    __slots__ = ()
+
+    def __contains__(self, part: object) -> bool:
+        return part != "/dataloader_idx_" and super().__contains__(part)  # type: ignore[operator]
 
 
 def computed(metric: Metric) -> Any:

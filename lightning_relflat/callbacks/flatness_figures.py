@@ -166,7 +166,7 @@ class FlatnessFigures(Callback):
         if "neuron_pairs" in values:
             pairs: Tensor = values["neuron_pairs"]
             names = self._class_names(trainer, stage, behind, len(pairs))
-            yield "neuron_pairs", heat_map(pairs, names, "What pairs of outputs have in κ", where)
+            yield "neuron_pairs", heat_map(pairs, names, "κ by pairs of outputs", where)
 
     def _of_layers(self, stage: Stage, behind: str, monitor: LayersMonitor) -> Iterator[tuple[str, Figure]]:
         names, flatness, errors = monitor.values[f"{stage}{behind}"]

@@ -12,15 +12,16 @@ _NUMBERED = re.compile(r"version_\d+|last(-v\d+)?|checkpoints")
 _FILES = {".ckpt", ".json", ".pt", ".pth"}
 
 
-def labels(places: Sequence[str], facts: Sequence[Mapping[str, Any]] = ()) -> list[str]:
-    r"""Return a short name for each of several files or folders; no two are the same.
+def labels(places: Sequence[str], facts: Sequence[Mapping[str, Any]] = (), between: str = ", ") -> list[str]:
+    """Return a short name for each of several files or folders; no two are the same.
 
-    It is the file's name where that tells them apart. Else it is the folders in which they differ, and in a second line
-    the arguments or, if there are none, the epoch and step in which they differ.
+    It is the file's name where that tells them apart. Else it is the folders in which they differ, and behind them the
+    arguments or, if there are none, the epoch and step in which they differ.
 
     Args:
         places: their paths, no two of one place.
         facts: what is known of each: the arguments of its model, and after them ``epoch`` and ``step``.
+        between: what stands between folders and arguments; a new line in the head of a column.
 
     Returns:
         The names.
@@ -32,14 +33,14 @@ def labels(places: Sequence[str], facts: Sequence[Mapping[str, Any]] = ()) -> li
         >>> labels(["logs/a/last.ckpt", "logs/b/last.ckpt"])
         ['a', 'b']
         >>> labels(["version_0", "version_1"], [{"width": 3, "lr": 0.1}, {"width": 6, "lr": 0.1}])
-        ['version_0\nwidth=3', 'version_1\nwidth=6']
+        ['version_0, width=3', 'version_1, width=6']
     """
     stems = [_stem(place) for place in places]
     if len(set(stems)) == len(stems) and not any(_NUMBERED.fullmatch(stem) for stem in stems):
         return stems
     names = stems if len(set(stems)) == len(stems) else _where_they_differ(places)
     told = [_told(fact, facts) for fact in facts] or [""] * len(places)
-    return [f"{name}\n{what}" if what else name for name, what in zip(names, told, strict=True)]
+    return [f"{name}{between}{what}" if what else name for name, what in zip(names, told, strict=True)]
 
 
 def _stem(place: str) -> str:

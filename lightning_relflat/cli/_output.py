@@ -17,6 +17,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.text import Text
 
+from lightning_relflat._style import new_figure as blank_figure
+from lightning_relflat._style import styled, with_grid
 from lightning_relflat.cli._shared import InputError
 from lightning_relflat.cli._tables import Sheet
 
@@ -80,9 +82,10 @@ class Result:
             write_whole(Path(config.out), lambda path: path.write_text(text, encoding="utf-8"))
         if config.get("plot") is not None:
             assert self.figure is not None
-            figure = self.figure()
             kind = Path(config.plot).suffix[1:].lower()
-            write_whole(Path(config.plot), lambda path: figure.savefig(path, dpi=130, format=kind))
+            with styled():
+                figure = self.figure()
+                write_whole(Path(config.plot), lambda path: figure.savefig(path, format=kind))
         if config.json:
             stdout.write(text)
             return
@@ -127,7 +130,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def new_figure(*, columns: int = 1, width: float = 6.5, height: float = 4.2) -> tuple[Figure, Sequence[Any]]:
-    """Return a figure and its axes side by side.
+    """Return a figure and its axes side by side; to be called within :func:`~lightning_relflat._style.styled`.
 
     Args:
         columns: how many axes.
@@ -137,12 +140,10 @@ def new_figure(*, columns: int = 1, width: float = 6.5, height: float = 4.2) -> 
     Returns:
         The figure and the axes.
     """
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = blank_figure(width, height)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
-        axis.grid(alpha=0.3, linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        with_grid(axis)
     return figure, list(axes)
 
 

@@ -149,4 +149,4 @@ def values_of(report: Report, part: Part) -> dict[str, float]:
     values = {f"{part}/relative_flatness": report.relative_flatness}
     if report.error:
         values[f"{part}/relative_flatness_error"] = report.error
-    return values | {f"{part}/flatness/{name}": report.made_of[name] for name in OF_REPORT if name in report.made_of}
+    return values | {f"{part}_flatness/{name}": report.made_of[name] for name in OF_REPORT if name in report.made_of}

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from matplotlib.figure import Figure
 
+from lightning_relflat._style import BLUE, GREEN, INK, ORANGE
 from lightning_relflat.callbacks import FAM
 from lightning_relflat.cli._data import NAMES, PARTS, Loaders, as_data, parts_of
 from lightning_relflat.cli._options import DataFunction, Parser, add_classes, add_layer, add_outputs
@@ -228,7 +229,7 @@ def draw(search: CoefficientSearch) -> Figure:
         The figure. Plain training and ``"auto"``, which have no place on an axis of numbers, are lines across.
     """
     figure, axes = new_figure(columns=3, width=13, height=3.8)
-    colours: dict[Candidate, Any] = {0.0: "black", "auto": "C1"}
+    colours: dict[Candidate, Any] = {0.0: INK, "auto": ORANGE}
     numbers = [candidate for candidate in search.candidates if candidate not in (0, "auto")]
     for index, candidate in enumerate(numbers):
         colours[candidate] = (0.7 - 0.7 * index / len(numbers), 0.8 - 0.6 * index / len(numbers), 0.95)
@@ -260,11 +261,11 @@ def draw(search: CoefficientSearch) -> Figure:
                 axis.axhspan(mean - error, mean + error, color=colours[key], alpha=0.15, linewidth=0)
         means, errors = [mean for mean, _ in points.values()], [error for _, error in points.values()]
         xs: list[Any] = list(points)
-        axis.errorbar(xs, means, errors, color="C0", marker="o", capsize=3)
+        axis.errorbar(xs, means, errors, color=BLUE, marker="o", capsize=3)
         if search.suggestion in points:
             chosen: Any = search.suggestion
             label = f"λ = {chosen:g}, suggested"
-            axis.plot(chosen, points[chosen][0], "o", color="C2", markersize=10, zorder=3, label=label)
+            axis.plot(chosen, points[chosen][0], "o", color=GREEN, markersize=10, zorder=3, label=label)
         axis.set(xscale="log", xlabel="λ", ylabel=f"{name} at the best epoch")
     shown = [loss for key in search.losses for curve in search.curves[key] for loss in curve.losses if loss > 0]
     for axis in axes if max(shown) > 3 * min(shown) else axes[2:]:

@@ -29,7 +29,7 @@ EPILOG = """\
 examples:
   relflat compare lightning_logs/version_*
   relflat compare a.json b.json c.json --against gap/loss --plot gap.png
-  relflat compare a.ckpt b.ckpt --model my.Net --data my.Data --columns 'val/flatness/*'
+  relflat compare a.ckpt b.ckpt --model my.Net --data my.Data --columns 'val_flatness/*'
 
 A RUN is a folder with CSVLogger's metrics.csv or TensorBoard's event files, whose last logged values count; a file
 that `relflat measure --json` wrote; or a checkpoint, which is measured, with the options of `relflat measure`.
@@ -39,7 +39,7 @@ Of what was logged for both, gap/NAME is val/NAME - train/NAME.
 Values = dict[str, float]
 
 # How the names of what the callbacks log begin, behind the part of the data.
-_FLATNESS = ("relative_flatness", "flatness/", "layer_flatness", "network_flatness")
+_FLATNESS = ("relative_flatness", "flatness/", "layer_flatness")
 
 
 def make_parser(function: DataFunction | None) -> ArgumentParser:
@@ -99,6 +99,7 @@ def run(config: Namespace, given: Namespace) -> Result:
     interrupted = len(runs) < len(config.runs)
     notes = [f"Interrupted after {len(runs)} of {len(config.runs)} runs."] if interrupted else []
     names = dict(zip(runs, labels(list(runs), facts), strict=True))
+    heads = dict(zip(runs, labels(list(runs), facts, between="\n"), strict=True))
     for column in filter(None, (config.by, config.against)):
         _check_column(column, runs)
     runs = dict(sorted(runs.items(), key=lambda item: _last_if_unknown(item[1].get(config.by))))
@@ -108,16 +109,15 @@ def run(config: Namespace, given: Namespace) -> Result:
     }
     title = f"{len(runs)} runs by {config.by}"
     if len(columns) > max(6, len(runs)):  # runs across, so that it fits
-        table = Sheet(title, ["", *(names[path] for path in runs)])
+        table = Sheet(title, ["", *(heads[path] for path in runs)])
         for column in columns:
             table.add(column, *(_cell(values, column) for values in runs.values()))
     else:
         table = Sheet(title, ["run", *columns])
         for path, values in runs.items():
-            table.add(names[path].replace("\n", ", "), *(_cell(values, column) for column in columns))
+            table.add(names[path], *(_cell(values, column) for column in columns))
     notes += [
-        f"{', '.join(names[path].partition(chr(10))[0] for path in lacking)} "
-        f"{'has' if len(lacking) == 1 else 'have'} no {column}."
+        f"{', '.join(names[path] for path in lacking)} {'has' if len(lacking) == 1 else 'have'} no {column}."
         for column, lacking in missing.items()
     ]
     data: dict[str, Any] = {
@@ -250,7 +250,7 @@ def _columns(config: Namespace, runs: dict[str, Values]) -> list[str]:
     """Return the columns to show: first the one that is sorted by, then the one to correlate with."""
     names = list(dict.fromkeys(name for values in runs.values() for name in values))
     if config.columns is None:
-        hidden = ("flatness/", "layer_flatness", "network_flatness", "epoch", "step", "lr-", "hp_metric")
+        hidden = ("flatness/", "layer_flatness", "neural_collapse", "epoch", "step", "lr-", "hp_metric")
         rest = [name for name in names if not any(part in name for part in hidden) and not name.startswith("fam/")]
     else:
         for pattern in config.columns:

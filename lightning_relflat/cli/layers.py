@@ -68,8 +68,8 @@ def run(config: Namespace, given: Namespace) -> Result:
     except KeyboardInterrupt:
         if not reports:
             raise
-    heads = labels(list(reports), facts)
-    side_by_side = Comparison.of(list(reports.values()), heads)
+    side_by_side = Comparison.of(list(reports.values()), labels(list(reports), facts))
+    heads = labels(list(reports), facts, between="\n")
     table = Sheet(f"κ of every layer on {NAMES[config.split]} data, ± standard error", ["layer", *heads])
     rows = side_by_side.layer_rows()
     for index, row in enumerate(rows):

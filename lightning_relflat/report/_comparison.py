@@ -28,7 +28,7 @@ class Comparison:
     Raises:
         ValueError: if there is none.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat import measure
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -169,14 +169,13 @@ class Comparison:
 
 
 def _compared(name: str, report: Report, other: str, sharper: Report) -> str:
-    """Return how much flatter a report is than another."""
+    """Return how much flatter a report is than another; with the losses, because κ changes while a model learns."""
     small, large = report.relative_flatness, sharper.relative_flatness
     width = 2 * (report.error**2 + sharper.error**2) ** 0.5
+    losses = f", the loss {number(report.mean_loss)} beside {number(sharper.mean_loss)}"
     if large - small <= width:
         if width == 0:
-            return f"{name!r} is as flat as {other!r}: κ is {kappa_of(report)} in both."
-        return f"{name!r} and {other!r} cannot be told apart: κ is {kappa_of(report)} and {kappa_of(sharper)}."
-    if small <= 0:
-        return f"{name!r} is flatter than {other!r}: κ is {kappa_of(report)} beside {kappa_of(sharper)}."
-    ratio = times(large / small)
-    return f"{name!r} is {ratio} flatter than {other!r}: κ is {kappa_of(report)} beside {kappa_of(sharper)}."
+            return f"{name!r} is as flat as {other!r}: κ is {kappa_of(report)} in both{losses}."
+        return f"{name!r} and {other!r} cannot be told apart: κ is {kappa_of(report)} and {kappa_of(sharper)}{losses}."
+    ratio = f"{times(large / small)} flatter" if small > 0 else "flatter"
+    return f"{name!r} is {ratio} than {other!r}: κ is {kappa_of(report)} beside {kappa_of(sharper)}{losses}."

@@ -10,7 +10,7 @@ from lightning_relflat._numbers import number
 from lightning_relflat.report._pictures import data_uri
 from lightning_relflat.report._style import STYLE
 from lightning_relflat.report._text import layer_value
-from lightning_relflat.report._words import MEANINGS, kappa_of, percent
+from lightning_relflat.report._words import MEANINGS, kappa_of, percent, shown
 
 if TYPE_CHECKING:
     from lightning_relflat.report._comparison import Comparison
@@ -80,7 +80,7 @@ def _side_by_side(comparison: Comparison) -> str:
                 own = next((layer for layer in report.layers if layer.name == row[0]), None)
                 texts.append(_bar(None if own is None else own.relative_flatness, largest, text))
             cells.append(texts)
-        found += f"<h2>Layers</h2>{_table(heads, cells, wide=True)}"
+        found += f"<h2>Layers</h2>{_table(heads, cells, wide=False)}"
     return found
 
 
@@ -96,6 +96,8 @@ def _details(report: Report, level: int = 2) -> str:
             ]
             for layer in report.layers
         ]
+        if report.network is not None:
+            rows.append(["<em>sum</em>", escape(shown(*report.network)), ""])
         found.append(_part("Layers", ["layer", "κ", "what it is"], rows, level))
     if report.classes:
         largest = _largest(one.relative_flatness for one in report.classes)
@@ -131,7 +133,7 @@ def _of_head(report: Report) -> str:
 
 
 def _part(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], level: int) -> str:
-    return f"<h{level}>{title}</h{level}>{_table(heads, rows, wide=True)}"
+    return f"<h{level}>{title}</h{level}>{_table(heads, rows, wide=heads[-1] == 'what it is')}"
 
 
 def _sentences(sentences: Sequence[str]) -> str:
@@ -144,7 +146,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool) -
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
     )
-    kind = "" if wide else ' class="values"'
+    kind = ' class="wide"' if wide else ""
     return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

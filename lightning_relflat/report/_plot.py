@@ -16,7 +16,7 @@ MANY = 40
 
 
 def plot_reports(reports: Mapping[str, Report]) -> Figure:
-    """Draw κ of the layers, of the classes and of the sharpest samples, of all reports in the same axes.
+    """Draw κ of the layers, of the classes and, of one report alone, of the sharpest samples.
 
     Args:
         reports: the reports by name.
@@ -38,7 +38,7 @@ def plot_reports(reports: Mapping[str, Report]) -> Figure:
         for panel in (
             _bars(reports, "layers", "κ of the layers"),
             _bars(reports, "classes", "κ of the classes"),
-            _bars(reports, "sharpest", "sharpest samples: part in κ"),
+            _bars(reports, "sharpest", "sharpest samples: part in κ") if len(reports) == 1 else None,
         )
         if panel is not None
     ] or [_heads(reports)]
@@ -46,8 +46,8 @@ def plot_reports(reports: Mapping[str, Report]) -> Figure:
     figure = Figure(figsize=(4.6 * len(panels), min(max(2.4, height), 14)), layout="constrained")
     for axes, (title, names, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(axes, title, names, series)
-        if len(reports) > 1:
-            axes.legend(frameon=False)
+    if len(reports) > 1 and panels[0][2].keys() == reports.keys():
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
     return figure
 
 

@@ -20,7 +20,9 @@ main.relflat{max-width:1080px;margin:0 auto;padding:24px 16px 48px;box-sizing:bo
 vertical-align:top;font-variant-numeric:tabular-nums;background:none}
 .relflat thead th{color:var(--soft);font-weight:600}
 .relflat tbody th{font-weight:500;white-space:nowrap}
-.relflat td{overflow-wrap:anywhere}
+.relflat td{white-space:nowrap}
+.relflat .wide td:last-child{white-space:normal;min-width:9rem}
+.relflat td:last-child{overflow-wrap:anywhere}
 .relflat em{color:var(--soft);font-size:.8em}
 .relflat .bar{position:relative;display:block;min-width:9rem;padding:0 .4rem;white-space:nowrap}
 .relflat .bar i{position:absolute;inset:0 auto 0 0;background:var(--bar);border-radius:3px}

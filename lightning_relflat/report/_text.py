@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_relflat._numbers import number, with_error
+from lightning_relflat._numbers import number
 from lightning_relflat.report._pictures import data_uri
-from lightning_relflat.report._words import MEANINGS, percent
+from lightning_relflat.report._words import MEANINGS, percent, shown
 
 if TYPE_CHECKING:
     from lightning_relflat.report._report import LayerFlatness, Report
@@ -35,6 +35,7 @@ def text_of(report: Report) -> str:
         blocks.append(table(("made of", "", "what it is"), rows))
     if report.layers:
         rows = [(one.name, layer_value(one), one.kind) for one in report.layers]
+        rows += [] if report.network is None else [("sum", shown(*report.network), "")]
         blocks.append(table(("layer", "κ", "what it is"), rows))
     if report.classes:
         rows = [
@@ -67,7 +68,7 @@ def layer_value(layer: LayerFlatness) -> str:
     """
     if layer.relative_flatness is None:
         return "not measured"
-    return with_error(layer.relative_flatness, layer.error) if layer.error else number(layer.relative_flatness)
+    return shown(layer.relative_flatness, layer.error)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -57,9 +57,20 @@ def kappa_of(report: Report) -> str:
     Returns:
         The text.
     """
-    if report.error:
-        return with_error(report.relative_flatness, report.error)
-    return number(report.relative_flatness)
+    return shown(report.relative_flatness, report.error)
+
+
+def shown(value: float | None, error: float | None) -> str:
+    """Return a number, with its standard error if it has one.
+
+    Args:
+        value: the number.
+        error: the error, 0 for what is exact.
+
+    Returns:
+        The text.
+    """
+    return with_error(value, error) if value is not None and error else number(value)
 
 
 def percent(share: float) -> str:
@@ -71,7 +82,7 @@ def percent(share: float) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> from lightning_relflat.report._words import percent
         >>> percent(0.0), percent(0.0001), percent(0.126), percent(0.9999), percent(1.0)
         ('0 %', 'under 1 %', '13 %', 'over 99 %', '100 %')
@@ -94,7 +105,7 @@ def times(ratio: float) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> from lightning_relflat.report._words import times
         >>> times(1.234), times(5.02), times(123.4), times(2.0e9)
         ('1.2 times', '5.0 times', '123 times', '2e+09 times')
@@ -164,17 +175,17 @@ def _of_layers(report: Report) -> list[str]:
         which = "the head itself" if sharpest.name == report.layer else f"{sharpest.name!r}"
         share = (sharpest.relative_flatness or 0.0) / total if total > 0 else math.nan
         part = f", {percent(share)} of the sum over all layers" if 0 <= share <= 1 else ""
+        kappa = shown(sharpest.relative_flatness, sharpest.error)
         found.append(
-            f"Of {len(known)} layers measured the sharpest is {which} "
-            f"(κ {number(sharpest.relative_flatness)}{part}); κ of the head is smaller than that of {smaller} of the "
-            f"{len(others)} other{'s' if len(others) > 1 else ''}."
+            f"Of {len(known)} layers measured the sharpest is {which} (κ {kappa}{part}); κ of the head is smaller than "
+            f"that of {smaller} of the {len(others)} other{'s' if len(others) > 1 else ''}."
         )
     reasons: dict[str, list[str]] = {}
     for layer in absent:
         reasons.setdefault(layer.reason or "", []).append(repr(layer.name))
     for reason, names in reasons.items():
-        shown = names if len(names) <= MANY else [*names[:MANY], f"… {len(names) - MANY} more"]
-        found.append(f"Not measured, because {reason}: {', '.join(shown)}.")
+        first = names if len(names) <= MANY else [*names[:MANY], f"… {len(names) - MANY} more"]
+        found.append(f"Not measured, because {reason}: {', '.join(first)}.")
     return found
 
 

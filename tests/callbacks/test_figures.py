@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from lightning_relflat import FAM, FlatnessFigures, FlatnessMonitor, LayersMonitor, MaxNorm, SharpestMonitor
-from lightning_relflat._style import COLOURS, INK, new_figure, styled
+from lightning_relflat._style import COLOURS, DARK_ORANGE, INK, new_figure, styled
 from lightning_relflat.callbacks._figures import Drawn, bars, curve_of_gaps, heat_map, image_in, sample_grid
 from tests.models import Net, make_loader, make_trainer
 
@@ -158,8 +158,9 @@ def test_colours_are_told_apart(eyes: str) -> None:
 
 def test_letters_are_read_on_white_and_transparent_pictures_on_black_pages() -> None:
     """WCAG 2.1: 4.5 for letters, 3 for what is large."""
-    assert 1.05 / (luminance(INK) + 0.05) > 4.5
-    assert (luminance(INK) + 0.05) / (luminance("#0d1117") + 0.05) > 3
+    for colour in (INK, DARK_ORANGE):
+        assert 1.05 / (luminance(colour) + 0.05) > 4.5
+        assert (luminance(colour) + 0.05) / (luminance("#0d1117") + 0.05) > 3
 
 
 @pytest.mark.filterwarnings("ignore:There is no logger")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning_relflat._labels import class_names, say
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_relflat import FlatnessFigures, FlatnessMonitor, SharpestMonitor
+from lightning_relflat._labels import class_names, say
 from lightning_relflat.callbacks._gallery import Gallery
 from tests.models import Batch, Net, make_trainer
 

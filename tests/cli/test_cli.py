@@ -25,7 +25,7 @@ from tests.cli.study import Careless, Convolving, Criterion, Data, Net
 from tests.cli.terminal import in_a_terminal
 from tests.models import make_trainer
 from tests.oracles import kappa
-from tests.test_imports import run
+from tests.processes import run_code
 
 
 def net_of(path: str, width: int) -> tuple[Net, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -49,7 +49,7 @@ def test_the_report_is_that_of_all_samples(relflat: Relflat, checkpoints: dict[i
         report = flatness_report(features, net.head.weight.detach(), outputs, target, loss="cross_entropy")
         expected[f"{part}/loss"] = F.cross_entropy(outputs, target).item()
         expected |= {
-            f"{part}/{name}" if name == "relative_flatness" else f"{part}/flatness/{name}": value.item()
+            f"{part}/{name}" if name == "relative_flatness" else f"{part}_flatness/{name}": value.item()
             for name, value in report.items()
         }
     assert found["values"] == pytest.approx(expected, rel=1e-10, abs=1e-12)
@@ -223,7 +223,7 @@ def test_compare_does_without_what_a_run_lacks(
 def test_compare_checkpoints_and_files(relflat: Relflat, checkpoints: dict[int, str], tmp_path: Path) -> None:
     written = tmp_path / "six.json"
     assert main(["measure", checkpoints[6], *STUDY, "--layer", "head", "--out", str(written)]) == 0
-    found = relflat("compare", written, checkpoints[6], *STUDY, "--layer", "head", "--columns", "val/flatness/*")
+    found = relflat("compare", written, checkpoints[6], *STUDY, "--layer", "head", "--columns", "val_flatness/*")
     first, second = found["runs"]
     assert first["values"] == second["values"]
 
@@ -323,7 +323,7 @@ def test_of_a_layer_further_back_kappa_is_estimated_and_nothing_more_is_told(
     argv = [*convolving(tmp_path), layer]
     values = relflat(*argv)["values"]
     assert values["val/relative_flatness_error"] > 0
-    assert not [name for name in values if "/flatness/" in name]
+    assert not [name for name in values if "_flatness/" in name]
     assert main(argv) == 0
     shown = capsys.readouterr().out
     assert f" ± {values['val/relative_flatness_error']:.1g}"[:6] in shown
@@ -554,7 +554,7 @@ def test_every_command_runs_in_a_terminal(
 
 
 def test_without_the_extra() -> None:
-    found = run(
+    found = run_code(
         "import importlib.util, sys\nfind = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name in ('jsonargparse', 'rich') else find(name)\n"
         "from lightning_relflat.cli import main\ncode = main([])\n"

@@ -52,7 +52,7 @@ def test_no_two_labels_are_the_same(places: list[str]) -> None:
     ],
 )
 def test_labels_say_what_differs(places: list[str], facts: list[dict[str, object]], expected: list[str]) -> None:
-    assert labels(places, facts) == expected
+    assert labels(places, facts, between="\n") == expected
 
 
 def lines_of(sheet: Sheet, width: int) -> list[str]:
@@ -176,7 +176,7 @@ def test_measures_explain_only_what_they_show(
     assert main([*argv, "--measures", *asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["measures"] == {name: MEANINGS[name] for name in asked}
-    assert set(found["values"]) == {"val/loss", "val/relative_flatness", "val/flatness/feature_norm"}
+    assert set(found["values"]) == {"val/loss", "val/relative_flatness", "val_flatness/feature_norm"}
     with pytest.raises(SystemExit, match="0"):
         main(["measure", "--help"])
     text = capsys.readouterr().out
