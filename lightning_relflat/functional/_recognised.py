@@ -77,7 +77,7 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
     Returns:
         The curvature, or ``None`` if it is not recognised.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn import functional as F
         >>> from lightning_relflat.functional._recognised import recognise

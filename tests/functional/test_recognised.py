@@ -180,7 +180,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("chained", [False, True])
-def test_several_passes(chained: bool) -> None:
+def test_each_of_several_passes_is_recognised(chained: bool) -> None:
     torch.manual_seed(0)
     net = Tied(chained=chained).double()
     x = torch.randn(4, D, dtype=torch.float64)
