@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import torch
 from experiment import GREY, interval, lighten, new_figure, prepare
 from jsonargparse import auto_cli

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -22,15 +21,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import numpy as np
 import torch
-from experiment import GREY, lighten, mislabel, new_figure, passes, prepare
+from correlations import Array, correlate, resample, with_interval
+from experiment import GREY, lighten, mislabel, new_figure, passes, prepare, write_results
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 from mnist import load_digits
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -47,7 +47,6 @@ from lightning_relflat.functional import (
     sam_sharpness,
 )
 
-Array: TypeAlias = "NDArray[np.float64]"
 Batch: TypeAlias = "tuple[Tensor, Tensor]"
 CLASSES = 10
 CHECK = 5  # steps between two looks at the training loss
@@ -238,50 +237,6 @@ def rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def correlate(x: Array, y: Array, counts: Array, pairs: Array | None = None) -> tuple[Array, Array]:
-    """Return the correlations of Pearson and of Kendall (τ_b), in every resample.
-
-    Args:
-        x: of shape (n,).
-        y: of shape (n,).
-        counts: how often each of the n is in a resample, of shape (resamples, n).
-        pairs: which pairs Kendall's counts, of shape (n, n), symmetric, of zeros and ones; all if left out.
-
-    Returns:
-        Both of shape (resamples,), NaN where nothing varies.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        total = counts.sum(axis=1)
-
-        def covariance(one: Array, other: Array) -> Array:
-            one, other = one - one.mean(), other - other.mean()  # else rounding
-            product: Array = (counts @ (one * other)) / total - (counts @ one) * (counts @ other) / total**2
-            return product
-
-        def concordance(one: Array, other: Array) -> Array:
-            both = np.sign(one[:, None] - one) * np.sign(other[:, None] - other)
-            counted: Array = ((counts @ (both if pairs is None else both * pairs)) * counts).sum(axis=1)
-            return counted
-
-        spread = covariance(x, x) * covariance(y, y)
-        some = spread > 1e-12 * x.var() * y.var()  # a resample may hold the same networks only
-        pearson = np.where(some, covariance(x, y) / np.sqrt(np.where(some, spread, 1)), np.nan)
-        return pearson, concordance(x, y) / np.sqrt(concordance(x, x) * concordance(y, y))
-
-
-def with_interval(values: Array) -> list[float] | None:
-    """Return the first value, and the bounds between which 95 % of the others lie; None where nothing varies."""
-    if np.isnan(values).mean() > 0.5 or np.isnan(values[0]):
-        return None
-    return [round(float(value), 3) for value in (values[0], *np.nanquantile(values[1:], (0.025, 0.975)))]
-
-
-def resample(n: int, resamples: int) -> Array:
-    """Return how often each of n networks is in every bootstrap sample; the first row is all of them once."""
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)
-    return np.concatenate([np.ones((1, n)), drawn])
-
-
 def pairs_within(settings: Sequence[Setting]) -> dict[str, Array]:
     """Return which pairs of networks to compare, by name: of one label noise, or alike in all but one thing."""
     table = np.array([list(asdict(setting).values()) for setting in settings])
@@ -461,7 +416,7 @@ def report(runs: list[dict[str, Any]], training: dict[str, Any], folder: Path, c
         "correlations": found,
         "runs": runs,
     }
-    (folder / "correlation.json").write_text(json.dumps(written, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_results(written, folder / "correlation.json")
     title = f"{len(reached)} networks, {training['train_size']} MNIST digits, training loss {training['loss']:g}"
     draw_correlations(found, folder / "correlation.png", f"{title}: correlation with the generalisation gap")
     draw_networks(settings, values, gaps["loss"], folder / "correlation-networks.png", title)

@@ -1,14 +1,16 @@
-"""What the experiments beside this file share: a new folder for every call, wrong labels, intervals, pictures."""
+"""What the studies beside this file share: a new folder for every call, wrong labels, intervals, results, pictures."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib import style
@@ -17,7 +19,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 
-GREY = "#757d87"  # legible on white and on black
+from lightning_relflat._style import INK, settings
+
+GREY = INK  # what is drawn to compare with
 
 
 def prepare(out: str) -> Path:
@@ -52,6 +56,11 @@ def interval(differences: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def write_results(results: dict[str, Any], path: Path, indent: int | None = None) -> None:
+    """Write results as JSON."""
+    path.write_text(json.dumps(results, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
 def passes(network: nn.Sequential, inputs: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
     """Return every layer of a network with what enters it and what leaves it, in one graph."""
     found = []
@@ -63,13 +72,11 @@ def passes(network: nn.Sequential, inputs: Tensor) -> list[tuple[nn.Module, Tens
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches, whose texts and axes are drawn in grey."""
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style.use(dict.fromkeys(parts, GREY))
+    """Return an empty figure of so many inches, in the style of all pictures of the library."""
+    style.use(settings())
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def lighten(axis: Axes) -> None:
-    """Give an axis a faint grid and no frame above and to the right."""
-    axis.grid(alpha=0.3, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    """Give an axis a faint grid."""
+    axis.grid()

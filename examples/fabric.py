@@ -12,6 +12,7 @@ metric adds up over the processes by itself.
 
 from __future__ import annotations
 
+import extras  # noqa: F401  # names what is missing
 import torch
 from jsonargparse import auto_cli
 from lightning.fabric import Fabric

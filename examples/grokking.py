@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import lightning as L
 import numpy as np
 import torch
-from experiment import GREY, lighten, new_figure, prepare
+from experiment import GREY, lighten, new_figure, prepare, write_results
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.loggers import CSVLogger
@@ -302,7 +302,7 @@ def main(
         came = results[way][-1]["steps to 95 %"]
         console.print(f"seed {seed}, {way}: {f'95 % after {came} steps' if came else 'did not come to 95 %'}")
         written = {"settings": settings, "ways": {name: asdict(ways[name]) for name in ways}, "runs": results}
-        (folder / "grokking.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+        write_results(written, folder / "grokking.json", indent=1)
     title = f"x + y mod {p}, {SHARE:.0%} of the pairs, learning rate {lr:g}, seeds: {seeds}"
     draw(
         curves,

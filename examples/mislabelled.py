@@ -9,7 +9,9 @@ does the plain loss. Precision: which share of those listed was changed; a rando
 
 from __future__ import annotations
 
+import extras  # noqa: F401  # names what is missing
 import torch
+from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -20,8 +22,13 @@ from lightning_relflat.layer_tap import LayerTap
 from lightning_relflat.metrics import SharpestSamples
 
 
-def main() -> None:
-    """Train on digits of which 1 in 20 has a wrong label, and look for them."""
+def main(epochs: int = 160, width: int = 512) -> None:
+    """Train on digits of which 1 in 20 has a wrong label, and look for them.
+
+    Args:
+        epochs: how often to go through the digits; every 40th is looked at.
+        width: of the hidden layer.
+    """
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     generator = torch.Generator().manual_seed(0)
@@ -31,10 +38,10 @@ def main() -> None:
     count = int(changed.sum())
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10))
+    net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
     optimizer = torch.optim.Adam(net.parameters())
     table = Table("epoch", "wrong labels learnt", "sharpest", "largest loss", "random pick")
-    for epoch in range(1, 161):
+    for epoch in range(1, epochs + 1):
         for batch in torch.randperm(len(images)).split(64):
             optimizer.zero_grad()
             F.cross_entropy(net(images[batch]), labels[batch]).backward()
@@ -55,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main)

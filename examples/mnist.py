@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import lightning as L
 import numpy as np
 import torch

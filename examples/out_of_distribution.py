@@ -11,16 +11,16 @@ digits 0 to 7 from digits that are foreign (8 and 9), turned, noisy, shuffled, o
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import torch
 from digits import HIDDEN, Batch, cross_entropy, fit, make_network, noisy, read_digits, split, turned, with_flatness
-from experiment import GREY, check_seeds, interval, lighten, new_figure, passes, prepare
+from experiment import GREY, check_seeds, interval, lighten, new_figure, passes, prepare, write_results
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
@@ -263,7 +263,7 @@ def main(
 def write(written: dict[str, Any], folder: Path) -> None:
     """Write the results as JSON."""
     path = folder / "out_of_distribution.json"
-    path.write_text(json.dumps(written, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_results(written, path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ trained, and with the logits of every network multiplied by the factor that give
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 import time
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import numpy as np
 import torch
 from digits import (
@@ -37,7 +37,7 @@ from digits import (
     split,
     with_flatness,
 )
-from experiment import GREY, check_seeds, interval, lighten, new_figure, passes, prepare
+from experiment import GREY, check_seeds, interval, lighten, new_figure, passes, prepare, write_results
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from matplotlib.ticker import LogLocator, NullLocator
@@ -431,7 +431,7 @@ def show(found: dict[str, float] | None) -> str:
 def report(written: dict[str, Any], folder: Path, console: Console) -> None:
     """Analyse runs, write and draw what comes of it, and print tables."""
     written |= analyse(written["runs"])
-    write(written, folder)
+    write_results(written, folder / "regularised.json")
     seeds = len(written["runs"][PLAIN[0]])
     draw(
         written["differences"],
@@ -441,11 +441,6 @@ def report(written: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(tabulate_runs(written["runs"]))
     console.print(tabulate_concordance(written["concordance"]))
     console.print(tabulate_long(written["long"]))
-
-
-def write(written: dict[str, Any], folder: Path) -> None:
-    """Write the results as JSON."""
-    (folder / "regularised.json").write_text(json.dumps(written, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(
@@ -487,12 +482,12 @@ def main(
             runs[name_of(setting)].append(train(setting, seed, steps, train_size, loss))
         seconds = time.perf_counter() - start
         written |= {"seconds": round(seconds, 1), "runs": runs}
-        write(written, folder)
+        write_results(written, folder / "regularised.json")
         console.print(f"seed {seed}: {seconds:.0f} s of about {seconds / (seed + 1) * seeds:.0f}")
     written["long"] = []
     for seed, setting, count in itertools.product(range(long_seeds), LONG, (steps, 5 * steps)):
         written["long"].append(train_on(setting, seed, count, train_size))
-        write(written, folder)
+        write_results(written, folder / "regularised.json")
     report(written, folder, console)
     print(f"results  {folder}/regularised.json\npicture  {folder}/regularised.png")
 

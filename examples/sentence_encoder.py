@@ -29,6 +29,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import lightning as L
 import numpy as np
 import torch

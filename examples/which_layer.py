@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import extras  # noqa: F401  # names what is missing
 import torch
 from experiment import check_seeds, interval, new_figure, prepare
 from jsonargparse import auto_cli

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -86,25 +87,114 @@ class CriterionCall:
             return found
 
     def as_criterion(self) -> tuple[nn.Module, Any] | None:
-        """Return the call as a criterion and its target; ``None`` if it is not one with a closed form of all rows."""
+        """Return the call as a criterion of what left the layer, of shape (..., d), and its target there.
+
+        The step may have reshaped, transposed or cut the outputs before, as models of tokens do: the target is brought
+        back to where the outputs were. Rows of which a cross-entropy was given none are ignored ones.
+
+        Returns:
+            Both; ``None`` if it is no call of a criterion with a closed form, of whole rows.
+        """
         kind = _CRITERIA.get(self.function)
-        rows = self.source is not None and all(step[0] in _KEEPS_ROWS for step in self.source.steps)
-        if kind is None or not rows:
+        if kind is None or self.source is None:
             return None
-        assert self.source is not None
-        if kind is nn.CrossEntropyLoss and self.source.tensor.ndim > 2:
-            return None  # its classes lie along the second dimension, and a layer's outputs along the last
         given = dict(zip(_ARGUMENTS[self.function], self.args, strict=False)) | self.kwargs
         target = given.pop("target")
         options = {name: value for name, value in given.items() if name not in ("size_average", "reduce")}
-        return kind(**{name: value for name, value in options.items() if value is not None}), target
+        options = {name: value for name, value in options.items() if value is not None}
+        if not all(step[0] in _KEEPS_ROWS for step in self.source.steps):
+            if kind is nn.CrossEntropyLoss:
+                target = _target_of_rows(self.source, target, options.get("ignore_index", _IGNORED))
+            elif "weight" in options or "pos_weight" in options:  # they lie along dimensions that may have moved
+                return None
+            else:
+                target = _target_of_numbers(self.source, target)
+            if target is None:
+                return None
+        elif kind is nn.CrossEntropyLoss and self.source.tensor.ndim > 2:
+            return None  # its classes lie along the second dimension, and a layer's outputs along the last
+        return kind(**options), target
+
+
+def _target_of_rows(source: Derived, target: Tensor, ignore_index: int) -> Tensor | None:
+    """Return class indices for every row that left a layer, from those that cross-entropy was given."""
+    *positions, _ = source.origin.shape
+    rows = _rows_in_view(source)
+    if rows is None:
+        rows = _rows_in_copy(source)
+    if rows is None or target.is_floating_point() or rows.shape != target.shape:
+        return None
+    found = torch.full((math.prod(positions),), ignore_index, dtype=torch.long, device=target.device)
+    found[rows.reshape(-1).to(target.device)] = target.reshape(-1).long()
+    return found.reshape(positions)
+
+
+def _rows_in_view(source: Derived) -> Tensor | None:
+    """Return from which row of what left the layer each row comes, if the steps copy nothing and keep rows whole.
+
+    They are taken by the numbers of rows and of classes, which take no memory: where they end up, their strides say, so
+    that no device is read.
+    """
+    origin = source.origin
+    *positions, classes = origin.shape
+    rows = torch.arange(math.prod(positions), device=origin.device).reshape(*positions, 1).expand(origin.shape)
+    moved = _moved(source, rows)
+    along = _moved(source, torch.arange(classes, device=origin.device).expand(origin.shape))
+    if moved is None or along is None or moved.ndim == 0:
+        return None
+    dim = 1 if moved.ndim > 1 else 0
+    others = [along.stride(other) for other in range(along.ndim) if other != dim and along.shape[other] != 1]
+    whole = along.shape[dim] == classes and (classes == 1 or (along.stride(dim) == 1 and moved.stride(dim) == 0))
+    return moved.select(dim, 0) if whole and not any(others) else None
+
+
+def _rows_in_copy(source: Derived) -> Tensor | None:
+    """Return the same by the places of all numbers, which are looked at: on the CPU, and not of very many."""
+    origin = source.origin
+    classes = origin.shape[-1]
+    if origin.numel() > _PLACES or any(isinstance(value, Tensor) for step in source.steps for value in step[1]):
+        return None
+    moved = _moved(source, torch.arange(origin.numel(), dtype=torch.int32).reshape(origin.shape))
+    if moved is None or moved.ndim == 0 or moved.shape[dim := 1 if moved.ndim > 1 else 0] != classes:
+        return None
+    places = moved.movedim(dim, -1)
+    rows = places[..., 0] // classes
+    whole = torch.equal(places, rows[..., None] * classes + torch.arange(classes, dtype=torch.int32))
+    return rows.long() if whole else None
+
+
+def _target_of_numbers(source: Derived, target: Tensor) -> Tensor | None:
+    """Return the target of every number that left a layer, from what a criterion of numbers was given."""
+    origin = source.origin
+    places = _moved(source, torch.arange(origin.numel(), device=origin.device).reshape(origin.shape))
+    if places is None or places.shape != target.shape or places.numel() != origin.numel():
+        return None
+    found = torch.empty(origin.numel(), dtype=target.dtype, device=target.device)
+    found[places.reshape(-1)] = target.reshape(-1)
+    return found.reshape(origin.shape)
+
+
+def _moved(source: Derived, values: Tensor) -> Tensor | None:
+    """Return something of the outputs' shape where the steps have put it; ``None`` if they do more than move."""
+    for function, args, kwargs in source.steps:
+        if function in _MOVES:
+            values = function(values, *args, **kwargs)
+        elif function not in _KEEPS_ROWS:
+            return None
+    return values
+
+
+_IGNORED = -100  # by F.cross_entropy, if it is not told what
+_PLACES = 1 << 23
 
 
 def _itself(result: Tensor) -> Tensor:
     return result
 
 
-_KEEPS_ROWS = {Tensor.float, Tensor.double, Tensor.to, Tensor.contiguous, Tensor.clone, Tensor.detach}
+_NORMALISES = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
+_KEEPS_ROWS = {Tensor.float, Tensor.double, Tensor.to, Tensor.type, Tensor.contiguous, Tensor.clone, Tensor.detach}
+_MOVES = _SAME - _KEEPS_ROWS - _NORMALISES
 _ARGUMENTS: dict[_Function, tuple[str, ...]] = {
     F.cross_entropy: ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing"),
     F.binary_cross_entropy_with_logits: ("target", "weight", "size_average", "reduce", "reduction", "pos_weight"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_relflat._behind import Behind
+from lightning_relflat._shown import show_call
 from lightning_relflat.functional._checks import plain
 from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional._weights import (
@@ -54,6 +55,9 @@ class LayerRecord:
     handed: Tensor | None = None
     age: int = 0
     call: HeadCall | None = None
+
+    def __repr__(self) -> str:
+        return show_call(self)
 
     def is_in(self, loss: Tensor) -> bool:
         """Return whether a loss depends on the pass.
@@ -110,6 +114,7 @@ class Listener(Protocol):
     copies: bool
     opens: bool
     stays: bool
+    missed: bool
     behind: Behind | None
 
     @property
@@ -193,6 +198,9 @@ class LayerHook:
         computed = self._computed.pop() if self._computed else None
         graph = torch.is_grad_enabled()
         taps = [tap for tap in self.taps if tap.recording and (graph or tap.copies or tap.opens)]
+        if not graph and not torch.compiler.is_compiling():
+            for tap in self.taps:
+                tap.missed |= tap.recording and not (tap.copies or tap.opens)
         if not taps:
             return None
         if any(tap.opens for tap in taps):

@@ -14,7 +14,7 @@ def number(value: float | None) -> str:
     Returns:
         Its text; a dash for what is no number.
 
-    Example:
+    Examples:
         >>> from lightning_relflat._numbers import number
         >>> number(0.123456), number(123456.0), number(3.0), number(float("nan"))
         ('0.1235', '1.235e+05', '3', '–')
@@ -32,7 +32,7 @@ def with_error(value: float, error: float) -> str:
     Returns:
         Their text; a dash for a value that is not known.
 
-    Example:
+    Examples:
         >>> from lightning_relflat._numbers import with_error
         >>> with_error(12.3456, 0.0234), with_error(1234.5, 67.8), with_error(0.5, 0.0)
         ('12.346 ± 0.023', '1234 ± 68', '0.5 ± 0')

@@ -139,7 +139,7 @@ def check_claim(loss: Tensor, outputs: Sequence[Tensor], target: Target, criteri
         TypeError: as :func:`~lightning_relflat.functional.output_hessian` does.
         ValueError: as :func:`~lightning_relflat.functional.output_hessian` does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn import functional as F
         >>> from lightning_relflat.claims import check_claim
@@ -319,7 +319,7 @@ def _judge_large(
         [whole], dtype = batch.targets, batch.weight.dtype
         options: Any = {"ignore_index": criterion.ignore_index, "label_smoothing": criterion.label_smoothing}
         options["weight"] = None if criterion.weight is None else criterion.weight.to(batch.weight)
-        rows = max(1, _BLOCK // max(1, batch.outputs.shape[1]))
+        rows = max(1, BLOCK // max(1, batch.outputs.shape[1]))
         for start in range(0, len(batch.outputs), rows):
             part = slice(start, start + rows)
             with full_precision(loss), torch.enable_grad():
@@ -335,4 +335,4 @@ def _judge_large(
 
 
 # Outputs of a block whose gradients are compared.
-_BLOCK = 1 << 22
+BLOCK = 1 << 22

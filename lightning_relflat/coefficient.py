@@ -8,8 +8,9 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_relflat._shown import show
 from lightning_relflat.callbacks import FAM
-from lightning_relflat.callbacks._base import LightningModule, Trainer, show
+from lightning_relflat.callbacks._base import LightningModule, Trainer
 from lightning_relflat.callbacks._trial import Trial, lightning_package, quietly
 from lightning_relflat.callbacks._watcher import too_short
 from lightning_relflat.callbacks.coefficients import check_coefficient
@@ -84,7 +85,7 @@ def find_coefficient(
         RuntimeError: if training diverges with all candidates, κ cannot be measured, or something cannot be copied.
         SearchInterruptedError: on Ctrl-C. It is a ``KeyboardInterrupt``; its message is the table so far.
 
-    Example:
+    Examples:
         >>> import lightning as L, torch
         >>> from lightning_relflat import find_coefficient
         >>> class Net(L.LightningModule):

@@ -56,7 +56,7 @@ class Curve:
     def still_falls(self) -> bool:
         """Whether the last quarter lowered the loss by more than a hundredth of what all validations did.
 
-        Example:
+        Examples:
             >>> from lightning_relflat.coefficient_search import Curve
             >>> epochs, kappas = (1, 2, 3, 4), (1.0,) * 4
             >>> Curve(epochs, (4.0, 3.0, 2.5, 2.4), kappas).still_falls
@@ -254,7 +254,7 @@ def suggest(
     Raises:
         RuntimeError: if training diverged with all of them.
 
-    Example:
+    Examples:
         >>> from lightning_relflat.coefficient_search import suggest
         >>> losses = {0.0: [1.0, 1.2], 0.1: [1.1, 1.1], 1.0: [3.0, 3.2]}
         >>> suggest(losses, kappas={0.0: [5.0, 6.0], 0.1: [2.0, 3.0], 1.0: [0.1, 0.1]})

@@ -20,6 +20,7 @@ from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._head_calls import leave, listen
 from lightning_relflat._layer_hook import LayerHook, LayerRecord
 from lightning_relflat._sharded import holding, sharded_groups
+from lightning_relflat._shown import show_call
 from lightning_relflat.curvature import Trying, exact_parts, plainly_exact
 from lightning_relflat.functional._checks import ordinary, sum_of
 from lightning_relflat.functional._linear_map import as_use
@@ -34,15 +35,6 @@ __all__ = ["LayerRecord", "LayerTap", "did_not_run"]
 
 class LayerTap:
     """Listens to a layer of a model while it is recording; as a context manager, from beginning to end.
-
-    In a plain training loop, or one with Fabric, three lines add the penalty λ·κ to any loss:
-
-    >>> import torch
-    >>> from lightning_relflat.layer_tap import LayerTap
-    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-    >>> with LayerTap(net, "2") as tap:
-    ...     loss = net(torch.ones(5, 4)).square().mean()
-    ...     (loss + 0.1 * tap.relative_flatness(loss)).backward()
 
     Args:
         module: the model.
@@ -65,6 +57,7 @@ class LayerTap:
 
     Attributes:
         recording: whether the tap listens. Set it to pause.
+        missed: whether the layer ran without gradients since records were handed out, of which nothing is kept.
         opens: whether the graph begins at the layer, where gradients are switched on; for a step without any.
         calls: what is told of the outputs that a step goes on with, to follow them to a criterion.
         exact: whether the κ last taken is exact, because its loss was recognised.
@@ -72,7 +65,16 @@ class LayerTap:
     Raises:
         ValueError: if there is no such layer in the model. The message lists those that there are.
 
-    Example:
+    Examples:
+        In a plain training loop, or one with Fabric, three lines add the penalty λ·κ to any loss:
+
+        >>> import torch
+        >>> from lightning_relflat.layer_tap import LayerTap
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> with LayerTap(net, "2") as tap:
+        ...     loss = net(torch.ones(5, 4)).square().mean()
+        ...     (loss + 0.1 * tap.relative_flatness(loss)).backward()
+
         What went through the last linear layer:
 
         >>> tap = LayerTap(net)
@@ -99,9 +101,12 @@ class LayerTap:
         self._candidates = _find_layers(module, layer)
         self.copies = copies
         self.stays = stays
+        self.through_loss = through_loss
+        self.measures = measures
         self.opens = False
         self.calls: CriterionCalls | None = None
         self.recording = False
+        self.missed = False
         self.exact = False
         self._own_behind = Behind(measures=measures) if behind is None and through_loss and not copies else None
         self.behind = behind or self._own_behind
@@ -111,6 +116,9 @@ class LayerTap:
         self._hooks: list[LayerHook] = []
         self._looker = Looker()
         self.look_again()
+
+    def __repr__(self) -> str:
+        return show_call(self, module=self._module(), layer=self.name, behind=None)
 
     @property
     def name(self) -> str | None:
@@ -160,7 +168,7 @@ class LayerTap:
     def stop(self) -> None:
         """Stop recording, forget what was recorded and take the hooks away."""
         self._records, self._originals = [], []
-        self.recording = False
+        self.recording = self.missed = False
         leave(self)
         for hook in self._hooks:
             hook.drop(self)
@@ -205,10 +213,14 @@ class LayerTap:
             The records; none if no layer ran.
 
         Raises:
-            RuntimeError: if the outputs of a record were changed in place since.
+            RuntimeError: if the outputs of a record were changed in place since; without ``loss`` also if there are
+                none because the layer ran without gradients.
         """
         records, self._records = self._records, []
+        missed, self.missed = self.missed, False
         if not records:
+            if missed and loss is None:
+                raise RuntimeError(f"There is nothing to hand out, because {_ran_without_gradients(self)}")
             return []
         if len(self._candidates) > 1:
             last = next((record for record in reversed(records) if loss is None or record.is_in(loss)), None)
@@ -282,8 +294,11 @@ class LayerTap:
             RuntimeError: if the layer did not run with gradients, or its outputs were changed in place since.
             ValueError: if the loss does not depend on the layer.
         """
+        missed = self.missed
         records = self.take(loss)
         if not records and not self.pending:
+            if missed:
+                raise RuntimeError(f"There is no flatness to compute, because {_ran_without_gradients(self)}")
             raise RuntimeError(f"There is no flatness to compute, because {did_not_run(self)} with gradients.")
         kappa = self.flatness_of(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
         if kappa is None:
@@ -464,6 +479,15 @@ def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:
             f"None. Layers that can be named: {listed(linear)}."
         )
     return candidates
+
+
+def _ran_without_gradients(tap: LayerTap) -> str:
+    """Say why a tap holds nothing, and what to do."""
+    which = "the last nn.Linear" if tap.name is None else f"layer {tap.name!r}"
+    return (
+        f"{which} ran under `torch.no_grad()` or `torch.inference_mode()`, where a tap keeps nothing. Run the model "
+        "with gradients; or make a `LayerTap(…, copies=True)` and give what it records to `RelativeFlatness`."
+    )
 
 
 def did_not_run(tap: LayerTap) -> str:

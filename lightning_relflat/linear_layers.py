@@ -29,7 +29,7 @@ def find_layer(module: nn.Module, name: str) -> nn.Module:
 
     Args:
         module: the model.
-        name: its dotted name.
+        name: its dotted name, with or without what ``torch.compile`` adds to it.
 
     Returns:
         The layer.
@@ -38,8 +38,8 @@ def find_layer(module: nn.Module, name: str) -> nn.Module:
         ValueError: if there is no such layer.
     """
     linear, modules = linear_layers(module), _named(module)
-    if name in linear:
-        return linear[name]
+    if _plain(name) in linear:
+        return linear[_plain(name)]
     found = f"{name!r}, a {class_path(modules[name])}" if name in modules else f"{name!r}"
     raise ValueError(
         "Expected argument `layer` to name a linear or convolution layer of "
@@ -76,5 +76,9 @@ def describe(name: str, layer: nn.Module) -> str:
 
 
 def _named(module: nn.Module) -> dict[str, nn.Module]:
-    # torch.compile wraps modules under this name, which no user has chosen.
-    return {found.replace("_orig_mod.", ""): child for found, child in module.named_modules(remove_duplicate=False)}
+    return {_plain(found): child for found, child in module.named_modules(remove_duplicate=False)}
+
+
+def _plain(name: str) -> str:
+    """Return a name without the one that torch.compile's wrapper has for what it wraps, which no user has chosen."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 # Small tensors: several threads each, in several processes, only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,42 @@ import pytorch_lightning  # noqa: F401
 import torch
 
 from lightning_relflat._layer_hook import LayerHook
+from tests.watching import forget_graphs, graphs_compiled
+
+# Files whose tests share what takes long: one worker runs the whole of each.
+TOGETHER = {
+    "tests/functional/test_layer_flatness.py",
+    "tests/functional/test_probes.py",
+    "tests/test_correlation_study.py",
+    "tests/test_site.py",
+    "tests/test_waits.py",
+}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Look for no examples in docstrings of the tests themselves."""
+    found = yield
+    return [collector for collector in found if not type(collector).__name__.startswith("Doctest")]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers begin with what takes long, so that they end together."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("slow", "ddp")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out one test after another, instead of a few long lists, but for files that stay together."""
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class OneAfterAnother(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in TOGETHER else nodeid
+
+    return OneAfterAnother(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +78,13 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """Let nothing compiled be left, and a test fail in which nothing was."""
+    forget_graphs()
+    yield
+    graphs = graphs_compiled()
+    forget_graphs()
+    assert graphs, "nothing was compiled, so that this shows nothing"

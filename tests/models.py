@@ -1,22 +1,20 @@
-"""Small models and loaders that know nothing of flatness, and a Trainer that does little besides training."""
+"""Small modules and loaders that know nothing of flatness, and a Trainer that does little besides training."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 Batch = list[Tensor]
+SIZES = [7, 4, 6]  # of the batches that `train` trains on
 
 
 def focal(outputs: Tensor, target: Tensor) -> Tensor:
@@ -77,6 +75,157 @@ class ManualNet(Net):
         optimizer.step()
 
 
+class PlainNet(Net):
+    """Its arguments are what a command line or a file can hold."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr=lr)
+
+
+class Crash(Net):
+    """Raises in its second step."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if batch_idx == 1:
+            raise ZeroDivisionError("in the middle")
+        return self.loss(batch)
+
+
+class Conv(Net):
+    """Has a convolution that nothing runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 2, 3)
+
+
+class Unused(Net):
+    """Has a layer that nothing runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+class NoGrad(Net):
+    """Runs its head without gradients, and has outputs that do not depend on it."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.head(self.features(inputs))
+        return self.features(inputs)[:, :3]
+
+
+class Detached(Net):
+    """Cuts its head's outputs off the loss."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.features(inputs)[:, :3] + self.head(self.features(inputs)).detach()
+
+
+class Still(Net):
+    """Does not move, so that the value over a training epoch has one true answer."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(lr=0.0, **kwargs)
+
+
+class TwoOptimizers(ManualNet):
+    """One optimizer for the body and one for the head, which take turns or step together."""
+
+    turns = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=lr) for part, lr in ((self.body, 0.2), (self.head, 0.5))]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        if self.turns:
+            for optimizer in optimizers:
+                self.toggle_optimizer(optimizer)
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+        else:
+            self.zero_grad()
+            self.manual_backward(self.loss(batch))
+            for optimizer in optimizers:
+                optimizer.step()
+
+
+class ConvNet(Net):
+    """A convolution as feature layer, on inputs of 2×2 and one channel."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.body = nn.Linear(5, 9)
+        self.conv = nn.Conv2d(1, 2, 2, padding=1, stride=2)
+        self.head = nn.Linear(8, 3)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return torch.tanh(self.body(inputs)).reshape(-1, 1, 3, 3)
+
+    def after(self, features: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(features)).flatten(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.after(self.features(inputs))
+
+
+class OwnLoRA(nn.Module):
+    """As one writes it oneself."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        outputs: Tensor = self.base_layer(features) + 0.5 * self.up(self.down(features))
+        return outputs
+
+
+CHUNKED: Any = getattr(nn, "LinearCrossEntropyOptions", dict)(batch_chunk_size=2)
+
+
+def fused(weight: Tensor, bias: Tensor | None, features: Tensor, target: Tensor, **options: Any) -> Tensor:
+    result: Tensor = F.linear_cross_entropy(
+        features,
+        weight,
+        target,
+        linear_bias=bias,
+        **{name.replace("class_weight", "weight"): value for name, value in options.items()},
+    )
+    return result
+
+
+class Direct:
+    """Hands the head's weight to the loss, and leaves the head alone."""
+
+    options: Any = CHUNKED
+
+    def loss(self: Any, batch: Batch) -> Tensor:
+        return fused(self.head.weight, self.head.bias, self.features(batch[0]), batch[1], options=self.options)
+
+
+class DirectNet(Direct, Net):
+    pass
+
+
+class DirectManualNet(Direct, ManualNet):
+    pass
+
+
+def twins(kind: type[Net] = Net, **kwargs: Any) -> tuple[Net, Net]:
+    """Return a net of a kind and a plain one with its weights, both in float64."""
+    net = kind(**kwargs).double()
+    twin = Net(**kwargs).double()
+    twin.load_state_dict(net.state_dict())
+    return net, twin
+
+
 def make_batches(sizes: list[int], *, classes: int = 3, seed: int = 1) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -121,29 +270,6 @@ class Resumable:
         self.position = state["position"]
 
 
-class Reads(TorchDispatchMode):
-    """Counts operations of some kinds for which a host would wait for its GPU."""
-
-    def __init__(self, *kinds: str) -> None:
-        super().__init__()
-        self.kinds = {f"aten.{kind}.default" for kind in kinds or ("_local_scalar_dense", "nonzero")}
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += str(func) in self.kinds
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def as_on_a_device() -> Iterator[None]:
-    """Let no number be looked at, as on a device for which the host would have to wait."""
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("lightning_relflat.") and "is_open" in vars(module):
-                stack.enter_context(mock.patch.object(module, "is_open", return_value=False))
-        yield
-
-
 def make_trainer(**kwargs: Any) -> L.Trainer:
     settings: dict[str, Any] = {
         "max_epochs": 1,
@@ -156,3 +282,10 @@ def make_trainer(**kwargs: Any) -> L.Trainer:
         "log_every_n_steps": 1,
     }
     return L.Trainer(**(settings | kwargs))
+
+
+def train(net: Net, callback: Callback | None, sizes: list[int] = SIZES, **kwargs: Any) -> Net:
+    """Fit in float64, with a callback, to batches of these sizes."""
+    callbacks = [] if callback is None else [callback]
+    make_trainer(precision="64-true", callbacks=callbacks, **kwargs).fit(net, make_loader(sizes))
+    return net

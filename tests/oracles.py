@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.nn import functional as F
 
+Array = npt.NDArray[np.float64]
 LossOfWeight = Callable[[Tensor], Tensor]
 
 
@@ -221,3 +225,48 @@ def feature_robustness(losses: Callable[[Tensor], Tensor], features: Tensor, del
     """
     moved = features + delta * features @ maps.mT
     return (losses(moved) - losses(features)).mean(dim=-1)
+
+
+def dense_eigenvalue(whole: Tensor, weight: Tensor, scale: str) -> Tensor:
+    """Return the eigenvalue from H of shape (d, m, d, m)."""
+    d, m = weight.shape
+    if scale == "neuron":
+        blocks = torch.stack([whole[s, :, s, :] for s in range(d)])
+        return weight.norm(dim=1) ** 2 @ torch.linalg.eigvalsh(blocks)[:, -1]
+    value = torch.linalg.eigvalsh(whole.reshape(d * m, d * m))[-1]
+    return value * weight.norm() ** 2 if scale == "layer" else value
+
+
+def dense_softmax(features: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
+    p = outputs.softmax(dim=1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("nab,nj,nk->ajbk", curvature, features, features) / len(features)
+
+
+def collapse_measures(features: Array, target: Array, weight: Array, outputs: Array) -> dict[str, float]:
+    """Return the definitions, in two passes, sample by sample and pair by pair."""
+    seen = sorted(set(target.tolist()))
+    count = len(seen)
+    means = {c: features[target == c].mean(axis=0) for c in seen}
+    middle = sum(means.values()) / count
+    within = sum(np.outer(x - means[c], x - means[c]) for x, c in zip(features, target, strict=True)) / len(features)
+    between = sum(np.outer(mean - middle, mean - middle) for mean in means.values()) / count
+    norms = [math.dist(means[c], middle) for c in seen]
+    variance = {c: np.mean([math.dist(x, means[c]) ** 2 for x in features[target == c]]) for c in seen}
+    angles, ratios = [], []
+    for c in seen:
+        for other in seen:
+            if c != other:
+                one, two = means[c] - middle, means[other] - middle
+                angles.append(abs(one @ two / math.sqrt(one @ one * (two @ two)) + 1 / (count - 1)))
+                ratios.append((variance[c] + variance[other]) / (2 * math.dist(means[c], means[other]) ** 2))
+    rows, centred = weight[seen], np.stack([means[c] - middle for c in seen])
+    nearest = [min(seen, key=lambda c: math.dist(x, means[c])) for x in features]
+    return {
+        "nc1": np.trace(within @ np.linalg.pinv(between, rcond=1e-10, hermitian=True)) / count,
+        "nc2_equinorm": math.sqrt(sum((n - sum(norms) / count) ** 2 for n in norms) / count) / (sum(norms) / count),
+        "nc2_equiangular": float(np.mean(angles)),
+        "nc3": float(np.sum((rows / np.linalg.norm(rows) - centred / np.linalg.norm(centred)) ** 2)),
+        "cdnv": float(np.mean(ratios)),
+        "nc4_mismatch": float(np.mean([out.argmax() != near for out, near in zip(outputs, nearest, strict=True)])),
+    }

@@ -1,4 +1,4 @@
-"""Start several processes, and say by hand what they should come to."""
+"""Start several processes, and what is small enough to run in each of them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
-from torch.nn import functional as F
-
-from tests.oracles import kappa
 
 ROOT = Path(__file__).parents[1]
 COEFFICIENT = 0.2
 LR = 0.2
 IMPORTS = ["pytest", "hypothesis", "lightning.pytorch", "lightning_relflat.metrics", "tests.models", "tests.oracles"]
+# Fully sharded data parallel, second version, runs on CPUs only since then.
+FSDP = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="this PyTorch shards on GPUs alone"
+)
 
 
 def free_port() -> str:
@@ -65,6 +67,11 @@ def run(folder: Path, *commands: Sequence[str]) -> None:
             assert process.wait(timeout=300) == 0, (folder / f"log-{index}").read_text()
 
 
+def run_code(code: str) -> subprocess.CompletedProcess[str]:
+    """Run lines of Python in a fresh process, to the end, whatever it is."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 def spawn(work: Callable[..., None], arguments: Sequence[object], *, nprocs: int) -> None:
     """Run a function in several processes, with its rank before the arguments.
 
@@ -103,39 +110,3 @@ def small_net() -> nn.Sequential:
 def small_batches(sizes: Sequence[int], *, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     torch.manual_seed(seed)
     return [(torch.randn(size, 5).double(), torch.randint(0, 3, (size,))) for size in sizes]
-
-
-def train_by_hand(
-    net: nn.Module,
-    features: Callable[[Tensor], Tensor],
-    head: nn.Module,
-    steps: Sequence[Sequence[Sequence[Tensor] | None]],
-) -> float:
-    """Descend along the mean over ranks of L_r + λκ_r, and return the κ of all samples as they were met.
-
-    Every step has a share of samples for each rank, or ``None``, which counts as zero.
-    """
-    assert isinstance(head, nn.Linear)
-    bias = head.bias
-    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
-    weighted_sum, samples = 0.0, 0
-    for shares in steps:
-        optimizer.zero_grad()
-        buffers = [buffer.clone() for buffer in net.buffers()]
-        for share in reversed(shares):  # rank 0 comes last, because its buffers are the ones that stay
-            if share is None:
-                continue
-            for buffer, old in zip(net.buffers(), buffers, strict=True):
-                buffer.copy_(old)
-            inputs, target = share
-            values = features(inputs)
-
-            def loss(weight: Tensor, values: Tensor = values, target: Tensor = target) -> Tensor:
-                return F.cross_entropy(F.linear(values, weight, bias), target)
-
-            flatness = kappa(loss, head.weight, create_graph=True)
-            ((loss(head.weight) + COEFFICIENT * flatness) / len(shares)).backward()
-            weighted_sum += len(target) * flatness.item()
-            samples += len(target)
-        optimizer.step()
-    return weighted_sum / samples

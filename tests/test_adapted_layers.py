@@ -16,9 +16,10 @@ from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonit
 from lightning_relflat.functional import layer_flatness
 from lightning_relflat.functional._weights import adapted_weight
 from lightning_relflat.layer_tap import LayerTap
-from tests.callbacks.test_fam import assert_same_weights, assert_untouched
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, assert_untouched
+from tests.models import Batch, ManualNet, Net, OwnLoRA, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
+from tests.watching import compile_part
 
 SIZES = [7, 4, 6]
 ADAPTERS: dict[str, Any] = {
@@ -33,20 +34,6 @@ ADAPTERS: dict[str, Any] = {
 def adapted(name: str, net: Net) -> Net:
     peft.inject_adapter_in_model(ADAPTERS[name], net)
     return net
-
-
-class OwnLoRA(nn.Module):
-    """As one writes it oneself."""
-
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
-        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base_layer.out_features, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        outputs: Tensor = self.base_layer(features) + 0.5 * self.up(self.down(features))
-        return outputs
 
 
 def made(name: str, net: Net) -> Net:
@@ -135,17 +122,17 @@ def test_in_activation_checkpointing(name: str, form: dict[str, Any]) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
 @pytest.mark.parametrize("name", ["LoRA", "own"])
 @pytest.mark.parametrize("compiled", ["whole", "parts"])
 @pytest.mark.parametrize("form", [{"loss": "cross_entropy"}, {"probes": None}], ids=["named", "exact"])
-def test_compiled(compiled: str, name: str, form: dict[str, Any]) -> None:
+def test_a_compiled_adapted_layer_is_penalised_as_by_hand(compiled: str, name: str, form: dict[str, Any]) -> None:
     net = made(name, Net(lr=0.1).double())
     twin = copy.deepcopy(net)
     for part in [net.head] if compiled == "whole" else [part for part in net.head.modules() if part is not net.head]:
-        part.compile(backend="aot_eager")
+        compile_part(part)
     make_trainer(precision="64-true", callbacks=[FAM("head", 0.3, **form)]).fit(net, make_loader(SIZES))
-    torch._dynamo.reset()
     train_by_hand(twin)
     assert_same_weights(net, twin)
 
@@ -207,7 +194,7 @@ def test_the_other_monitors_see_one_layer_too(name: str) -> None:
     assert layers.values["val"][0] == ["body", "head"]
     batch = [torch.cat(parts) for parts in zip(*make_batches([5, 3]), strict=True)]
     expected = by_hand(net.eval(), batch).item()
-    assert result["val/layer_flatness/head"] == pytest.approx(expected)
+    assert result["val_layer_flatness/head"] == pytest.approx(expected)
     for sample in sharpest.samples["val"]:
         index = slice(sample.index, sample.index + 1)
         assert sample.part == pytest.approx(by_hand(net, [part[index] for part in batch]).item())

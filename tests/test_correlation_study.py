@@ -206,7 +206,7 @@ def test_a_network_that_does_not_come_to_the_loss_is_not_measured(
     assert result["outcome"]["training loss"] > 2
 
 
-def test_bad_arguments(study: ModuleType, tmp_path: Path) -> None:
+def test_bad_arguments_are_named(study: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="`label_noises` to be from 0 to 1, but got"):
         study.main(label_noises=(0.0, 1.5))
     with pytest.raises(SystemExit, match=r"at least 3 networks with a training loss of 0\.1, but got 0"):

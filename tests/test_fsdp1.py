@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lightning_relflat.functional import relative_flatness
 from lightning_relflat.layer_tap import LayerTap
-from tests.processes import COEFFICIENT, LR, process_group, small_batches, small_net, spawn, train_by_hand
+from tests.by_hand import train_on_shares
+from tests.processes import COEFFICIENT, LR, process_group, small_batches, small_net, spawn
 
 SIZES = [8, 8, 8]
 CASES = [*itertools.product(["root", "unit"], [True, False], ["named", "exact"])]
@@ -63,7 +64,7 @@ def test_two_processes_equal_one_on_the_union(tmp_path: Path) -> None:
     spawn(train, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     net = small_net()
-    train_by_hand(net, net[:2], net[2], [[batch] for batch in small_batches(SIZES)])
+    train_on_shares(net, net[:2], net[2], [[batch] for batch in small_batches(SIZES)])
     assert list(first) == list(second) == CASES
     for case in CASES:
         for weight, other, expected in zip(first[case], second[case], net.parameters(), strict=True):

@@ -13,30 +13,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor
 from lightning_relflat.functional.large_head import _from_features, _tiles
 from lightning_relflat.layer_tap import LayerTap
 from tests.functional.cases import normal, seeded
-from tests.models import Batch, ManualNet, Net, make_loader, make_trainer
+from tests.models import (
+    CHUNKED,
+    Batch,
+    Direct,
+    DirectManualNet,
+    DirectNet,
+    ManualNet,
+    Net,
+    fused,
+    make_loader,
+    make_trainer,
+)
 from tests.oracles import kappa as by_definition
+from tests.watching import Largest
 
 pytestmark = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="since PyTorch 2.13")
 original: Any = getattr(F, "linear_cross_entropy", None)
-CHUNKED: Any = getattr(nn, "LinearCrossEntropyOptions", dict)(batch_chunk_size=2)
-
-
-def fused(weight: Tensor, bias: Tensor | None, features: Tensor, target: Tensor, **options: Any) -> Tensor:
-    result: Tensor = F.linear_cross_entropy(
-        features,
-        weight,
-        target,
-        linear_bias=bias,
-        **{name.replace("class_weight", "weight"): value for name, value in options.items()},
-    )
-    return result
 
 
 def as_documented(outputs: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -106,7 +104,7 @@ def test_kappa_is_that_of_the_definition_and_its_gradients_are_those_with_output
         sizes: dict[str, Any] = {"_BLOCK": rows * len(case["weight"]), "_BLOCK_ROWS": rows}
         with (
             patch.multiple(_from_features, **sizes),
-            patch.multiple(_tiles, _TILE=tile, _TILE_ROWS=2),
+            patch.multiple(_tiles, TILE=tile, TILE_ROWS=2),
             LayerTap(head, "") as tap,
         ):
             loss = total(case, criterion, inputs)
@@ -160,7 +158,7 @@ def test_a_constant_hessian_reaches_the_weight_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision_is_near_float64(dtype: torch.dtype) -> None:
     """Against float64 at the same, rounded numbers."""
     generator = seeded(0)
     x, weight = torch.randn(300, 32, generator=generator), torch.randn(50, 32, generator=generator) / 4
@@ -198,19 +196,6 @@ def test_under_autocast_the_outputs_are_those_of_the_call() -> None:
     torch.testing.assert_close(*kappas, rtol=1e-6, atol=0)
 
 
-class LargestStorage(TorchDispatchMode):
-    """Records how many numbers the largest new memory holds; a view has none of its own."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.numel = max(self.numel, leaf.untyped_storage().nbytes() // leaf.itemsize)
-        return result
-
-
 @pytest.mark.parametrize("layer", [None, "head"])
 def test_nothing_of_the_size_of_the_outputs_is_made(layer: str | None) -> None:
     n, d, m = 60, 50, 8
@@ -218,16 +203,16 @@ def test_nothing_of_the_size_of_the_outputs_is_made(layer: str | None) -> None:
     body, head = net.values()
     x, y = torch.randn(n, m), torch.zeros(n, dtype=torch.long)
     sizes: dict[str, Any] = {"_BLOCK": 1, "_BLOCK_ROWS": 5}
-    with patch.multiple(_from_features, **sizes), LargestStorage() as largest, LayerTap(net, layer) as tap:
+    with patch.multiple(_from_features, **sizes), Largest() as largest, LayerTap(net, layer) as tap:
         loss = fused(head.weight, None, body(x), y, options=CHUNKED)  # type: ignore[arg-type]
         (loss + tap.relative_flatness(loss)).backward()
-    assert 5 * d <= largest.numel < n * d / 2
-    with LargestStorage() as largest:
+    assert 5 * d <= largest.memory < n * d / 2
+    with Largest() as largest:
         head(x)
-    assert largest.numel == n * d
+    assert largest.memory == n * d
 
 
-def test_factors_that_are_learnt() -> None:
+def test_a_factor_that_is_learnt_has_its_gradient() -> None:
     generator = seeded(0)
     x, y = normal(generator, 6, 4), torch.tensor([0, 4, -100, 1, 2, 3])
     head, scale = nn.Linear(4, 5).double(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -343,23 +328,6 @@ def test_a_call_leaves_no_trace() -> None:
 # --- in a Trainer ---------------------------------------------------------------------------------------------------
 
 
-class Direct:
-    """Hands the head's weight to the loss, and leaves the head alone."""
-
-    options: Any = CHUNKED
-
-    def loss(self: Any, batch: Batch) -> Tensor:
-        return fused(self.head.weight, self.head.bias, self.features(batch[0]), batch[1], options=self.options)
-
-
-class DirectNet(Direct, Net):
-    pass
-
-
-class DirectManualNet(Direct, ManualNet):
-    pass
-
-
 class Owner(Net):
     """Has the head in PyTorch's own module."""
 
@@ -425,7 +393,7 @@ def test_fam_and_the_monitor_do_what_they_do_with_outputs(
     assert {"fam/penalty", "train/relative_flatness", "val/relative_flatness"} <= set(found[0])
 
 
-def test_accumulated_gradients() -> None:
+def test_accumulated_gradients_are_those_with_outputs() -> None:
     same(*(fit(kind(), FAM(coefficient=0.3), accumulate_grad_batches=2) for kind in (DirectNet, Net)))
 
 
@@ -449,7 +417,7 @@ def test_layers_before_such_a_head_have_their_curvature(options: Any, monkeypatc
         same(*(fit(kind(), *make()) for kind in (DirectNet, Net)))
 
 
-def test_the_sharpest_samples() -> None:
+def test_the_sharpest_samples_are_those_with_outputs() -> None:
     monitors = [SharpestMonitor(3), SharpestMonitor(3)]
     for net, monitor in zip((DirectNet(), Net()), monitors, strict=True):
         fit(net, monitor)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.processes import run_code
+
+PUBLIC = ("FAM", "FlatnessMonitor", "RelativeFlatness", "find_coefficient")
 BLOCKED = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning", "torchmetrics")
 BLOCKER = f"""
 import sys
@@ -21,13 +20,8 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[1]
-    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-
-
 def test_the_functional_floor_and_the_tap_import_and_run_without_lightning_and_torchmetrics() -> None:
-    found = run(
+    found = run_code(
         BLOCKER
         + f"""
 import torch
@@ -40,41 +34,33 @@ assert not set(sys.modules) & set({BLOCKED})
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "logger"),
+    ("first", "packages", "logger"),
     [
-        ("import lightning", "lightning.pytorch"),
-        ("import pytorch_lightning", "pytorch_lightning"),
-        ("", "lightning.pytorch"),
+        ("", ["lightning.pytorch"], "lightning.pytorch"),
+        ("import lightning", ["lightning.pytorch"], "lightning.pytorch"),
+        ("from lightning.fabric import Fabric", ["lightning.pytorch"], None),
+        ("import pytorch_lightning", ["pytorch_lightning"], "pytorch_lightning"),
+        ("from pytorch_lightning.callbacks import Timer", ["pytorch_lightning"], None),
+        ("import lightning, pytorch_lightning", ["lightning.pytorch", "pytorch_lightning"], None),
+        ("import pytorch_lightning, lightning", ["lightning.pytorch", "pytorch_lightning"], None),
     ],
 )
-def test_importing_the_callbacks_leaves_the_logger_to_the_users_package(first: str, logger: str) -> None:
-    found = run(
-        f"{first}\nimport lightning_relflat.callbacks\nfrom lightning_utilities.core import rank_zero\n"
-        "print(rank_zero.log.name)"
-    )
-    assert found.stdout.strip() == f"{logger}.utilities.rank_zero", found.stderr
+def test_a_callback_belongs_to_the_packages_that_were_imported_before(
+    first: str, packages: list[str], logger: str | None
+) -> None:
+    """And no package is imported that is not needed: each takes longer than everything of ours.
 
-
-@pytest.mark.parametrize(
-    ("first", "packages"),
-    [
-        ("", ["lightning.pytorch"]),
-        ("import lightning", ["lightning.pytorch"]),
-        ("from lightning.fabric import Fabric", ["lightning.pytorch"]),
-        ("import pytorch_lightning", ["pytorch_lightning"]),
-        ("from pytorch_lightning.callbacks import Timer", ["pytorch_lightning"]),
-        ("import lightning, pytorch_lightning", ["lightning.pytorch", "pytorch_lightning"]),
-        ("import pytorch_lightning, lightning", ["lightning.pytorch", "pytorch_lightning"]),
-    ],
-)
-def test_a_callback_belongs_to_the_packages_that_were_imported_before(first: str, packages: list[str]) -> None:
-    """And no package is imported that is not needed: each takes longer than everything of ours."""
-    found = run(
+    The logger stays that of the user's package, which is the one that was imported.
+    """
+    found = run_code(
         f"""
 import copy, pickle, sys
 {first}
 from lightning_relflat import FAM
+from lightning_utilities.core import rank_zero
+print(rank_zero.log.name)
 class Own(FAM): pass
 for package in ("lightning.pytorch", "pytorch_lightning"):
     assert (package in sys.modules) == (package in {packages}), package
@@ -87,6 +73,7 @@ for name in {packages}:
 """
     )
     assert found.returncode == 0, found.stderr
+    assert logger is None or found.stdout.splitlines()[0] == f"{logger}.utilities.rank_zero"
 
 
 ORDERS = [("lightning.pytorch", "pytorch_lightning"), ("pytorch_lightning", "lightning.pytorch")]
@@ -100,13 +87,13 @@ fam = FAM("head", name="x")
 
 @pytest.mark.parametrize(("first", "other"), ORDERS)
 def test_a_trainer_of_a_package_imported_later_takes_a_list_and_refuses_one_alone(first: str, other: str) -> None:
-    code = WRONG_ORDER.format(first=first, other=other)
-    alone = run(code + "other.Trainer(logger=False, callbacks=fam)")
-    assert "TypeError: Expected argument `callbacks` to be a list, but got FAM(layer='head', name='x')" in alone.stderr
-    assert f"which is a callback of {first}. Put it in a list, or import the Trainer's package before" in alone.stderr
-    found = run(
-        code
+    found = run_code(
+        WRONG_ORDER.format(first=first, other=other)
         + f"""
+try:
+    other.Trainer(logger=False, callbacks=fam)
+except TypeError as error:
+    print(error)
 import torch
 class Net(other.LightningModule):
     def __init__(self):
@@ -126,12 +113,14 @@ assert "{first}" not in type(trainer).__module__ and trainer.callback_metrics["f
 """
     )
     assert found.returncode == 0, found.stderr
+    assert "Expected argument `callbacks` to be a list, but got FAM(layer='head', name='x')" in found.stdout
+    assert f"which is a callback of {first}. Put it in a list, or import the Trainer's package before" in found.stdout
 
 
 def test_where_only_the_old_package_is_installed_callbacks_are_its_own() -> None:
     only = BLOCKER.replace(str(BLOCKED), str(("lightning",)))
     absent = "import importlib.util\nimportlib.util.find_spec = lambda name, find=importlib.util.find_spec: "
-    found = run(
+    found = run_code(
         only
         + absent
         + """None if name == "lightning" else find(name)
@@ -146,29 +135,47 @@ assert isinstance(FAM(), pytorch_lightning.Callback)
 def test_the_metric_needs_no_lightning() -> None:
     only_trainers = BLOCKER.replace(str(BLOCKED), str(("lightning", "pytorch_lightning")))
     assert only_trainers != BLOCKER
-    found = run(only_trainers + "from lightning_relflat import RelativeFlatness\nRelativeFlatness()")
-    assert found.returncode == 0, found.stderr
-    assert "is blocked" in run(only_trainers + "from lightning_relflat import FAM").stderr
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "from lightning_relflat import FAM",
-        "from lightning_relflat import FlatnessMonitor",
-        "from lightning_relflat import RelativeFlatness",
-        "from lightning_relflat import find_coefficient",
-        *(f"import {name}" for name in BLOCKED),
-    ],
-)
-def test_the_blocker_blocks(line: str) -> None:
-    """So that the test above can fail."""
-    found = run(BLOCKER + line)
-    assert found.returncode == 1
-    assert "ImportError" in found.stderr
+    found = run_code(
+        only_trainers
+        + "from lightning_relflat import RelativeFlatness\nRelativeFlatness()\nprint('measured')\n"
+        + "from lightning_relflat import FAM"
+    )
+    assert found.stdout.strip() == "measured"
     assert "is blocked" in found.stderr
 
 
+def test_measuring_a_model_needs_no_lightning() -> None:
+    found = run_code(
+        BLOCKER.replace(str(BLOCKED), str(("lightning", "lightning_fabric", "pytorch_lightning")))
+        + """
+import torch
+from lightning_relflat import Report, measure
+report = measure(torch.nn.Linear(2, 2), [(torch.ones(3, 2), torch.tensor([0, 1, 0]))])
+assert isinstance(report, Report) and report.relative_flatness > 0
+assert report._repr_html_() and str(report) and report.to_dict()
+"""
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_the_blocker_blocks() -> None:
+    """So that the tests above can fail."""
+    lines = [f"from lightning_relflat import {name}" for name in PUBLIC] + [f"import {name}" for name in BLOCKED]
+    found = run_code(
+        BLOCKER
+        + f"""
+for line in {lines}:
+    try:
+        exec(line)
+    except ImportError as error:
+        assert "is blocked" in str(error), line
+    else:
+        raise AssertionError(line)
+"""
+    )
+    assert found.returncode == 0, found.stderr
+
+
 def test_nothing_is_blocked_without_the_blocker() -> None:
-    found = run("from lightning_relflat import FAM, FlatnessMonitor, RelativeFlatness, find_coefficient")
+    found = run_code(f"from lightning_relflat import {', '.join(PUBLIC)}")
     assert found.returncode == 0, found.stderr

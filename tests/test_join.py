@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_relflat.layer_tap import LayerTap
 from lightning_relflat.metrics import RelativeFlatness
-from tests.processes import COEFFICIENT, LR, process_group, small_batches, small_net, spawn, train_by_hand
+from tests.by_hand import train_on_shares
+from tests.processes import COEFFICIENT, LR, process_group, small_batches, small_net, spawn
 
 SIZES = [7, 4, 6, 5, 3], [2, 9]  # of the batches of either process
 
@@ -43,7 +44,7 @@ def test_a_process_that_runs_out_of_batches_counts_as_zero(tmp_path: Path) -> No
     net = small_net()
     first, second = (small_batches(sizes, seed=rank) for rank, sizes in enumerate(SIZES))
     steps = [*zip(first, [*second, None, None, None], strict=True)]
-    assert value == other_value == pytest.approx(train_by_hand(net, net[:2], net[2], steps), rel=1e-12)
+    assert value == other_value == pytest.approx(train_on_shares(net, net[:2], net[2], steps), rel=1e-12)
     for weight, other, expected in zip(weights, other_weights, net.parameters(), strict=True):
         assert torch.equal(weight, other)
         torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_relflat._layer_hook import LayerHook
 from lightning_relflat.functional.large_head import _from_outputs
 from lightning_relflat.layer_tap import LayerTap
+from lightning_relflat.linear_layers import linear_layers
 
 
 def make_net() -> Any:
@@ -77,8 +78,51 @@ def test_without_gradients_nothing_is_recorded_for_the_graph() -> None:
     tap.start()
     with torch.no_grad():
         run(net)
+    missed = [tap.missed]
+    assert tap.take(torch.ones(())) == []  # nothing that this loss depends on
+    assert [*missed, tap.missed] == [True, False]
     assert tap.take() == []
     tap.close()
+
+
+WITHOUT = r"layer '2' ran under `torch\.no_grad\(\)` or .*inference_mode.* with gradients; or make .*copies=True"
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_tap_says_why_it_holds_nothing(context: Any) -> None:
+    net = make_net()
+    loss = torch.ones((), requires_grad=True)
+    with LayerTap(net, "2") as tap:
+        for ask in (tap.take, lambda: tap.relative_flatness(loss)):
+            with context():
+                run(net)
+            with pytest.raises(RuntimeError, match=WITHOUT):
+                ask()
+        with context():  # one pass of two with gradients is enough
+            run(net)
+        loss = run(net).square().mean()
+        assert tap.relative_flatness(loss) > 0
+        assert tap.take() == []
+        tap.recording = False
+        with context():  # a pause is no reason
+            run(net)
+        assert tap.take() == []
+
+
+def test_of_layers_left_open_the_last_is_said_to_have_run_without_gradients() -> None:
+    net = make_net()
+    with torch.no_grad(), LayerTap(net) as tap:
+        run(net)
+        with pytest.raises(RuntimeError, match=r"the last nn\.Linear ran under `torch\.no_grad"):
+            tap.take()
+
+
+def test_a_tap_with_copies_misses_nothing_beside_one_without() -> None:
+    net = make_net()
+    with torch.no_grad(), LayerTap(net, "2", copies=True) as keeping, LayerTap(net, "2") as other:
+        run(net)
+        assert len(keeping.take()) == 1
+        assert (keeping.missed, other.missed) == (False, True)
 
 
 def test_outputs_may_be_changed_in_place_if_the_first_step_shows_it() -> None:
@@ -163,8 +207,10 @@ def test_tied_and_compiled_names() -> None:
             self.first = nn.Linear(2, 2)
             self.second = self.first
             self._orig_mod = nn.Sequential(nn.Linear(2, 2))
+            self.third = torch.compile(nn.Linear(2, 2), backend="eager")
 
-    for name in ("first", "second", "0"):
+    assert list(linear_layers(Tied())) == ["first", "second", "0", "third"]
+    for name in ("first", "second", "0", "third", "third._orig_mod"):
         tap = LayerTap(Tied(), name)
         assert tap.name == name
         tap.close()
@@ -194,7 +240,7 @@ class OwnForward(nn.Linear):
         (nn.Sequential(nn.Conv2d(1, 1, 1)), None, r"has no nn.Linear, but got None. Layers that can be named: '0'\."),
     ],
 )
-def test_refused(net: nn.Module, name: str | None, message: str) -> None:
+def test_what_is_no_layer_is_refused_and_leaves_nothing(net: nn.Module, name: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerTap(net, name)
     assert not any(module._forward_hooks for module in net.modules())
@@ -219,7 +265,7 @@ def test_a_linear_subclass_that_computes_something_else_is_refused_when_it_runs(
 def test_a_head_of_very_many_outputs_hands_on_no_copy(
     width: int, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_from_outputs, "_FEW", 0)
+    monkeypatch.setattr(_from_outputs, "FEW", 0)
     head = nn.Linear(2, width)
     with LayerTap(head, "") as tap:
         outputs = head(torch.ones(3, 2))

@@ -92,7 +92,7 @@ def test_curvlinops(problem: Problem) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_backpack(problem: Problem) -> None:
+def test_backpack_has_the_same_trace(problem: Problem) -> None:
     """Its exact diagonal of the Hessian: the trace, and that of every neuron."""
     backpack = pytest.importorskip("backpack")
     extensions = pytest.importorskip("backpack.extensions")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-tomllib: Any = pytest.importorskip("tomllib", reason="comes with Python 3.11")
+tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # tomli is pytest's
 
 ROOT = Path(__file__).parents[1]
 COMPROMISED = {

@@ -51,11 +51,11 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_callbacks(name: str) -> None:
+def test_callbacks_see_tensors_of_a_subclass_as_plain_ones(name: str) -> None:
     assert measured(CALLBACKS[name], wrap=True) == measured(CALLBACKS[name], wrap=False)
 
 
-def test_functions_and_metric() -> None:
+def test_functions_and_the_metric_see_them_as_plain_ones() -> None:
     layer = nn.Linear(4, 3)
     features, target = torch.randn(5, 4), torch.randint(0, 3, (5,))
     outputs = layer(features)
@@ -70,7 +70,7 @@ def test_functions_and_metric() -> None:
     torch.testing.assert_close(kappa, expected)
 
 
-def test_plain() -> None:
+def test_plain_keeps_the_graph() -> None:
     tensor, parameter = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(2))
     assert plain(tensor) is tensor
     assert plain(parameter) is parameter

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from tests.callbacks.test_processes import FSDP
 from tests.functional.cases import HOOKS_ARE_KNOWN
+from tests.processes import FSDP
 from tests.together import cases, fitting
 from tests.together.cover import covering
 from tests.together.processes import judge_in_processes
+from tests.watching import forget_graphs
 
 PAIRS = list(cases.cover(cases.ONE, 2, seed=0))
 PER_TEST = 12
@@ -38,9 +38,9 @@ PLAIN = dict.fromkeys(cases.ONE, "nothing") | {
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
+def nothing_compiled_stays() -> Iterator[None]:
     yield
-    torch._dynamo.reset()
+    forget_graphs()
 
 
 def quietly_judged(case: dict[str, str]) -> fitting.Verdict:

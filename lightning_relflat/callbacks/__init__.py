@@ -8,3 +8,7 @@ from lightning_relflat.callbacks.max_norm import MaxNorm
 from lightning_relflat.callbacks.sharpest_monitor import SharpestMonitor
 
 __all__ = ["FAM", "FlatnessFigures", "FlatnessMonitor", "LayersMonitor", "MaxNorm", "SharpestMonitor"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from torch import Tensor, nn
+from lightning_relflat._batch import Target as Target
+from lightning_relflat._batch import check_key as check_key
+from lightning_relflat._batch import find_target as find_target
+from lightning_relflat._shown import show as show
+from lightning_relflat._shown import show_call
 
 Trainer: TypeAlias = "lightning.pytorch.Trainer | pytorch_lightning.Trainer"
 LightningModule: TypeAlias = "lightning.pytorch.LightningModule | pytorch_lightning.LightningModule"
-Target: TypeAlias = int | str | tuple[int | str, ...] | Callable[[Any], Any] | None
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -60,53 +61,6 @@ class Callback(_Base):
     def state_key(self) -> str:
         """Two of these callbacks can live side by side if their names differ."""
         return f"{type(self).__name__}[name={self.name!r}]"
-
-
-def show_call(thing: object) -> str:
-    """Return the call that makes an object, with the arguments that are not their defaults.
-
-    Args:
-        thing: an object that keeps its arguments as attributes of the same names.
-
-    Returns:
-        For example ``FAM(layer='head')``; of tensors only their sizes.
-    """
-    parameters: dict[str, inspect.Parameter] = {}
-    for kind in type(thing).__mro__:
-        if "__init__" not in vars(kind):
-            continue
-        own = list(inspect.signature(vars(kind)["__init__"]).parameters.values())[1:]
-        for parameter in own:
-            parameters.setdefault(parameter.name, parameter)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
-            break  # where there is one, the base class says what it may be
-    shown = []
-    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].kind):
-        value = getattr(thing, name, parameter.default)
-        if value is not parameter.default and (isinstance(value, Tensor) or value != parameter.default):
-            shown.append(f"{name}={show(value)}")
-    return f"{type(thing).__name__}({', '.join(shown)})"
-
-
-def show(value: object) -> str:
-    """Return a value as messages print it, without a tensor's numbers.
-
-    Args:
-        value: the value.
-
-    Returns:
-        In a few words what it is.
-    """
-    if isinstance(value, Tensor):
-        return f"<{'×'.join(map(str, value.shape)) or 1} numbers>"
-    if isinstance(value, nn.Module):
-        return show_call(value)
-    if inspect.isroutine(value):
-        return f"<function {value.__qualname__}>"
-    if isinstance(value, list | tuple):
-        items = ", ".join(map(show, value))
-        return f"[{items}]" if isinstance(value, list) else f"({items}{',' * (len(value) == 1)})"
-    return repr(value)
 
 
 def check_layer(layer: object) -> str | None:
@@ -162,6 +116,23 @@ def labelled(label: str, name: str | None) -> str:
     return label if name is None else f"{group}/{name}/{rest}"
 
 
+def named(stage: str, label: str, name: str | None) -> str:
+    """Return the name of what is logged of a stage: in the user's own group, or in one of ours beside it.
+
+    Dashboards make a group of what has the same first part, and show it with a card for each name.
+
+    Args:
+        stage: ``"train"``, ``"val"`` or ``"test"``.
+        label: what it is, such as ``relative_flatness``, for the stage's group; with a group of ours in front, such as
+            ``flatness/weight_norm``, for that.
+        name: the callback's name, or ``None``.
+
+    Returns:
+        Such as ``val/relative_flatness``, or ``val_flatness/weight_norm``.
+    """
+    return labelled(f"{stage}{'_' if '/' in label else '/'}{label}", name)
+
+
 def refuse_collisions(trainer: Trainer, callback: Callback) -> None:
     """Raise if another callback would log under the same names.
 
@@ -181,93 +152,6 @@ def refuse_collisions(trainer: Trainer, callback: Callback) -> None:
             f"Expected argument `name` to tell several {kind.__name__} callbacks apart, because they log under the "
             f"same names, but got {callback.name!r} in {'two' if count == 2 else count} of them."
         )
-
-
-def check_key(target: object) -> Target:
-    """Return what finds the target in a batch.
-
-    Args:
-        target: the argument ``target`` of a callback.
-
-    Returns:
-        The index, key or callable, a path as a tuple, or ``None``.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    if target is None or _is_step(target) or callable(target):
-        return target  # type: ignore[return-value]  # mypy does not see what `_is_step` says
-    if isinstance(target, Sequence) and target and all(map(_is_step, target)):
-        return tuple(target)
-    raise ValueError(
-        "Expected argument `target` to be an index or key of the batch, a path of them, a callable on the batch, or "
-        f"None, but got {show(target)}."
-    )
-
-
-def _is_step(key: object) -> bool:
-    return isinstance(key, int | str) and not isinstance(key, bool)
-
-
-def find_target(batch: Any, key: Target) -> Any:
-    """Return the target in a batch.
-
-    Args:
-        batch: what the data loader yields, on the device.
-        key: an index for a sequence, a key for a mapping, an attribute's name for another object; a tuple of these,
-            each looked up in what the one before has led to; a callable on the batch; or ``None``.
-
-    Returns:
-        The target, a list turned into a tuple; ``None`` for ``key=None``.
-
-    Raises:
-        ValueError: if it is not there, or if the callable raises.
-    """
-    if key is None:
-        return None
-    target = batch
-    if callable(key):
-        try:
-            target = key(batch)
-        except Exception as error:
-            raise ValueError(
-                f"Expected argument `target` to find the target in the batch, which is {_kind(batch)}, but "
-                f"{show(key)} raised {type(error).__name__}: {error}"
-            ) from error
-    else:
-        path, depth = key if isinstance(key, tuple) else (key,), 0
-        try:
-            for depth, step in enumerate(path):  # noqa: B007  # the message says how deep
-                target = _look_up(target, step)
-        except (AttributeError, IndexError, KeyError) as error:
-            place = f"what {show(path[:depth])} leads to in the batch, which is" if depth else "the batch, which is"
-            raise ValueError(
-                f"Expected argument `target` to be an index or key of {place} {_kind(target)}, but got {key!r}. "
-                "Where the loss needs no target for its curvature, pass target=None."
-            ) from error
-    return tuple(target) if isinstance(target, list) else target
-
-
-def _look_up(place: Any, key: int | str) -> Any:
-    if isinstance(place, Tensor):
-        raise KeyError(key)  # its samples and methods are no targets
-    if isinstance(place, Mapping) or (isinstance(key, int) and isinstance(place, Sequence)):
-        return place[key]  # type: ignore[index]
-    if isinstance(key, int) or callable(found := getattr(place, key)):
-        raise KeyError(key)
-    return found
-
-
-def _kind(batch: Any) -> str:
-    """Return what something in a batch is, without its numbers."""
-    kind = type(batch).__name__
-    if isinstance(batch, Mapping):
-        return f"a {kind} with keys {', '.join(map(repr, batch))}"
-    if isinstance(batch, Tensor):
-        return f"a single tensor of shape {tuple(batch.shape)}"
-    if isinstance(batch, Sequence):
-        return f"a {kind} of {len(batch)}"
-    return f"a {kind}"
 
 
 def loggers_are_due(trainer: Trainer) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat.callbacks._base import show
+from lightning_relflat._shown import show
 from lightning_relflat.callbacks._step import Step
 from lightning_relflat.claims import Claim
 from lightning_relflat.functional._weights import has_matrix

@@ -16,12 +16,15 @@ from lightning_relflat.callbacks._base import (
     LightningModule,
     Trainer,
     check_name,
-    labelled,
+    named,
     refuse_collisions,
 )
 from lightning_relflat.callbacks._step import Stage, Step, StepWatcher
 from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional._graph import NAME_IT
+
+# One number of each monitor: a bar has no room for standard errors.
+IN_BAR = ("relative_flatness", "flatness/network")
 
 
 class Monitor(Callback):
@@ -31,6 +34,9 @@ class Monitor(Callback):
         stages: which loops: some of ``"train"``, ``"val"`` and ``"test"``.
         every_n_epochs: in ``fit``, every how many epochs.
         name: a group for the names of what is logged, where the Trainer has several such monitors.
+
+    Attributes:
+        measured_at: the epoch and the step, as loggers have them, in which each stage was measured last.
 
     Raises:
         ValueError: if an argument is not what it should be.
@@ -51,6 +57,7 @@ class Monitor(Callback):
         self._loader = 0
         self._resumed: dict[str, Any] = {}
         self._told: set[str] = set()
+        self.measured_at: dict[Stage, tuple[int, int]] = {}
 
     # What a monitor does. Each is called on all processes.
 
@@ -276,13 +283,26 @@ class Monitor(Callback):
         if not self.is_due(stage):
             return
         assert self._module is not None
+        self.measured_at[stage] = self._module.trainer.current_epoch, self._module.trainer.global_step
         for loader in range(loaders):
             behind = f"/dataloader_idx_{loader}" if loaders > 1 else ""
             for label, value in self.end_epoch(stage, loader, behind).items():
-                shown = bool(getattr(self, "prog_bar", False)) and "/" not in label
+                shown = bool(getattr(self, "prog_bar", False)) and label in IN_BAR
+                name = _Name(named(stage, label, self.name) + behind)
                 # The size is told, because Lightning would look for one in a batch that it may not have.
-                name = labelled(f"{stage}/{label}", self.name) + behind
                 self._module.log(name, value, prog_bar=shown, batch_size=1, add_dataloader_idx=False)
+
+
+class _Name(str):
+    """A name of a value that may end as Lightning's own for one of several loaders do.
+
+    Lightning 2.4 refuses such a name, also where it is told to add no number of its own.
+    """
+
+    __slots__ = ()
+
+    def __contains__(self, part: object) -> bool:
+        return part != "/dataloader_idx_" and super().__contains__(part)  # type: ignore[operator]
 
 
 def computed(metric: Metric) -> Any:

@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_relflat.callbacks._base import show
+from lightning_relflat._shown import show
 from lightning_relflat.callbacks._layer_meter import LayerMeter
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import computed

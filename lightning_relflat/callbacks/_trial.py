@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_relflat.callbacks._base import _PACKAGES, LightningModule, Trainer, show
+from lightning_relflat._shown import show
+from lightning_relflat.callbacks._base import _PACKAGES, LightningModule, Trainer
 from lightning_relflat.callbacks._watcher import GROUP, Kappa, Watcher
 from lightning_relflat.callbacks.fam import FAM
 from lightning_relflat.coefficient_search import Candidate, Curve

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_relflat._shown import show_call
 from lightning_relflat.functional._checks import check_number, said
 
 DECAY = 0.9
@@ -173,6 +174,9 @@ class Automatic:
         self._step: Tensor | None = None
         self._sums: Tensor | None = None  # averages of the sum of losses, of κ, and of how many there were
         self._largest: Tensor | None = None  # smoothed loss, smoothed |κ|
+
+    def __repr__(self) -> str:
+        return show_call(self)
 
     def begin(self) -> None:
         """Forget what was measured in an unfinished step."""

@@ -96,7 +96,7 @@ class FAM(Callback):
             frozen with nothing else to penalise; if a loss that is named is not the one trained with, or the curvature
             of the one that is cannot be had rightly; or if the loss or the penalty is not finite.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import FAM
         >>> FAM(layer="head", coefficient=0.2)
         FAM(layer='head', coefficient=0.2)
@@ -127,7 +127,7 @@ class FAM(Callback):
         super().__init__()
         check_probes(probes)
         self.layer = check_layer(layer)
-        self.coefficient = check_coefficient(coefficient)
+        self.coefficient: float | Literal["auto"] = check_coefficient(coefficient)
         self.loss = loss
         self.criterion: Any = None if loss is None else read_loss(loss)
         known: Any = self.criterion if has_closed_form(self.criterion) else None

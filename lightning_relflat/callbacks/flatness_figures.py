@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, labelled, show
-from lightning_relflat.callbacks._figures import Gallery, bars, check_matplotlib, curve_of_gaps, heat_map, sample_grid
+from torch import Tensor
+
+from lightning_relflat._labels import class_names
+from lightning_relflat._shown import show
+from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer, named
+from lightning_relflat.callbacks._figures import Drawn, bars, check_matplotlib, curve_of_gaps, heat_map, sample_grid
+from lightning_relflat.callbacks._gallery import Gallery
+from lightning_relflat.callbacks._monitor import Monitor
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.flatness_monitor import FlatnessMonitor
 from lightning_relflat.callbacks.layers_monitor import LayersMonitor
@@ -22,9 +28,13 @@ class FlatnessFigures(Callback):
 
     There are bars of κ of each class (``report=["classes"]`` of a :class:`~lightning_relflat.FlatnessMonitor`), the
     matrix of the neuron pairs (``"neuron_pairs"``), bars of the layers of a :class:`~lightning_relflat.LayersMonitor`,
-    the samples of a :class:`~lightning_relflat.SharpestMonitor`, and κ against the generalisation gap. They are drawn
-    when ``fit``, ``validate`` or ``test`` ends, and more often if asked for. TensorBoard, MLflow and Weights & Biases
-    take pictures; for others they are written to files beside their logs.
+    the samples of a :class:`~lightning_relflat.SharpestMonitor` with their labels and predictions, and κ against the
+    generalisation gap. They are drawn when ``fit``, ``validate`` or ``test`` ends, and more often if asked for, as
+    ``val_flatness_figures/classes``, ``…/neuron_pairs``, ``…/layers``, ``…/sharpest_samples`` and ``…/gap``.
+    TensorBoard, MLflow and Weights & Biases take pictures; for others they are written to files beside their logs.
+
+    Classes are called what an attribute ``classes`` or ``class_names`` of the data set, the data module or the module
+    calls them, if it has as many names; else by their numbers. Titles have the epoch and step of the loggers.
 
     Args:
         every_n_epochs: in ``fit``, draw after the validation of every n-th epoch too.
@@ -37,7 +47,7 @@ class FlatnessFigures(Callback):
         ValueError: if an argument is not what it should be; with the first point, if a metric is not logged.
         ModuleNotFoundError: if matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import FlatnessFigures
         >>> FlatnessFigures(every_n_epochs=10)
         FlatnessFigures(every_n_epochs=10)
@@ -58,7 +68,8 @@ class FlatnessFigures(Callback):
         self.flatness = flatness
         check_matplotlib()
         self._gallery = Gallery()
-        self._points: list[tuple[float, float]] = []
+        self._points: list[tuple[int, float, float]] = []  # of the curve: epoch, gap, κ
+        self._epoch = 0  # of the last validation
         self._validated = self._loaded = False
         self._undrawn = self._curve_due = False
 
@@ -87,6 +98,7 @@ class FlatnessFigures(Callback):
         if trainer.sanity_checking:
             return
         self._validated = self._undrawn = True
+        self._epoch = trainer.current_epoch
         self._curve_due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if trainer.state.fn != "fit" or self._curve_due:
             self._draw(trainer, "val")
@@ -101,7 +113,7 @@ class FlatnessFigures(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the points of the curve."""
-        self._points = [(gap, value) for gap, value in state_dict["gaps"]]
+        self._points = [(epoch, gap, value) for epoch, gap, value in state_dict["gaps"]]
         self._loaded = True
 
     def _draw(self, trainer: Trainer, stage: Stage) -> None:
@@ -115,34 +127,67 @@ class FlatnessFigures(Callback):
         """Draw κ against the gap, as far as the epochs have gone."""
         self._curve_due = False
         if trainer.is_global_zero and self._points and self.gap is not None:
-            gaps, values = zip(*self._points, strict=True)
-            figure = curve_of_gaps(gaps, values, f"{self.gap[1]} − {self.gap[0]}", self.flatness)
-            self._gallery.show(trainer, "val/flatness_and_gap", figure)
+            first, last = self._points[0][0], self._points[-1][0]
+            where = f"validation data, epoch {first}" + (f" to {last}" if last > first else "")
+            gap = f"{self.gap[1]} − {self.gap[0]}"
+            figure = curve_of_gaps(self._points, "κ and the generalisation gap", where, gap=gap, flatness=self.flatness)
+            self._gallery.show(trainer, named("val", "flatness_figures/gap", None), figure)
 
     def _figures(self, trainer: Trainer, stage: Stage) -> Iterator[tuple[str, Figure]]:
+        """Draw what each monitor has measured of a stage, with what tells its pictures from others'."""
         callbacks: list[object] = trainer.callbacks  # type: ignore[union-attr]  # set by Lightning's connector
         for monitor in callbacks:
+            measured: Iterator[tuple[str, Iterator[tuple[str, Figure]]]]
             if isinstance(monitor, FlatnessMonitor):
-                for behind, report in _of(monitor.reports, stage):
-                    values = {name: value.cpu() for name, value in report.items()}
-                    if "per_class" in values and isinstance(monitor.report, Sequence) and "classes" in monitor.report:
-                        parts = values["per_class"].tolist()
-                        figure = bars(parts, list(map(str, range(len(parts)))), f"κ of each class, {stage}")
-                        yield labelled(f"{stage}/class_flatness", monitor.name) + behind, figure
-                    if "neuron_pairs" in values:
-                        figure = heat_map(values["neuron_pairs"], f"part in κ, {stage}")
-                        yield labelled(f"{stage}/neuron_pairs", monitor.name) + behind, figure
+                keys = _behind(monitor.reports, stage)
+                measured = ((behind, self._of_report(trainer, stage, behind, monitor)) for behind in keys)
             elif isinstance(monitor, LayersMonitor):
-                for behind, (names, flatness, errors) in _of(monitor.values, stage):
-                    figure = bars(flatness, names, f"κ of each layer ± standard error, {stage}", errors)
-                    yield labelled(f"{stage}/layer_flatness", monitor.name) + behind, figure
+                keys = _behind(monitor.values, stage)
+                measured = ((behind, self._of_layers(stage, behind, monitor)) for behind in keys)
             elif isinstance(monitor, SharpestMonitor):
-                loaders = loaders_of(trainer, stage)
-                for behind, samples in _of(monitor.samples, stage):
-                    loader = loaders[int(behind.rpartition("_")[2] or 0)]
-                    found = [loader.dataset[sample.index] for sample in samples]
-                    figure = sample_grid(found, [one.part for one in samples], [one.index for one in samples])
-                    yield labelled(f"{stage}/sharpest_samples", monitor.name) + behind, figure
+                keys = _behind(monitor.samples, stage)
+                measured = ((behind, self._of_samples(trainer, stage, behind, monitor)) for behind in keys)
+            else:
+                continue
+            for behind, figures in measured:
+                for label, figure in figures:
+                    yield named(stage, f"flatness_figures/{label}", monitor.name) + behind, figure
+
+    def _of_report(
+        self, trainer: Trainer, stage: Stage, behind: str, monitor: FlatnessMonitor
+    ) -> Iterator[tuple[str, Figure]]:
+        values = {name: value.cpu() for name, value in monitor.reports[f"{stage}{behind}"].items()}
+        where = _where(monitor, stage, behind, f"layer {monitor.measured_layer}")
+        if "per_class" in values and isinstance(monitor.report, Sequence) and "classes" in monitor.report:
+            parts = values["per_class"].tolist()
+            names = self._class_names(trainer, stage, behind, len(parts))
+            numbers = [f"class {number}" for number in range(len(parts))]
+            yield "classes", bars(parts, names or numbers, "κ of each class", where)
+        if "neuron_pairs" in values:
+            pairs: Tensor = values["neuron_pairs"]
+            names = self._class_names(trainer, stage, behind, len(pairs))
+            yield "neuron_pairs", heat_map(pairs, names, "κ by pairs of outputs", where)
+
+    def _of_layers(self, stage: Stage, behind: str, monitor: LayersMonitor) -> Iterator[tuple[str, Figure]]:
+        names, flatness, errors = monitor.values[f"{stage}{behind}"]
+        where = _where(monitor, stage, behind)
+        yield "layers", bars(flatness, names, "κ of each layer ± standard error", where, errors=errors)
+
+    def _of_samples(
+        self, trainer: Trainer, stage: Stage, behind: str, monitor: SharpestMonitor
+    ) -> Iterator[tuple[str, Figure]]:
+        data, samples = _loader(trainer, stage, behind).dataset, monitor.samples[f"{stage}{behind}"]
+        names = self._class_names(trainer, stage, behind, monitor.num_classes)
+        drawn = [
+            Drawn(data[one.index], one.index, one.part, _called(one.label, names), _called(one.prediction, names))
+            for one in samples
+        ]
+        where = _where(monitor, stage, behind, f"layer {monitor.measured_layer}")
+        yield "sharpest_samples", sample_grid(drawn, "The sharpest samples", where)
+
+    def _class_names(self, trainer: Trainer, stage: Stage, behind: str, count: int | None) -> list[str] | None:
+        owners = getattr(trainer, "datamodule", None), trainer.lightning_module
+        return class_names(count, getattr(_loader(trainer, stage, behind), "dataset", None), *owners)
 
     def _note_gap(self, trainer: Trainer) -> None:
         """Add a point to the curve, when all values of an epoch with a validation are logged."""
@@ -157,12 +202,37 @@ class FlatnessFigures(Callback):
                 f"{', '.join(sorted(map(repr, logged)))}, but got {self.gap!r} and {self.flatness!r}."
             )
         train, val, value = (float(logged[name]) for name in wanted)
-        self._points.append((val - train, value))
+        self._points.append((self._epoch, val - train, value))
 
 
-def _of(values: dict[str, Any], stage: Stage) -> list[tuple[str, Any]]:
-    """Return the values of a stage, with what stands behind its name."""
-    return [(key[len(stage) :], value) for key, value in values.items() if key.partition("/")[0] == stage]
+_DATA: dict[Stage, str] = {"val": "validation", "test": "test"}
+
+
+def _behind(values: dict[str, Any], stage: Stage) -> list[str]:
+    """Return what stands behind a stage's name in the keys of its values: a data loader's number, or nothing."""
+    return [key[len(stage) :] for key in values if key.partition("/")[0] == stage]
+
+
+def _where(monitor: Monitor, stage: Stage, behind: str, *more: str) -> str:
+    """Say of which data and, after training, when: by the epoch and step of the loggers."""
+    epoch, step = monitor.measured_at[stage]
+    loader = [f"loader {_number(behind)}"] if behind else []
+    return ", ".join([f"{_DATA[stage]} data", *loader, *([f"epoch {epoch}, step {step}"] if step else []), *more])
+
+
+def _number(behind: str) -> int:
+    return int(behind.rpartition("_")[2] or 0)
+
+
+def _loader(trainer: Trainer, stage: Stage, behind: str) -> Any:
+    return loaders_of(trainer, stage)[_number(behind)]
+
+
+def _called(number: float | None, names: Sequence[str] | None) -> str | None:
+    """Return what a class is called, or a number that is none."""
+    if number is None:
+        return None
+    return f"{number:.4g}" if names is None else names[int(number)]
 
 
 def _check_gap(gap: object) -> tuple[str, str] | None:

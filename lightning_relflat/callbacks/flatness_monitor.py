@@ -49,12 +49,12 @@ class FlatnessMonitor(OneLayerMonitor):
         target: where a named loss finds its target in the batch: an index, a key, a path of them, a callable on the
             batch, or ``None`` if it needs none.
         report: whether to log too, over validation and test data, what κ is made of, its neighbours and the signs that
-            it means nothing, as ``val/flatness/weight_norm`` and so on; see
+            it means nothing, as ``val_flatness/weight_norm`` and so on; see
             :func:`~lightning_relflat.functional.flatness_report.flatness_report`. It needs a linear layer and a
             criterion with a closed form, named or called by the step. A warning says, once, where most samples are
             saturated or most features dead. A list asks for more: ``"classes"`` for the κ of each class's samples,
-            ``val/class_flatness/0`` and so on; ``"eigenvalues"`` for the largest ones, among ``val/flatness``;
-            ``"neural_collapse"`` for ``val/neural_collapse/nc1`` and so on; ``"neuron_pairs"`` for a matrix that
+            ``val_class_flatness/0`` and so on; ``"eigenvalues"`` for the largest ones, among ``val_flatness``;
+            ``"neural_collapse"`` for ``val_neural_collapse/nc1`` and so on; ``"neuron_pairs"`` for a matrix that
             :class:`~lightning_relflat.callbacks.FlatnessFigures` draws, for up to 64 outputs.
         stages: in which loops to measure. A hidden layer in ``"train"`` costs each step the probes.
         every_n_steps: log ``train/relative_flatness_step``, the κ of the batch, every n training steps too. As every
@@ -77,7 +77,7 @@ class FlatnessMonitor(OneLayerMonitor):
         RuntimeError: before the optimizer's step if the training loss does not depend on the layer, is not the one
             named, or has a curvature that cannot be had rightly.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import FlatnessMonitor
         >>> FlatnessMonitor(layer="head", loss="mse")
         FlatnessMonitor(layer='head', loss='mse')

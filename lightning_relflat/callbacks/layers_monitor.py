@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._sharded import staying_whole
-from lightning_relflat.callbacks._base import LightningModule, Trainer, show
+from lightning_relflat._shown import show
+from lightning_relflat.callbacks._base import LightningModule, Trainer
 from lightning_relflat.callbacks._monitor import Monitor, computed
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.curvature import exact_parts, recognise_passes
@@ -27,8 +28,8 @@ from lightning_relflat.metrics.layers_flatness import LayersFlatness
 class LayersMonitor(Monitor):
     """Logs κ of many layers of a network, and their sum, over validation and test data.
 
-    Logged once per epoch: ``val/layer_flatness/<layer>`` for every layer and ``val/network_flatness``, their sum, with
-    the standard errors ``val/layer_flatness_error/<layer>`` and ``val/network_flatness_error``. The loss is the one
+    Logged once per epoch: ``val_layer_flatness/<layer>`` for every layer and ``val_flatness/network``, their sum, with
+    the standard errors ``val_layer_flatness_error/<layer>`` and ``val_flatness/network_error``. The loss is the one
     that the step shows: what it returns, else what it logs under a name with "loss" in it, else what it calls one of
     PyTorch's criteria for. Where the loss is recognised as a criterion of a layer's outputs, that layer's κ is exact.
 
@@ -56,7 +57,7 @@ class LayersMonitor(Monitor):
         ValueError: if an argument is not what it should be; before the first batch if a pattern matches nothing.
         RuntimeError: if the curvature behind a layer cannot be had rightly.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import LayersMonitor
         >>> LayersMonitor(layers="encoder.*")
         LayersMonitor(layers='encoder.*')
@@ -209,7 +210,7 @@ class LayersMonitor(Monitor):
         self.values[f"{stage}{behind}"] = names, values.tolist(), widths.tolist()
         logged = {f"layer_flatness/{name}": value for name, value in zip(names, values, strict=True)}
         logged |= {f"layer_flatness_error/{name}": value for name, value in zip(names, widths, strict=True)}
-        return logged | {"network_flatness": flatness[-1], "network_flatness_error": errors[-1]}
+        return logged | {"flatness/network": flatness[-1], "flatness/network_error": errors[-1]}
 
     def _metric(self, stage: Stage, loader: int) -> LayersFlatness:
         assert self._module is not None

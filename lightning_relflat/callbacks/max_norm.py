@@ -40,7 +40,7 @@ class MaxNorm(Callback):
         ValueError: if an argument is not what it should be; in ``fit`` before the first step, or at the beginning of an
             epoch, if there is no such layer or its weight cannot be capped.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import FAM, MaxNorm
         >>> callbacks = [FAM("head", -0.1), MaxNorm("head", 5.0)]
         >>> callbacks[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_relflat.callbacks._base import LightningModule, Target, Trainer
+from lightning_relflat._labels import Said, kind_of, say
+from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, find_target
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import computed
 from lightning_relflat.callbacks._one_layer import OneLayerMonitor
 from lightning_relflat.callbacks._step import Stage, Step
 from lightning_relflat.curvature import Loss, exact_parts, recognise_passes
 from lightning_relflat.functional._checks import check_count
+from lightning_relflat.functional._recognised import Kind
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.relative_flatness import relative_flatness
 from lightning_relflat.metrics.sharpest_samples import SharpestParts
@@ -29,10 +33,15 @@ class SharpSample:
     Attributes:
         index: its number in the data set.
         part: its part in κ: κ is the mean of the samples' parts, where the loss is a mean over samples.
+        label: its class, or the number to be predicted; ``None`` if it has no label of its own, as a sequence of
+            tokens, or several.
+        prediction: the likeliest class by the layer's outputs, or the number that they predict; ``None`` likewise.
     """
 
     index: int
     part: float
+    label: float | None = None
+    prediction: float | None = None
 
 
 class SharpestMonitor(OneLayerMonitor):
@@ -56,6 +65,7 @@ class SharpestMonitor(OneLayerMonitor):
     Attributes:
         samples: the last ones found, the sharpest first, by stage, ``"val"`` or ``"test"``, with
             ``/dataloader_idx_0`` and so on behind where there are several data loaders.
+        num_classes: how many classes the labels are of, once they were seen; ``None`` where they are numbers.
 
     Raises:
         ValueError: if an argument is not what it should be; before the first batch if there is no such layer, or a
@@ -63,7 +73,7 @@ class SharpestMonitor(OneLayerMonitor):
         RuntimeError: if the loss has no closed form at the layer, the layer runs several times in a step, or what
             enters it does not come sample by sample.
 
-    Example:
+    Examples:
         >>> from lightning_relflat import SharpestMonitor
         >>> SharpestMonitor(k=16)
         SharpestMonitor(k=16)
@@ -90,6 +100,7 @@ class SharpestMonitor(OneLayerMonitor):
         if self._meter.claim is not None and not has_closed_form(self._meter.claim.criterion):
             raise ValueError(f"Expected argument `loss` to be a criterion with a closed form, but got {loss!r}.")
         self.samples: dict[str, list[SharpSample]] = {}
+        self.num_classes: int | None = None
         self._metrics: dict[tuple[Stage, int], SharpestParts] = {}
         self._orders: list[Iterator[Iterable[int]]] = []
 
@@ -112,11 +123,12 @@ class SharpestMonitor(OneLayerMonitor):
             step: the step, which has run.
             found: what it shows.
         """
-        parts = None if found is None else self._parts(found)
+        seen = None if found is None else self._parts(found)
         if not self.is_due(step.stage):  # in the sanity check it is seen that there are parts
             return
         indices = list(next(self._orders[self._loader]))
-        if parts is not None:
+        if found is not None and seen is not None:
+            parts, kind = seen
             if len(parts) != len(indices):
                 raise RuntimeError(
                     f"{self!r}: what enters layer {self._meter.tap.name!r} has {len(parts)} rows in a batch of "
@@ -125,7 +137,9 @@ class SharpestMonitor(OneLayerMonitor):
                 )
             # The copy is put into the device's queue; made on the device at once, the host would wait for it.
             on_device = torch.tensor(indices).to(parts.device, non_blocking=True)
-            self._metric(step.stage, self._loader).update(parts, on_device)
+            said = self._said(step, found, kind)
+            self.num_classes = said.num_classes
+            self._metric(step.stage, self._loader).update(parts, on_device, said.labels, said.predictions)
 
     def begin_epoch(self, stage: Stage, loaders: int) -> None:
         """Ask the loaders for their order before the first batch."""
@@ -138,17 +152,28 @@ class SharpestMonitor(OneLayerMonitor):
 
     def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
         """Find the samples of all processes."""
-        parts, indices = computed(self._metric(stage, loader)).tolist()
-        self.say_missing(stage, absent=not parts)
-        if not parts:
-            return {}
-        self.samples[f"{stage}{behind}"] = [
-            SharpSample(int(index), part) for index, part in zip(indices, parts, strict=True)
-        ]
+        rows = computed(self._metric(stage, loader)).T.tolist()
+        self.say_missing(stage, absent=not rows)
+        if rows:
+            self.samples[f"{stage}{behind}"] = [
+                SharpSample(int(index), part, _number(label), _number(prediction))
+                for part, index, label, prediction in rows
+            ]
         return {}
 
-    def _parts(self, found: Measurable) -> Tensor:
-        """Return the parts of the samples of a batch."""
+    def _said(self, step: Step, found: Measurable, kind: Kind | None) -> Said:
+        """Return what is said of the samples of a batch."""
+        [record] = found.records
+        criterion, target = found.called or (None, None)
+        if criterion is None:
+            # The loss holds more than a criterion; its target is where most batches have theirs.
+            with contextlib.suppress(ValueError):
+                target = find_target(step.batch, self.target)
+        with torch.no_grad():
+            return say(record.outputs.detach(), target, kind, getattr(criterion, "ignore_index", -100))
+
+    def _parts(self, found: Measurable) -> tuple[Tensor, Kind | None]:
+        """Return the parts of the samples of a batch, and what the loss makes of the outputs."""
         if len(found.records) > 1:
             raise RuntimeError(
                 f"{self!r}: no sample has a part of its own where the layer runs {len(found.records)} times in a step."
@@ -161,6 +186,7 @@ class SharpestMonitor(OneLayerMonitor):
                 assert isinstance(criterion, nn.Module)
                 batch = record.features.detach(), record.weight.detach(), record.outputs.detach(), target
                 parts = relative_flatness(*batch, loss=criterion, reduction="none", class_dim=-1)
+                kind = kind_of(criterion)
             else:
                 recognised = recognise_passes(found.loss, found.records)
                 if recognised is None:
@@ -172,13 +198,21 @@ class SharpestMonitor(OneLayerMonitor):
                 [parts] = exact_parts(recognised, found.records)
                 if found.called is None or getattr(found.called[0], "reduction", "mean") != "sum":
                     parts = parts * recognised.total
-        return parts.double().reshape(len(record.features), -1).sum(dim=1)
+                kind = None if record.call is not None else recognised.kind  # a call never made the outputs
+        return parts.double().reshape(len(record.features), -1).sum(dim=1), kind
 
     def _metric(self, stage: Stage, loader: int) -> SharpestParts:
         assert self._module is not None
         if (stage, loader) not in self._metrics:
             self._metrics[stage, loader] = SharpestParts(self.k).to(self._module.device)
         return self._metrics[stage, loader]
+
+
+def _number(value: float) -> float | None:
+    """Return a number as one reads it: a class as an integer, and none for NaN."""
+    if math.isnan(value):
+        return None
+    return int(value) if value.is_integer() else value
 
 
 def loaders_of(trainer: Trainer, stage: str) -> list[Any]:

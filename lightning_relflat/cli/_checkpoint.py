@@ -32,8 +32,8 @@ _SAFE_LOADING = "2.10.0"
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
-def load_model(path: str, config: Namespace, given: Namespace) -> LightningModule:
-    """Return the model of a checkpoint.
+def load_model(path: str, config: Namespace, given: Namespace) -> tuple[LightningModule, dict[str, Any]]:
+    """Return the model of a checkpoint, and what tells it from others.
 
     Args:
         path: the file.
@@ -41,7 +41,7 @@ def load_model(path: str, config: Namespace, given: Namespace) -> LightningModul
         given: those that the user gave.
 
     Returns:
-        The model.
+        The model; and its arguments that are plain values, with ``epoch`` and ``step``.
 
     Raises:
         InputError: if the checkpoint cannot be read, is not safe to load, or does not fit the class.
@@ -72,7 +72,9 @@ def load_model(path: str, config: Namespace, given: Namespace) -> LightningModul
             f"{path} does not fit {name}: {reason} Give the class and the arguments (--model.NAME VALUE) that the "
             "checkpoint was saved with"
         ) from error
-    return model
+    arguments = {key: value for key, value in (saved | kwargs).items() if not key.startswith("_")}
+    facts = {key: value for key, value in arguments.items() if isinstance(value, bool | int | float | str)}
+    return model, facts | {"epoch": checkpoint.get("epoch"), "step": checkpoint.get("global_step")}
 
 
 def read(path: str, *, trust: bool) -> dict[str, Any]:

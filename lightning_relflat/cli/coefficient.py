@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import math
+import pydoc
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from matplotlib.figure import Figure
 
+from lightning_relflat._style import BLUE, GREEN, INK, ORANGE
 from lightning_relflat.callbacks import FAM
-from lightning_relflat.cli._shared import (
-    InputError,
-    Parser,
-    Result,
-    add_classes,
-    add_layer,
-    add_outputs,
-    build,
-    check_outputs,
-    class_path,
-    find_loss,
-    new_figure,
-    new_table,
-    plain_log_ticks,
-)
+from lightning_relflat.cli._data import NAMES, PARTS, Loaders, as_data, parts_of
+from lightning_relflat.cli._options import DataFunction, Parser, add_classes, add_layer, add_outputs
+from lightning_relflat.cli._output import Result, check_outputs, new_figure, plain_log_ticks
+from lightning_relflat.cli._shared import InputError, build, class_path, find_loss
+from lightning_relflat.cli._tables import Sheet
 from lightning_relflat.coefficient import SearchInterruptedError, find_coefficient
 from lightning_relflat.coefficient_search import Candidate, CoefficientSearch, show, standard_error
 
@@ -47,11 +40,15 @@ sought. Ctrl-C shows what was found so far.
 """
 
 
-def make_parser() -> ArgumentParser:
-    """Return the command's parser."""
-    usage = "relflat coefficient --model CLASS --data CLASS --epochs N [--trainer.NAME VALUE ...] [options]"
+def make_parser(function: DataFunction | None) -> ArgumentParser:
+    """Return the command's parser.
+
+    Args:
+        function: what ``--data`` names, if that is a function.
+    """
+    usage = "relflat coefficient --model CLASS --data NAME --epochs N [--trainer.NAME VALUE ...] [options]"
     parser = Parser(description="Train with several coefficients of FAM, and suggest one.", usage=usage, epilog=EPILOG)
-    add_classes(parser)
+    add_classes(parser, function)
     add_layer(parser)
     parser.add_argument("--epochs", type=int | None, help="How many epochs to train; else --trainer.max_epochs.")
     parser.add_argument("--lowest", type=float, default=1e-3, help="The smallest coefficient, besides 0.")
@@ -80,7 +77,7 @@ def run(config: Namespace, given: Namespace) -> Result:
     """
     check_outputs(config)
     model = class_path(config.model, "model")
-    class_path(config.data, "data")
+    data = _data(config)
     candidates: list[Candidate] = ["auto", *grid(config.lowest, config.highest, config.per_decade)]
     for name, least in (("epochs", 1), ("seeds", 1), ("seed", 0)):
         if config[name] is not None and config[name] < least:
@@ -92,7 +89,7 @@ def run(config: Namespace, given: Namespace) -> Result:
         search = find_coefficient(
             trainer,
             lambda: build(config.model, "model"),
-            lambda: build(config.data, "data"),
+            data,
             fam=_fam(config, given, trainer),
             candidates=candidates,
             max_epochs=config.epochs,
@@ -103,7 +100,7 @@ def run(config: Namespace, given: Namespace) -> Result:
         if not any(error.search.curves.values()):
             raise
         search = error.search
-    data = {
+    found = {
         "model": model,
         "layer": config.layer,
         "epochs": search.epochs,
@@ -123,11 +120,13 @@ def run(config: Namespace, given: Namespace) -> Result:
         "unfinished": search.unfinished,
     }
     heads, *rows = search.rows()
-    table = new_table(f"{search.epochs} epochs, {max(search.complete, 1)} of {len(search.seeds)} seeds", *heads, left=0)
+    table = Sheet(
+        f"{search.epochs} epochs, {max(search.complete, 1)} of {len(search.seeds)} seeds", list(heads), left=0
+    )
     for row in rows:
-        table.add_row(*row)
+        table.add(*row)
     whole = search.complete == len(search.seeds)
-    return Result(data, [table], search.notes(), figure=lambda: draw(search), interrupted=not whole)
+    return Result(found, [table], search.notes(), figure=lambda: draw(search), interrupted=not whole)
 
 
 def make_trainer(config: Namespace) -> Trainer:
@@ -160,6 +159,28 @@ def make_trainer(config: Namespace) -> Trainer:
         raise InputError(str(error)) from error
 
 
+def _data(config: Namespace) -> Callable[[], LightningDataModule] | None:
+    """Return what makes the data of a run; ``None`` for the module's own loaders."""
+    if config.data is None:
+        kind: Any = pydoc.locate(config.model.class_path)
+        if len(parts_of(kind)) < len(PARTS):
+            class_path(config.data, "data")
+        return None
+    path = class_path(config.data, "data")
+
+    def make() -> LightningDataModule:
+        data = as_data(build(config.data, "data"), path)
+        missing = [NAMES[part] for part in PARTS if isinstance(data, Loaders) and part not in data.loaders]
+        if missing:
+            raise InputError(
+                f"--data {path} returned no loader of {' and '.join(missing)} data; let it return a pair of loaders, "
+                "for training and validation"
+            )
+        return data
+
+    return make
+
+
 def _fam(config: Namespace, given: Namespace, trainer: Any) -> FAM | None:
     """Return the penalty that the options describe; ``None`` for the one among the Trainer's callbacks."""
     if not any(isinstance(callback, FAM) for callback in trainer.callbacks):
@@ -184,7 +205,7 @@ def grid(lowest: float, highest: float, per_decade: int) -> list[float]:
     Raises:
         InputError: if there are none.
 
-    Example:
+    Examples:
         >>> from lightning_relflat.cli.coefficient import grid
         >>> grid(0.01, 1.0, 1)
         [0.01, 0.1, 1.0]
@@ -208,7 +229,7 @@ def draw(search: CoefficientSearch) -> Figure:
         The figure. Plain training and ``"auto"``, which have no place on an axis of numbers, are lines across.
     """
     figure, axes = new_figure(columns=3, width=13, height=3.8)
-    colours: dict[Candidate, Any] = {0.0: "black", "auto": "C1"}
+    colours: dict[Candidate, Any] = {0.0: INK, "auto": ORANGE}
     numbers = [candidate for candidate in search.candidates if candidate not in (0, "auto")]
     for index, candidate in enumerate(numbers):
         colours[candidate] = (0.7 - 0.7 * index / len(numbers), 0.8 - 0.6 * index / len(numbers), 0.95)
@@ -240,11 +261,11 @@ def draw(search: CoefficientSearch) -> Figure:
                 axis.axhspan(mean - error, mean + error, color=colours[key], alpha=0.15, linewidth=0)
         means, errors = [mean for mean, _ in points.values()], [error for _, error in points.values()]
         xs: list[Any] = list(points)
-        axis.errorbar(xs, means, errors, color="C0", marker="o", capsize=3)
+        axis.errorbar(xs, means, errors, color=BLUE, marker="o", capsize=3)
         if search.suggestion in points:
             chosen: Any = search.suggestion
             label = f"λ = {chosen:g}, suggested"
-            axis.plot(chosen, points[chosen][0], "o", color="C2", markersize=10, zorder=3, label=label)
+            axis.plot(chosen, points[chosen][0], "o", color=GREEN, markersize=10, zorder=3, label=label)
         axis.set(xscale="log", xlabel="λ", ylabel=f"{name} at the best epoch")
     shown = [loss for key in search.losses for curve in search.curves[key] for loss in curve.losses if loss > 0]
     for axis in axes if max(shown) > 3 * min(shown) else axes[2:]:

@@ -7,32 +7,29 @@ import csv
 import fnmatch
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from matplotlib.figure import Figure
 from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
 
 from lightning_relflat._numbers import number
-from lightning_relflat.cli._shared import (
-    InputError,
-    Parser,
-    Result,
-    add_outputs,
-    check_outputs,
-    new_figure,
-    new_table,
-    plain_log_ticks,
-)
-from lightning_relflat.cli.measure import add_checkpoint_options, is_flatness, report_checkpoint
+from lightning_relflat.cli._labels import labels
+from lightning_relflat.cli._options import DataFunction, Parser, add_checkpoint_options, add_outputs
+from lightning_relflat.cli._output import Result, check_outputs, new_figure, plain_log_ticks
+from lightning_relflat.cli._reports import check_once, load, report_on, values_of
+from lightning_relflat.cli._shared import InputError
+from lightning_relflat.cli._tables import Sheet
 
 EPILOG = """\
 examples:
   relflat compare lightning_logs/version_*
   relflat compare a.json b.json c.json --against gap/loss --plot gap.png
-  relflat compare a.ckpt b.ckpt --model my.Net --data my.Data --columns 'val/flatness/*'
+  relflat compare a.ckpt b.ckpt --model my.Net --data my.Data --columns 'val_flatness/*'
 
 A RUN is a folder with CSVLogger's metrics.csv or TensorBoard's event files, whose last logged values count; a file
 that `relflat measure --json` wrote; or a checkpoint, which is measured, with the options of `relflat measure`.
@@ -41,9 +38,16 @@ Of what was logged for both, gap/NAME is val/NAME - train/NAME.
 
 Values = dict[str, float]
 
+# How the names of what the callbacks log begin, behind the part of the data.
+_FLATNESS = ("relative_flatness", "flatness/", "layer_flatness")
 
-def make_parser() -> ArgumentParser:
-    """Return the command's parser."""
+
+def make_parser(function: DataFunction | None) -> ArgumentParser:
+    """Return the command's parser.
+
+    Args:
+        function: what ``--data`` names, if that is a function.
+    """
     parser = Parser(
         description="Put runs or checkpoints side by side, sorted, with the rank correlation to another column.",
         epilog=EPILOG,
@@ -58,7 +62,7 @@ def make_parser() -> ArgumentParser:
         metavar="PATTERN",
         help="Patterns of columns to show and to correlate; else κ and losses.",
     )
-    add_checkpoint_options(parser)
+    add_checkpoint_options(parser, function)
     add_outputs(parser, "--by against --against")
     return parser
 
@@ -79,35 +83,47 @@ def run(config: Namespace, given: Namespace) -> Result:
     check_outputs(config)
     if not config.runs:
         raise InputError("name what to compare: relflat compare RUN RUN …")
-    if len(set(config.runs)) < len(config.runs):
-        raise InputError("a run is named twice; name each once")
+    check_once(config.runs, "run")
     if config.get("plot") and not config.against:
         raise InputError("--plot draws one column against another; name it with --against, as --against gap/loss")
     runs: dict[str, Values] = {}
+    facts: list[Mapping[str, Any]] = []
     try:
         for path in config.runs:
-            runs[path] = _with_gaps(read_run(path, config, given))
+            values, known = read_run(path, config, given)
+            runs[path] = _with_gaps(values)
+            facts.append(known)
     except KeyboardInterrupt:
         if not runs:
             raise
     interrupted = len(runs) < len(config.runs)
     notes = [f"Interrupted after {len(runs)} of {len(config.runs)} runs."] if interrupted else []
+    names = dict(zip(runs, labels(list(runs), facts), strict=True))
+    heads = dict(zip(runs, labels(list(runs), facts, between="\n"), strict=True))
     for column in filter(None, (config.by, config.against)):
         _check_column(column, runs)
-    runs = dict(sorted(runs.items(), key=lambda item: (math.isnan(item[1][config.by]), item[1][config.by])))
+    runs = dict(sorted(runs.items(), key=lambda item: _last_if_unknown(item[1].get(config.by))))
     columns = _columns(config, runs)
+    missing = {
+        column: lacking for column in columns if (lacking := [path for path in runs if column not in runs[path]])
+    }
     title = f"{len(runs)} runs by {config.by}"
     if len(columns) > max(6, len(runs)):  # runs across, so that it fits
-        table = new_table(title, "", *runs)
+        table = Sheet(title, ["", *(heads[path] for path in runs)])
         for column in columns:
-            table.add_row(column, *(number(values.get(column)) for values in runs.values()))
+            table.add(column, *(_cell(values, column) for values in runs.values()))
     else:
-        table = new_table(title, "run", *columns)
+        table = Sheet(title, ["run", *columns])
         for path, values in runs.items():
-            table.add_row(path, *(number(values.get(column)) for column in columns))
+            table.add(names[path], *(_cell(values, column) for column in columns))
+    notes += [
+        f"{', '.join(names[path] for path in lacking)} {'has' if len(lacking) == 1 else 'have'} no {column}."
+        for column, lacking in missing.items()
+    ]
     data: dict[str, Any] = {
         "by": config.by,
         "runs": [{"run": path, "values": values} for path, values in runs.items()],
+        "missing": missing,
     }
     tables = [table]
     if config.against and not (interrupted and len(runs) < 3):
@@ -118,15 +134,27 @@ def run(config: Namespace, given: Namespace) -> Result:
         others = [column for column in columns if column != config.against]
         found = {column: correlate(column, config.against, runs) for column in others}
         data["correlation"] = {"against": config.against, "columns": found}
-        ranks = new_table(f"rank correlation with {config.against}", "column", "Kendall τ", "Spearman ρ", "runs")
+        ranks = Sheet(f"rank correlation with {config.against}", ["column", "Kendall τ", "Spearman ρ", "runs"])
         for column, entry in found.items():
-            ranks.add_row(column, *(_rank(entry[kind]) for kind in ("kendall", "spearman")), str(entry["runs"]))
+            ranks.add(column, *(_rank(entry[kind]) for kind in ("kendall", "spearman")), str(entry["runs"]))
         tables.append(ranks)
-    return Result(data, tables, notes, figure=lambda: draw(config.by, config.against, runs), interrupted=interrupted)
+    if config.get("plot") and not _both(config.by, config.against, runs):
+        raise InputError(f"--plot: no run has both {config.by} and {config.against}; name others")
+    figure = lambda: draw(config.by, config.against, runs, names)  # noqa: E731
+    return Result(data, tables, notes, figure=figure, interrupted=interrupted)
 
 
-def read_run(path: str, config: Namespace, given: Namespace) -> Values:
-    """Return the last values of a run.
+def _cell(values: Values, column: str) -> str:
+    return number(values[column]) if column in values else ""
+
+
+def _last_if_unknown(value: float | None) -> tuple[bool, float]:
+    unknown = value is None or math.isnan(value)
+    return (unknown, 0.0 if unknown or value is None else value)
+
+
+def read_run(path: str, config: Namespace, given: Namespace) -> tuple[Values, Mapping[str, Any]]:
+    """Return the last values of a run, and the arguments of its model.
 
     Args:
         path: a logger's folder, a JSON file of `relflat measure`, or a checkpoint.
@@ -134,7 +162,7 @@ def read_run(path: str, config: Namespace, given: Namespace) -> Values:
         given: those that the user gave.
 
     Returns:
-        The values by their names.
+        The values by their names; and what is known of the arguments.
 
     Raises:
         InputError: if there are none.
@@ -142,9 +170,9 @@ def read_run(path: str, config: Namespace, given: Namespace) -> Values:
     place = Path(path)
     if place.is_dir():
         if (place / "metrics.csv").is_file():
-            return _read_csv(place / "metrics.csv")
+            return _read_csv(place / "metrics.csv"), _read_arguments(place)
         if any(place.glob("events.out.tfevents.*")):
-            return _read_events(place)
+            return _read_events(place), _read_arguments(place)
         inner = sorted(place.glob("*/metrics.csv")) + sorted(place.glob("*/events.out.tfevents.*"))
         advice = f"give a folder in it, as {inner[-1].parent}" if inner else "give a folder that a logger wrote"
         raise InputError(f"{path} has no metrics.csv and no event files; {advice}")
@@ -155,10 +183,25 @@ def read_run(path: str, config: Namespace, given: Namespace) -> Values:
     if place.suffix == ".json":
         try:
             values = json.loads(place.read_text(encoding="utf-8"))["values"]
-            return {str(name): math.nan if value is None else float(value) for name, value in values.items()}
+            return {str(name): math.nan if value is None else float(value) for name, value in values.items()}, {}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} was not written by `relflat measure --json`; write it anew") from error
-    return report_checkpoint(path, config, given)
+    checkpoint = load(path, config, given)
+    found: Values = {}
+    for part in checkpoint.data.parts:
+        report, logged = report_on(checkpoint, part, config)
+        found |= logged | values_of(report, part)
+    return found, checkpoint.facts
+
+
+def _read_arguments(folder: Path) -> Mapping[str, Any]:
+    """Return the arguments that a logger of Lightning's wrote beside the values, as far as they are plain."""
+    try:
+        found = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # none, or objects of the user's
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {str(key): value for key, value in found.items() if isinstance(value, bool | int | float | str)}
 
 
 def _read_csv(path: Path) -> Values:
@@ -191,23 +234,23 @@ def _with_gaps(values: Values) -> Values:
         for separator in ("/", "_"):
             stage, found, rest = name.partition(separator)
             training = values.get(f"train{separator}{rest}", values.get(f"train{separator}{rest}{separator}epoch"))
-            if stage == "val" and found and training is not None and not is_flatness(rest):
+            if stage == "val" and found and training is not None and not rest.startswith(_FLATNESS):
                 gaps[f"gap/{rest}"] = value - training
     return values | gaps
 
 
 def _check_column(column: str, runs: dict[str, Values]) -> None:
-    for path, values in runs.items():
-        if column not in values:
-            names = ", ".join(name for name in values if "flatness/" not in name)
-            raise InputError(f"{path} has no column {column}; it has {names or 'none'}")
+    """Refuse a column that no run has."""
+    if not any(column in values for values in runs.values()):
+        known = dict.fromkeys(name for values in runs.values() for name in values if "flatness/" not in name)
+        raise InputError(f"no run has a column {column}; there are {', '.join(known) or 'none'}")
 
 
 def _columns(config: Namespace, runs: dict[str, Values]) -> list[str]:
     """Return the columns to show: first the one that is sorted by, then the one to correlate with."""
     names = list(dict.fromkeys(name for values in runs.values() for name in values))
     if config.columns is None:
-        hidden = ("flatness/", "layer_flatness", "network_flatness", "epoch", "step", "lr-", "hp_metric")
+        hidden = ("flatness/", "layer_flatness", "neural_collapse", "epoch", "step", "lr-", "hp_metric")
         rest = [name for name in names if not any(part in name for part in hidden) and not name.startswith("fam/")]
     else:
         for pattern in config.columns:
@@ -228,8 +271,7 @@ def correlate(column: str, against: str, runs: dict[str, Values]) -> dict[str, f
     Returns:
         Kendall's τ_b, Spearman's ρ and the number of runs; NaN for fewer than three, or where all values are the same.
     """
-    pairs = [(values.get(column, math.nan), values[against]) for values in runs.values()]
-    both = torch.tensor([pair for pair in pairs if all(map(math.isfinite, pair))], dtype=torch.float64)
+    both = torch.tensor([pair for _, *pair in _both(column, against, runs)], dtype=torch.float64)
     found = {"kendall": math.nan, "spearman": math.nan, "runs": len(both)}
     if len(both) >= 3 and all(len(side.unique()) > 1 for side in both.T):
         x, y = both.T.contiguous()
@@ -238,28 +280,35 @@ def correlate(column: str, against: str, runs: dict[str, Values]) -> dict[str, f
     return found
 
 
+def _both(column: str, against: str, runs: dict[str, Values]) -> list[tuple[str, float, float]]:
+    """Return the runs that have a finite number in both columns, with these."""
+    found = [(path, values.get(column, math.nan), values.get(against, math.nan)) for path, values in runs.items()]
+    return [entry for entry in found if all(map(math.isfinite, entry[1:]))]
+
+
 def _rank(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
 
 
-def draw(by: str, against: str, runs: dict[str, Values]) -> Figure:
+def draw(by: str, against: str, runs: dict[str, Values], names: Mapping[str, str]) -> Figure:
     """Draw one column against another.
 
     Args:
         by: the column to the right.
         against: the column upwards.
         runs: the values of each run.
+        names: what each run is called.
 
     Returns:
         The figure.
     """
     figure, [axis] = new_figure()
-    xs, ys = ([values[column] for values in runs.values()] for column in (by, against))
+    shown = _both(by, against, runs)
+    xs, ys = [x for _, x, _ in shown], [y for _, _, y in shown]
     axis.scatter(xs, ys)
-    if len(runs) <= 12:
-        names = [Path(path).stem if Path(path).suffix else Path(path).name for path in runs]
-        for x, y, name in zip(xs, ys, names if len(set(names)) == len(names) else runs, strict=True):
-            axis.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    if len(shown) <= 12:
+        for path, x, y in shown:
+            axis.annotate(names[path], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
     if min(xs) > 0 and max(xs) > 10 * min(xs):
         axis.set_xscale("log")
         plain_log_ticks(axis.xaxis)

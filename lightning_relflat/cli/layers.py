@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from matplotlib.figure import Figure
 
-from lightning_relflat._numbers import with_error
-from lightning_relflat.callbacks import LayersMonitor
-from lightning_relflat.cli._shared import (
-    InputError,
-    Parser,
-    Result,
-    add_outputs,
-    check_outputs,
-    class_path,
-    new_figure,
-    new_table,
-)
-from lightning_relflat.cli._validation import Part, validate
-from lightning_relflat.cli.measure import add_checkpoint_options, load
+from lightning_relflat._numbers import number, with_error
+from lightning_relflat.cli._data import NAMES, Part
+from lightning_relflat.cli._labels import labels
+from lightning_relflat.cli._options import DataFunction, Parser, add_checkpoint_options, add_outputs
+from lightning_relflat.cli._output import Result, check_outputs
+from lightning_relflat.cli._reports import check_once, load, report_on
+from lightning_relflat.cli._shared import InputError, class_path
+from lightning_relflat.cli._tables import Sheet
+from lightning_relflat.report import Comparison, Report
 
 EPILOG = """\
 examples:
@@ -33,14 +26,16 @@ of probes and of samples. The loss is the one that `validation_step` returns, lo
 outputs it is a criterion with a closed form has an exact κ.
 """
 
-Values = dict[str, tuple[float, float]]
 
+def make_parser(function: DataFunction | None) -> ArgumentParser:
+    """Return the command's parser.
 
-def make_parser() -> ArgumentParser:
-    """Return the command's parser."""
+    Args:
+        function: what ``--data`` names, if that is a function.
+    """
     parser = Parser(description="Estimate the relative flatness κ of every layer of checkpoints.", epilog=EPILOG)
     parser.add_argument("ckpts", type=str, nargs="+", metavar="CKPT", help="The checkpoints, of one class of models.")
-    add_checkpoint_options(parser, of_one_layer=False)
+    add_checkpoint_options(parser, function, of_one_layer=False)
     parser.add_argument("--split", type=Part, default="val", help="The data.")
     parser.add_argument("--layers", type=str, nargs="+", metavar="PATTERN", help="Patterns of layers' names; else all.")
     parser.add_argument("--probes", type=int, default=2, help="How many random probes to average.")
@@ -61,88 +56,57 @@ def run(config: Namespace, given: Namespace) -> Result:
     check_outputs(config)
     if not config.ckpts:
         raise InputError("name a checkpoint: relflat layers CKPT --model package.module.Class --data …")
-    found: dict[str, Values] = {}
+    check_once(config.ckpts, "checkpoint")
+    reports: dict[str, Report] = {}
+    facts: list[dict[str, Any]] = []
+    patterns = config.layers or "*"
     try:
         for path in config.ckpts:
-            found[path] = _measure(path, config, given)
+            checkpoint = load(path, config, given)
+            reports[path], _ = report_on(checkpoint, config.split, config, layers=patterns, probes=config.probes)
+            facts.append(checkpoint.facts)
     except KeyboardInterrupt:
-        if not found:
+        if not reports:
             raise
-    where = {"train": "training", "val": "validation"}[config.split]
-    title = f"κ of every layer on {where} data, ± standard error"
-    table = new_table(title, "layer", *_labels(list(found)))
-    names = list(dict.fromkeys(name for values in found.values() for name in values if name != "all"))
-    for index, name in enumerate([*names, "all"]):
-        cells = [with_error(*values[name]) if name in values else "" for values in found.values()]
-        table.add_row(name, *cells, end_section=index == len(names) - 1)
-    data_out = {
+    side_by_side = Comparison.of(list(reports.values()), labels(list(reports), facts))
+    heads = labels(list(reports), facts, between="\n")
+    table = Sheet(f"κ of every layer on {NAMES[config.split]} data, ± standard error", ["layer", *heads])
+    rows = side_by_side.layer_rows()
+    for index, row in enumerate(rows):
+        table.add(*row, end=index == len(rows) - 1)
+    table.add("all", *(_sum(report) for report in reports.values()))
+    data = {
         "model": class_path(config.model, "model"),
         "split": config.split,
         "probes": config.probes,
-        "checkpoints": [
-            {
-                "checkpoint": path,
-                "layers": {
-                    name: {"relative_flatness": value, "error": error}
-                    for name, (value, error) in values.items()
-                    if name != "all"
-                },
-                "network": dict(zip(("relative_flatness", "error"), values["all"], strict=True)),
-            }
-            for path, values in found.items()
-        ],
+        "checkpoints": [{"checkpoint": path, **_plain(report)} for path, report in reports.items()],
     }
-    interrupted = len(found) < len(set(config.ckpts))
-    notes = [f"Interrupted after {len(found)} of {len(set(config.ckpts))} checkpoints."] if interrupted else []
-    return Result(data_out, [table], notes, figure=lambda: draw(found, names, where), interrupted=interrupted)
-
-
-def _measure(path: str, config: Namespace, given: Namespace) -> Values:
-    """Return κ and its standard error by layer, and of all layers."""
-    model, data = load(path, config, given)
-    monitor = LayersMonitor(config.layers or "*", stages=("val",), probes=config.probes, seed=config.seed)
-    logged = validate(model, data, config.split, config, [monitor])
-    if f"{config.split}/network_flatness" not in logged:
-        raise InputError("`validation_step` shows no loss that depends on a layer; return the loss there or log it")
-    prefix = f"{config.split}/layer_flatness/"
-    values = {
-        name.removeprefix(prefix): (value, logged[name.replace("layer_flatness", "layer_flatness_error", 1)])
-        for name, value in logged.items()
-        if name.startswith(prefix)
+    interrupted = len(reports) < len(config.ckpts)
+    notes = [f"Interrupted after {len(reports)} of {len(config.ckpts)} checkpoints."] if interrupted else []
+    reasons = {
+        f"{layer.name} is not measured, because {layer.reason}."
+        for report in reports.values()
+        for layer in report.layers
+        if layer.reason
     }
-    return values | {
-        "all": (logged[f"{config.split}/network_flatness"], logged[f"{config.split}/network_flatness_error"])
+    return Result(data, [table], [*notes, *sorted(reasons)], figure=side_by_side.plot, interrupted=interrupted)
+
+
+def _sum(report: Report) -> str:
+    assert report.network is not None
+    value, error = report.network
+    return with_error(value, error) if error else number(value)
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    """Return κ of the layers and of all as plain values."""
+    assert report.network is not None
+    return {
+        "layers": {
+            layer.name: {"relative_flatness": layer.relative_flatness, "error": layer.error}
+            for layer in report.layers
+            if layer.relative_flatness is not None
+        },
+        "not_measured": {layer.name: layer.reason for layer in report.layers if layer.relative_flatness is None},
+        "network": dict(zip(("relative_flatness", "error"), report.network, strict=True)),
     }
-
-
-def _labels(paths: list[str]) -> list[str]:
-    """Return the files' names, with their folders where names repeat."""
-    names = [Path(path).stem for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
-
-
-def draw(found: dict[str, Values], names: list[str], where: str) -> Figure:
-    """Draw bars, the first layer on top.
-
-    Args:
-        found: κ and its error by layer, for each checkpoint.
-        names: the layers.
-        where: what data it is.
-
-    Returns:
-        The figure.
-    """
-    figure, [axis] = new_figure(height=1.2 + 0.3 * len(names) * (1 + len(found)) / 2)
-    thick = 0.8 / len(found)
-    for index, (label, values) in enumerate(zip(_labels(list(found)), found.values(), strict=True)):
-        places = [row + thick * (index - (len(found) - 1) / 2) for row in range(len(names))]
-        pairs = [values.get(name, (0.0, 0.0)) for name in names]
-        errors: Any = [error for _, error in pairs]
-        axis.barh(places, [value for value, _ in pairs], thick, xerr=errors, label=label, capsize=2)
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.grid(visible=False, axis="y")
-    axis.set_xlabel(f"relative flatness κ on {where} data (bars: ± standard error)")
-    if len(found) > 1:
-        axis.legend(frameon=False)
-    return figure

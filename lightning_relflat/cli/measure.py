@@ -2,103 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import LightningModule, seed_everything
 
-from lightning_relflat._numbers import number
-from lightning_relflat.callbacks import FlatnessMonitor
-from lightning_relflat.cli._checkpoint import load_model
-from lightning_relflat.cli._shared import (
-    InputError,
-    Parser,
-    Result,
-    add_classes,
-    add_hardware,
-    add_layer,
-    add_outputs,
-    build,
-    check_outputs,
-    class_path,
-    find_loss,
-    new_table,
-)
-from lightning_relflat.cli._validation import Part, SharedData, validate
+from lightning_relflat._numbers import number, with_error
+from lightning_relflat.cli._data import NAMES, PARTS, Part
+from lightning_relflat.cli._options import DataFunction, Parser, add_checkpoint_options, add_outputs
+from lightning_relflat.cli._output import Result, check_outputs
+from lightning_relflat.cli._reports import MEANINGS, load, report_on, values_of
+from lightning_relflat.cli._shared import InputError, class_path
+from lightning_relflat.cli._tables import Sheet
+from lightning_relflat.report import Report
+from lightning_relflat.report._words import MOST, degenerate
 
-Measure = Literal[
-    "relative_flatness",
-    "weight_norm",
-    "feature_norm",
-    "curvature",
-    "hessian_trace",
-    "layer_trace",
-    "column_flatness_max",
-    "column_flatness_sum",
-    "standardized",
-    "flat_samples",
-    "dead_features",
-    "zero_rows",
-]
-MEANINGS: dict[str, str] = {
-    "relative_flatness": "κ, the product of the next three",
-    "weight_norm": "‖W‖²",
-    "feature_norm": "mean ‖φ‖²",
-    "curvature": "κ for weight and features of unit norm",
-    "hessian_trace": "Tr(H)",
-    "layer_trace": "‖W‖² Tr(H)",
-    "column_flatness_max": "max ρ(j)",
-    "column_flatness_sum": "Σ ρ(j)",
-    "standardized": "κ of features of unit variance",
-    "flat_samples": "share of saturated samples",
-    "dead_features": "share of features that are always zero",
-    "zero_rows": "share of rows of W that are zero",
-}
-EPILOG = """\
+EPILOG = f"""\
+measures:
+{chr(10).join(f"  {name:<19}  {meaning}" for name, meaning in MEANINGS.items())}
+
 examples:
   relflat measure last.ckpt --model my.Net --data my.Data
-  relflat measure last.ckpt --model my.Net --model.width 64 --data my.Data --data.batch_size 256 --layer head
+  relflat measure last.ckpt --model my.Net --data my.loaders --data.batch_size 256
+  relflat measure last.ckpt --model my.Net --model.width 64 --data my.Data --layer head
   relflat measure last.ckpt --config run.yaml --measures relative_flatness weight_norm --json > last.json
   relflat measure last.ckpt --model my.Net --data my.Data --devices 2
 
-Every sample of `train_dataloader` and `val_dataloader` counts once, in order, whatever shuffles or drops batches in
-training; both go through the model's `validation_step`, whose logged values are shown too. The model's arguments are
-those that `save_hyperparameters` put into the checkpoint, unless given.
+Every sample of the training and the validation loader counts once, in order, whatever shuffles or drops batches in
+training; both go through the model's `validation_step`, whose logged values are shown too. The loaders are those of the
+module, or of --data: a LightningDataModule, or a function that returns one, a loader for validation, or a pair for
+training and validation. The model's arguments are those that `save_hyperparameters` put into the checkpoint, unless
+given.
 """
 
 
-def make_parser() -> ArgumentParser:
-    """Return the command's parser."""
+def make_parser(function: DataFunction | None) -> ArgumentParser:
+    """Return the command's parser.
+
+    Args:
+        function: what ``--data`` names, if that is a function.
+    """
     parser = Parser(
         description="Measure the relative flatness of a checkpoint, what it is made of, and its neighbours.",
         epilog=EPILOG,
     )
     parser.add_argument("ckpt", type=str, metavar="CKPT", help="The checkpoint.")
-    add_checkpoint_options(parser)
-    parser.add_argument("--split", type=Literal["train", "val", "both"], default="both", help="The data.")
+    add_checkpoint_options(parser, function)
     parser.add_argument(
-        "--measures", type=Measure, nargs="+", metavar="MEASURE", help="Which to show, of those of the table; else all."
+        "--split", type=Literal["train", "val", "both"], default="both", help="The data; both, as far as there are."
+    )
+    parser.add_argument(
+        "--measures",
+        type=Literal[tuple(MEANINGS)],
+        nargs="+",
+        metavar="MEASURE",
+        help="Which to show, of those below; else all.",
     )
     add_outputs(parser)
     return parser
-
-
-def add_checkpoint_options(parser: ArgumentParser, *, of_one_layer: bool = True) -> None:
-    """Add what is needed to measure a checkpoint.
-
-    Args:
-        parser: the command's parser.
-        of_one_layer: whether it is told which layer, and which loss of its outputs.
-    """
-    add_classes(parser)
-    if of_one_layer:
-        add_layer(parser)
-    add_hardware(parser)
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="Load a checkpoint that holds more than tensors and plain values; such a file can run any code.",
-    )
 
 
 def run(config: Namespace, given: Namespace) -> Result:
@@ -110,162 +71,103 @@ def run(config: Namespace, given: Namespace) -> Result:
 
     Returns:
         The report.
+
+    Raises:
+        InputError: if something cannot be found, does not fit, or was not measured.
     """
     check_outputs(config)
     if config.ckpt is None:
         raise InputError("name a checkpoint: relflat measure CKPT --model package.module.Class --data …")
-    measures = list(get_args(Measure)) if config.measures is None else config.measures
-    asked: list[Part] = ["train", "val"] if config.split == "both" else [config.split]
-    model, shared = load(config.ckpt, config, given)
-    parts: list[Part] = []
-    values: dict[str, float] = {}
-    layer = None
+    checkpoint = load(config.ckpt, config, given)
+    asked = [config.split] if config.split != "both" else list(PARTS) if "split" in given else checkpoint.data.parts
+    for part in asked:
+        checkpoint.data.check(part)
+    reports: dict[Part, Report] = {}
+    own: dict[str, float] = {}
     try:
         for part in asked:
-            layer, found = report_part(model, shared, part, config, measures)
-            values |= found
-            parts.append(part)
+            reports[part], logged = report_on(checkpoint, part, config)
+            own |= logged
     except KeyboardInterrupt:
-        if not parts:
+        if not reports:
             raise
-    title = f"{config.ckpt}, layer {layer}, loss {config.loss or 'of the step'}"
-    heads = {"train": "training", "val": "validation"}
-    table = new_table(title, "", *(heads[part] for part in parts), *(["difference"] if len(parts) == 2 else []))
-    table.add_column("what it is")
-    names = list(dict.fromkeys(name.partition("/")[2] for name in values))
-    own = [name for name in names if not is_flatness(name)]
-    of_report = [name for measure in measures if (name := _logged(measure)) in names]
-    for index, name in enumerate([*own, *of_report]):
-        numbers = [values.get(f"{part}/{name}") for part in parts]
-        shown = [number(value) for value in numbers]
-        if len(parts) == 2:
-            train, val = numbers
-            shown.append("" if train is None or val is None or name not in own else number(val - train))
-        meaning = "logged by the model" if name in own else MEANINGS[name.rpartition("/")[2]]
-        table.add_row(name.removeprefix("flatness/"), *shown, meaning, end_section=index == len(own) - 1)
+    measures = _measures(config.measures, reports)
+    values = {
+        name: value
+        for part, report in reports.items()
+        for name, value in values_of(report, part).items()
+        if name.rpartition("/")[2].removesuffix("_error") in measures
+    }
+    first = next(iter(reports.values()))
     data = {
         "checkpoint": config.ckpt,
         "model": class_path(config.model, "model"),
-        "layer": layer,
+        "layer": first.layer,
         "loss": config.loss,
-        "values": values,
+        "values": own | values,
+        "measures": {name: MEANINGS[name] for name in measures},
     }
-    missing = [heads[part] for part in asked if part not in parts]
+    missing = [NAMES[part] for part in asked if part not in reports]
     notes = [f"Interrupted: nothing was measured on {' and '.join(missing)} data."] if missing else []
-    return Result(data, [table], notes, interrupted=bool(missing))
+    notes += _notes(reports, whole=config.measures is None, named=config.loss is not None)
+    title = f"{config.ckpt}, layer {first.layer}, loss {config.loss or 'of the step'}"
+    return Result(data, [_table(title, reports, own, measures)], notes, interrupted=bool(missing))
 
 
-def _logged(measure: str) -> str:
-    return measure if measure == "relative_flatness" else f"flatness/{measure}"
-
-
-def is_flatness(name: str) -> bool:
-    """Return whether a value comes from the monitor.
-
-    Args:
-        name: its name, without the part of the data.
-
-    Returns:
-        Whether it does.
-    """
-    return name.startswith(("relative_flatness", "flatness/", "layer_flatness", "network_flatness"))
-
-
-def report_checkpoint(path: str, config: Namespace, given: Namespace) -> dict[str, float]:
-    """Measure a checkpoint on training and validation data.
-
-    Args:
-        path: the file.
-        config: the options.
-        given: those that the user gave.
-
-    Returns:
-        All values, by names that begin with the part of the data.
-
-    Raises:
-        InputError: if something cannot be found or does not fit.
-    """
-    model, data = load(path, config, given)
-    parts: list[Part] = ["train", "val"]
-    found = [report_part(model, data, part, config, list(MEANINGS))[1] for part in parts]
-    return found[0] | found[1]
-
-
-def report_part(
-    model: LightningModule, data: SharedData, part: Part, config: Namespace, measures: list[str]
-) -> tuple[str, dict[str, float]]:
-    """Measure a model on a part of the data.
-
-    Args:
-        model: the model.
-        data: the data.
-        part: which part of it.
-        config: the options.
-        measures: which values of the report.
-
-    Returns:
-        The layer's name, and the values by names that begin with the part of the data.
-
-    Raises:
-        InputError: if no loss shows what is to be measured.
-    """
-    report = measures != ["relative_flatness"]
-    loss = find_loss(config.loss)
-    monitor = FlatnessMonitor(config.layer, loss, target=config.target, report=report, seed=config.seed)
-    no_report = (
-        "has no report, which is of a linear layer with the loss as a criterion of its outputs; for its κ alone give "
-        "--measures relative_flatness, without --loss, or see relflat layers"
-    )
-    try:
-        found = validate(model, data, part, config, [monitor])
-    except ValueError as error:
-        if not str(error).startswith("Expected argument `layer` to name an nn.Linear"):
-            raise
-        raise InputError(f"--layer {config.layer} {no_report}") from error
-    wanted = {_logged(measure) for measure in measures}
-    if report and f"{part}/relative_flatness" in found and f"{part}/flatness/weight_norm" not in found:
-        raise InputError(f"the layer {monitor.measured_layer} {no_report}")
-    if monitor.measured_layer is None or wanted - {name.partition("/")[2] for name in found}:
+def _measures(asked: Sequence[str] | None, reports: Mapping[Part, Report]) -> list[str]:
+    """Return which measures are shown; those that were asked for have to be there."""
+    known = ["relative_flatness", *(name for name in MEANINGS if any(name in one.made_of for one in reports.values()))]
+    known = list(dict.fromkeys(known))
+    if asked is None:
+        return known
+    absent = [name for name in asked if name not in known]
+    if absent:
+        layer = next(iter(reports.values())).layer
         raise InputError(
-            "`validation_step` shows no loss that depends on the layer, or none with a closed form; return the "
-            "loss there or log it, or name it with --loss"
+            f"--measures {' '.join(absent)}: only κ is known of layer {layer}, because the loss is no criterion with a "
+            "closed form of its outputs; ask for relative_flatness alone, or for another --layer"
         )
-    return monitor.measured_layer, {
-        name: value
-        for name, value in found.items()
-        if (own := name.partition("/")[2]) in wanted or not is_flatness(own)
-    }
+    return list(dict.fromkeys(asked))
 
 
-def load(path: str, config: Namespace, given: Namespace) -> tuple[LightningModule, SharedData]:
-    """Return the model of a checkpoint, and the data.
-
-    Args:
-        path: the file.
-        config: the options.
-        given: those that the user gave.
-
-    Returns:
-        Both.
-
-    Raises:
-        InputError: if something cannot be found or does not fit.
-    """
-    class_path(config.model, "model")
-    class_path(config.data, "data")
-    check_devices(config)
-    seed_everything(config.seed, workers=True, verbose=False)
-    return load_model(path, config, given), SharedData(build(config.data, "data"))
+def _table(title: str, reports: Mapping[Part, Report], own: Mapping[str, float], measures: Sequence[str]) -> Sheet:
+    """Return the table: what the model logged, with what generalising costs, and what the reports say."""
+    both = len(reports) == 2
+    differs = ["difference"] if both else []
+    table = Sheet(title, ["", *(NAMES[part] for part in reports), *differs, "what it is"], words=True)
+    names = list(dict.fromkeys(name.partition("/")[2] for name in own))
+    for index, name in enumerate(names):
+        numbers = [own.get(f"{part}/{name}") for part in reports]
+        shown = [number(value) for value in numbers]
+        if both:
+            train, val = numbers
+            shown.append("" if train is None or val is None else number(val - train))
+        table.add(name, *shown, "logged by the model", end=index == len(names) - 1)
+    for name in measures:
+        shown = [_value(report, name) for report in reports.values()]
+        table.add(name, *shown, *([""] if both else []), MEANINGS[name])
+    return table
 
 
-def check_devices(config: Namespace) -> None:
-    """Refuse a number of processes that is none.
+def _value(report: Report, name: str) -> str:
+    if name == "relative_flatness":
+        return with_error(report.relative_flatness, report.error) if report.error else number(report.relative_flatness)
+    return number(report.made_of.get(name))
 
-    Args:
-        config: the options.
 
-    Raises:
-        InputError: if it is.
-    """
-    if config.devices < 1:
-        raise InputError(f"--devices {config.devices}: give a number of processes from 1 on")
+def _notes(reports: Mapping[Part, Report], *, whole: bool, named: bool) -> list[str]:
+    """Return what has to be known of the numbers: whether κ can be taken at its word, and what is missing."""
+    said: dict[str, list[str]] = {}
+    for part, report in reports.items():
+        shares = [report.made_of.get(name, 0.0) for name in ("flat_samples", "dead_features", "zero_rows")]
+        sentences = degenerate(report) if whole or any(share > MOST for share in shares) else []
+        sentences += [note for note in report.notes if whole or "made of" not in note]
+        if named:
+            sentences.append(report.loss.reason)
+        for sentence in sentences:
+            said.setdefault(sentence, []).append(NAMES[part])
+    several = len(reports) > 1
+    return [
+        sentence if len(parts) == len(reports) or not several else f"On {parts[0]} data: {sentence}"
+        for sentence, parts in said.items()
+    ]

@@ -62,3 +62,7 @@ __all__ = [
     "sam_sharpness",
     "standardized_relative_flatness",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -220,7 +220,7 @@ def declare_linear(function: Any) -> Any:
     Raises:
         TypeError: if it is something else.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional import declare_linear
         >>> @declare_linear

@@ -77,7 +77,7 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
     Returns:
         The curvature, or ``None`` if it is not recognised.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn import functional as F
         >>> from lightning_relflat.functional._recognised import recognise
@@ -239,6 +239,7 @@ class _Plan:
         self.turns = set[Node]()  # operations that turn the sign of what they are given, and not of its curvature
         self.kind: Kind = "softmax"
         self.learnt = False  # whether there are factors that have gradients of their own
+        self._loss = loss
         self._outputs = {_node_of(tensor): tensor for tensor in outputs}
         self._between = nodes_between(loss, outputs)
         self._class_dims: dict[Node, int] = {}
@@ -272,11 +273,24 @@ class _Plan:
             if following is not None and (following in self._between or following in self._outputs)
         ]
 
+    def _shape(self, node: Any, number: int) -> tuple[int, ...]:
+        """Return the shape of one of the results of a node that lies between."""
+        if hasattr(node, "variable"):
+            return tuple(node.variable.shape)
+        if hasattr(node, "_input_metadata"):
+            return tuple(node._input_metadata[number].shape)
+        # PyTorch 2.4 does not say it: what arrives there has it, too.
+        edge = torch.autograd.graph.GradientEdge(node, number)
+        [arrived] = torch.autograd.grad(self._loss, [edge], retain_graph=True, allow_unused=True)
+        if arrived is None:
+            raise _Unknown
+        return tuple(arrived.shape)
+
     def straight(self) -> list[Node] | None:
         """Return the log-softmax of each of the outputs, if each has one alone, of its rows as they are."""
         found: dict[Node, Node] = {}
         for criterion in self.criteria if self.kind == "softmax" else ():
-            node, shape = criterion, _shape(criterion, 0)
+            node, shape = criterion, self._shape(criterion, 0)
             while node not in self._outputs:
                 [(_, node, _)] = self._inner(node)
                 if node not in self._outputs and node.name() not in _RESHAPES:
@@ -301,7 +315,7 @@ class _Plan:
         if [place for place, _, _ in inner] != [0]:
             raise _Unknown  # its target depends on the outputs, too
         [(_, below, number)] = inner
-        class_dim = _signed(getattr(node, "_saved_dim", -1)) % max(1, len(_shape(below, number)))
+        class_dim = _signed(getattr(node, "_saved_dim", -1)) % max(1, len(self._shape(below, number)))
         self._descend(below, number, class_dim)
 
     def _descend(self, node: Node, number: int, class_dim: int) -> None:
@@ -319,7 +333,8 @@ class _Plan:
                 raise _Unknown
             [(place, below, below_number)] = inner
             if self.kind == "softmax":
-                class_dim = _class_dim_before(node, class_dim, _shape(node, number), _shape(below, below_number))
+                after, before = self._shape(node, number), self._shape(below, below_number)
+                class_dim = _class_dim_before(node, class_dim, after, before)
             elif node.name() not in _VIEWS | _SHIFTS or getattr(node, "_saved_alpha", 1) != 1:
                 raise _Unknown
             elif node.name() in ("NegBackward0", "RsubBackward1") or (node.name() == "SubBackward0" and place == 1):
@@ -469,12 +484,6 @@ def _class_dim_before(node: Any, dim: int, after: Sequence[int], before: Sequenc
 
 def _node_of(tensor: Tensor) -> Node:
     return torch.autograd.graph.get_gradient_edge(tensor).node
-
-
-def _shape(node: Any, number: int) -> tuple[int, ...]:
-    if hasattr(node, "variable"):
-        return tuple(node.variable.shape)
-    return tuple(node._input_metadata[number].shape)
 
 
 def _signed(value: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_relflat.functional._graph import is_open
 
 # The squares and products of such numbers, and the sums of these, are far from the ends of float32.
-_LOW, _HIGH = 2.0**-20, 2.0**20
+_LOW, HIGH = 2.0**-20, 2.0**20
 
 
 def centered(weight: Tensor, *, factor: Tensor | None = None) -> Tensor:
@@ -34,7 +34,7 @@ def size_of(weight: Tensor, features: Tensor) -> Tensor | None:
         return None
     largest = _largest(weight)
     seen = is_open(weight, features)
-    if seen and _LOW < float(largest) < _HIGH and float(_largest(features)) < _HIGH:
+    if seen and _LOW < float(largest) < HIGH and float(_largest(features)) < HIGH:
         return None
     limit = -math.log2(torch.finfo(weight.dtype).tiny)
     return largest.log2().nan_to_num(0.0, 0.0, 0.0).floor().clamp(-limit, limit).exp2()

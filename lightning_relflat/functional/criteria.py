@@ -154,7 +154,7 @@ def criterion_loss(
         TypeError: as :func:`~lightning_relflat.functional.output_hessian`.
         ValueError: as there, and if the target is missing or the reduction is ``"none"``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional.criteria import criterion_loss
         >>> criterion_loss("mse", torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 1.0]))

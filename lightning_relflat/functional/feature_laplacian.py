@@ -62,7 +62,7 @@ def feature_laplacian(
         RuntimeError: if an operation between the features and the loss cannot be differentiated twice, or hides its
             curvature.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional import feature_laplacian
         >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]], requires_grad=True)

@@ -61,9 +61,9 @@ def feature_robustness(
         ValueError: if shapes do not fit, δ is not a number, or ``samples`` is neither an integer of at least 0 nor a
             tensor with one.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.feature_robustness import feature_robustness
+        >>> from lightning_relflat.functional import feature_robustness
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
         >>> feature_robustness(lambda phi: phi.square().sum(dim=1), features, turn, delta=0.5)  # δ² mean ‖φ‖²
@@ -132,9 +132,9 @@ def random_feature_robustness(
         ValueError: if features have no dimension, δ is not a number, ``draws`` is not an integer of at least 2,
             ``seed`` not one of at least 0, or ``samples`` not what it should be.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.feature_robustness import expected_robustness, random_feature_robustness
+        >>> from lightning_relflat.functional import expected_robustness, random_feature_robustness
         >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
         >>> estimate = random_feature_robustness(lambda phi: phi[:, 0].square(), features, delta=0.1, draws=200)
         >>> kappa = 2 * features.square().sum(dim=1).mean()  # the Laplacian of the loss is 2
@@ -209,8 +209,8 @@ def expected_robustness(kappa: Tensor | float, *, delta: float, num_features: in
     Raises:
         ValueError: if δ is not a number, or ``num_features`` is not an integer of at least 1.
 
-    Example:
-        >>> from lightning_relflat.functional.feature_robustness import expected_robustness
+    Examples:
+        >>> from lightning_relflat.functional import expected_robustness
         >>> expected_robustness(8.0, delta=0.5, num_features=4)
         tensor(0.2500)
     """

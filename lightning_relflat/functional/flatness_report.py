@@ -109,9 +109,9 @@ def flatness_report(
             reduction is ``"none"``, ``num_classes`` is given and the target holds no class indices, or it is not
             given where neural collapse is asked for.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.flatness_report import flatness_report
+        >>> from lightning_relflat.functional import flatness_report
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
         >>> report = flatness_report(features, weight, features @ weight.T, loss="mse")
         >>> {name: value.item() for name, value in report.items() if name in ("relative_flatness", "layer_trace")}

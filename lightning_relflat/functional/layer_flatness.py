@@ -78,7 +78,7 @@ def layer_flatness(
         RuntimeError: if an operation between the outputs and the loss cannot be differentiated twice, or hides its
             curvature.
 
-    Example:
+    Examples:
         A head before mean pooling, so that the tokens of a sample meet:
 
         >>> import torch

@@ -79,11 +79,11 @@ def hessian_trace(
         ValueError: if shapes do not fit, the criterion or scale is not known, or the target is missing or does not
             fit.
 
-    Example:
+    Examples:
         Mean squared error of one output: H = 2 · mean(φφᵀ).
 
         >>> import torch
-        >>> from lightning_relflat.functional.layer_measures import hessian_trace
+        >>> from lightning_relflat.functional import hessian_trace
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
         >>> batch = features, weight, features @ weight.T
         >>> hessian_trace(*batch, loss="mse"), hessian_trace(*batch, loss="mse", scale="layer")
@@ -125,9 +125,9 @@ def hessian_trace_sums(
         TypeError: as :func:`hessian_trace` does.
         ValueError: as :func:`hessian_trace` does.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.layer_measures import hessian_trace_sums
+        >>> from lightning_relflat.functional import hessian_trace_sums
         >>> x, w = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
         >>> hessian_trace_sums(x, w, x @ w.T, loss="mse")
         (tensor(12.), tensor(2.))
@@ -176,9 +176,9 @@ def column_flatness(
         ValueError: if shapes do not fit, the criterion is not known, the target is missing or does not fit, or the
             reduction is ``"none"``.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.layer_measures import column_flatness
+        >>> from lightning_relflat.functional import column_flatness
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
         >>> column_flatness(features, weight, features @ weight.T, loss="mse")
         tensor([1., 5.])
@@ -218,9 +218,9 @@ def column_flatness_sums(
         TypeError: as :func:`column_flatness` does.
         ValueError: as :func:`column_flatness` does.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.layer_measures import column_flatness_sums
+        >>> from lightning_relflat.functional import column_flatness_sums
         >>> x, w = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
         >>> column_flatness_sums(x, w, x @ w.T, loss="mse")
         (tensor([ 2., 10.]), tensor(2.))
@@ -278,9 +278,9 @@ def standardized_relative_flatness(
         ValueError: if shapes do not fit, the criterion is not known, the target is missing or does not fit, or the
             reduction is ``"none"``.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.layer_measures import standardized_relative_flatness
+        >>> from lightning_relflat.functional import standardized_relative_flatness
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
         >>> standardized_relative_flatness(features, weight, features @ weight.T, loss="mse")
         tensor(12., dtype=torch.float64)

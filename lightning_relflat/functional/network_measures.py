@@ -63,9 +63,9 @@ def fisher_rao_norm(
         ValueError: if the module has no parameters, the loss is not one for every sample, or there are no samples.
         RuntimeError: if an operation in the network cannot be differentiated twice.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.network_measures import fisher_rao_norm
+        >>> from lightning_relflat.functional import fisher_rao_norm
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.constant_(net.weight, 3.0)
         >>> batches = [(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [0.0]]))]
@@ -146,9 +146,9 @@ def sam_sharpness(
         TypeError: as :func:`fisher_rao_norm` does.
         ValueError: as :func:`fisher_rao_norm` does, and if ρ is not a number larger than 0.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.network_measures import sam_sharpness
+        >>> from lightning_relflat.functional import sam_sharpness
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.constant_(net.weight, 1.0)
         >>> batches = [(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [0.0]]))]
@@ -336,9 +336,9 @@ def pac_bayes_flatness(
         ValueError: if the module has no parameters, there are no samples, outputs and target do not fit, a number is
             out of its range, or the accuracy does not drop as much at ``max_sigma``.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.network_measures import pac_bayes_flatness
+        >>> from lightning_relflat.functional import pac_bayes_flatness
         >>> net = torch.nn.Linear(2, 2, bias=False)
         >>> _ = torch.nn.init.eye_(net.weight)
         >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))]

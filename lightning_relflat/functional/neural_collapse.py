@@ -96,9 +96,9 @@ def neural_collapse(
             integers.
         ValueError: if shapes do not fit, or a target is not from 0 to ``num_classes - 1``.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.neural_collapse import neural_collapse
+        >>> from lightning_relflat.functional import neural_collapse
         >>> features = torch.tensor([[2.0, 1.0], [2.0, -1.0], [-2.0, 1.0], [-2.0, -1.0]])
         >>> values = neural_collapse(features, torch.tensor([0, 0, 1, 1]), num_classes=2)
         >>> {name: round(value.item(), 4) for name, value in values.items()}
@@ -141,7 +141,7 @@ def class_moments(features: Tensor, target: Tensor, *, num_classes: int, center:
         TypeError: if features or center are no floating point numbers, or the target is not of integers.
         ValueError: if shapes do not fit, or a target is not from 0 to ``num_classes - 1``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional.neural_collapse import class_moments
         >>> features = torch.tensor([[2.0, 1.0], [2.0, -1.0], [-2.0, 1.0]])
@@ -207,7 +207,7 @@ def means_from_moments(moments: ClassMoments, *, center: Tensor | None = None) -
         TypeError: if the center is no floating point number.
         ValueError: if shapes do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional.neural_collapse import class_moments, means_from_moments
         >>> moments = class_moments(torch.tensor([[2.0], [4.0]]), torch.tensor([0, 0]), num_classes=2)
@@ -239,7 +239,7 @@ def collapse_from_moments(
         TypeError: if weight or center are no floating point numbers.
         ValueError: if shapes do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional.neural_collapse import class_moments, collapse_from_moments
         >>> moments = class_moments(torch.tensor([[2.0], [4.0], [-3.0]]), torch.tensor([0, 0, 1]), num_classes=2)
@@ -311,9 +311,9 @@ def center_mismatches(features: Tensor, outputs: Tensor, class_means: Tensor) ->
         TypeError: if an argument is no floating point number.
         ValueError: if shapes do not fit.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.neural_collapse import center_mismatches
+        >>> from lightning_relflat.functional import center_mismatches
         >>> means = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
         >>> features = torch.tensor([[0.5, 3.0], [-0.5, 3.0]])
         >>> center_mismatches(features, torch.tensor([[0.2, 0.1], [0.2, 0.1]]), means)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat._shown import show_call
 from lightning_relflat.functional._called_batch import CalledBatch, read_batch, rows_of
 from lightning_relflat.functional._called_batch import Target as Target
 from lightning_relflat.functional._checks import full_precision
@@ -45,6 +46,9 @@ class OutputHessian:
     total_weight: Tensor
     annihilates_constants: bool = False
     counted: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return show_call(self)
 
     def trace_through(self, weight: Tensor) -> Tensor:
         r"""Return ``Tr(Wᵀ A_i W)`` of every sample, without the sample's weight.
@@ -200,7 +204,7 @@ def output_hessian(
             variance. Numbers are looked at on a CPU alone. On any other device, and while something traces or
             ``torch.func`` transforms, nothing waits for them, and the samples in question are NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional import output_hessian
         >>> hessian = output_hessian(torch.zeros(3, 2), torch.tensor([0, 1, 1]), loss="cross_entropy")

@@ -94,7 +94,7 @@ def relative_flatness(
         ValueError: if shapes do not fit, the criterion is not known or knows no temperature, the target is missing or
             does not fit, or ``measure``, ``temperature`` or ``probes`` is not what it should be.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional import relative_flatness
         >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
@@ -157,7 +157,7 @@ def relative_flatness_sums(
         TypeError: as :func:`relative_flatness` does.
         ValueError: as :func:`relative_flatness` does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional import relative_flatness_sums
         >>> x, w = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
@@ -200,7 +200,7 @@ def relative_flatness_per_output(
         TypeError: as :func:`relative_flatness` does.
         ValueError: as :func:`relative_flatness` does, and if the reduction is ``"none"``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional import relative_flatness_per_output
         >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]])

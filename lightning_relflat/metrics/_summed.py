@@ -12,6 +12,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_relflat._shown import show, show_call
+
+# What every metric of torchmetrics can be told, and what holds if it is not.
+_COMMON = {"compute_on_cpu": False, "dist_sync_on_step": False, "sync_on_compute": True, "compute_with_cache": True}
+
 
 class SummedMetric(Metric):
     """A metric whose states are sums over samples, which processes add up in one all-reduce.
@@ -36,6 +41,17 @@ class SummedMetric(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("apart", torch.tensor(torch.nan, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def __repr__(self) -> str:
+        kept = self._set_to()
+        if show(getattr(self, "loss", None)) == "CrossEntropyLoss()":
+            kept["loss"] = "cross_entropy"  # the name is the default, and the object made from it is what is kept
+        common = {name: getattr(self, name, usual) for name, usual in _COMMON.items()}
+        return show_call(self, **kept, **{name: value for name, value in common.items() if value != _COMMON[name]})
+
+    def _set_to(self) -> dict[str, Any]:
+        """Return what the arguments were that are no attributes of their names."""
+        return {}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a single value or several, as every metric of torchmetrics does.

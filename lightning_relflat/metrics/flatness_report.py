@@ -53,7 +53,7 @@ class FlatnessReport(SpectralMeasure):
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, a count is no positive
             integer, or class means or the number of classes do not fit what is asked for.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics import FlatnessReport
         >>> report = FlatnessReport(in_features=2, out_features=2, num_classes=2)
@@ -114,9 +114,14 @@ class FlatnessReport(SpectralMeasure):
         if self.class_means is not None and self.num_classes == d:
             shapes["mismatches"] = ()
         self._names = tuple(shapes)
+        self.in_features, self.out_features = m, d
+        self.eigenvalues = eigenvalues
         for name, shape in shapes.items():
             self._add_sums(name, *shape)
         self.add_state("moments", torch.zeros(3, m, dtype=torch.float64), dist_reduce_fx=merge_moments)
+
+    def _set_to(self) -> dict[str, Any]:
+        return {"neuron_pairs": "neuron_pairs" in self._names}
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.

@@ -22,7 +22,7 @@ class FlatnessSums(SummedMetric):
         mean: whether batches are averaged by their weights, or added.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics.flatness_sums import FlatnessSums
         >>> flatness = FlatnessSums()

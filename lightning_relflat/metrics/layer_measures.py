@@ -74,9 +74,9 @@ class HessianTrace(LayerMeasure):
     Raises:
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or the scale is not known.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.layer_measures import HessianTrace
+        >>> from lightning_relflat.metrics import HessianTrace
         >>> trace = HessianTrace("mse", scale="layer")
         >>> weight = torch.tensor([[1.0, -1.0]])
         >>> for features in (torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])):
@@ -150,9 +150,9 @@ class ColumnFlatness(LayerMeasure):
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or another argument is not
             what it should be.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.layer_measures import ColumnFlatness
+        >>> from lightning_relflat.metrics import ColumnFlatness
         >>> flatness = ColumnFlatness("mse", in_features=2)
         >>> weight = torch.tensor([[1.0, -1.0]])
         >>> for features in (torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])):
@@ -177,7 +177,8 @@ class ColumnFlatness(LayerMeasure):
             raise ValueError(f"Expected argument `summary` to be 'none', 'max' or 'sum', but got {said(summary)}.")
         self.summary = summary
         self._add_sums("totals", 1)
-        self._add_sums("columns", check_count("in_features", in_features, at_least=1))
+        self.in_features = check_count("in_features", in_features, at_least=1)
+        self._add_sums("columns", self.in_features)
 
     def update(self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None) -> None:
         """Add a batch.
@@ -234,9 +235,9 @@ class StandardizedRelativeFlatness(LayerMeasure):
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or ``in_features`` is not an
             integer of at least 1.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.layer_measures import StandardizedRelativeFlatness
+        >>> from lightning_relflat.metrics import StandardizedRelativeFlatness
         >>> flatness = StandardizedRelativeFlatness("mse", in_features=2)
         >>> weight = torch.tensor([[1.0, -1.0]])
         >>> for features in (torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])):
@@ -257,7 +258,7 @@ class StandardizedRelativeFlatness(LayerMeasure):
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
-        check_count("in_features", in_features, at_least=1)
+        self.in_features = check_count("in_features", in_features, at_least=1)
         self._add_sums("totals", 1)
         self._add_sums("pairs", in_features, in_features)
         self.add_state("moments", torch.zeros(3, in_features, dtype=torch.float64), dist_reduce_fx=merge_moments)

@@ -50,10 +50,10 @@ class LayersFlatness(SummedMetric):
     Raises:
         ValueError: if ``layers``, ``probes`` or ``seed`` are no such integers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.functional import layer_use
-        >>> from lightning_relflat.metrics.layers_flatness import LayersFlatness
+        >>> from lightning_relflat.metrics import LayersFlatness
         >>> _ = torch.manual_seed(0)
         >>> first, second, inputs = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1), torch.ones(4, 2)
         >>> hidden = first(inputs)

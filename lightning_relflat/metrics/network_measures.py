@@ -40,7 +40,7 @@ class FisherRaoNorm(SummedMetric):
         ignore_index: as for :func:`~lightning_relflat.functional.fisher_rao_norm`.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics import FisherRaoNorm
         >>> net = torch.nn.Linear(1, 1, bias=False)
@@ -102,7 +102,7 @@ class SAMSharpness(SummedMetric):
     Raises:
         ValueError: if ρ is not a number larger than 0, or ``num_parameters`` and ``direction`` do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics import SAMSharpness
         >>> net = torch.nn.Linear(1, 1, bias=False)
@@ -212,7 +212,7 @@ class PACBayesFlatness(SummedMetric):
     Raises:
         ValueError: if an argument is not what it should be.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics import PACBayesFlatness
         >>> net = torch.nn.Linear(2, 2, bias=False)
@@ -306,7 +306,7 @@ class FeatureRobustness(SummedMetric):
     Raises:
         ValueError: if an argument is not what it should be.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics import FeatureRobustness
         >>> robustness = FeatureRobustness(delta=0.5)

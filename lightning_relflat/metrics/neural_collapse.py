@@ -57,9 +57,9 @@ class NeuralCollapse(SummedMetric):
         ValueError: if a number is not an integer of at least 1, shapes do not fit, or both class means and a center
             are given.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.neural_collapse import NeuralCollapse
+        >>> from lightning_relflat.metrics import NeuralCollapse
         >>> features = torch.tensor([[2.0, 1.0], [2.0, -1.0], [-2.0, 1.0], [-2.0, -1.0]])
         >>> target, weight = torch.tensor([0, 0, 1, 1]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
         >>> collapse = NeuralCollapse(num_classes=2, num_features=2)
@@ -117,6 +117,9 @@ class NeuralCollapse(SummedMetric):
         }
         for name, shape in shapes.items():
             self._add_sums(name, *shape)
+
+    def _set_to(self) -> dict[str, Any]:
+        return {} if self.class_means is None else {"center": None}
 
     def update(
         self, features: Tensor, target: Tensor, weight: Tensor | None = None, outputs: Tensor | None = None

@@ -46,7 +46,7 @@ class RelativeFlatness(FlatnessSums):
         ValueError: if the loss is neither known nor callable or does not reduce to a mean or a sum, or if ``probes``
             is not an integer of at least 2 or ``None``, or ``seed`` not one of at least 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat import RelativeFlatness
         >>> flatness = RelativeFlatness(loss="cross_entropy")
@@ -82,6 +82,9 @@ class RelativeFlatness(FlatnessSums):
         self.loss = criterion
         self.class_dim = class_dim
         self.probes = Probes(probes, seed)
+
+    def _set_to(self) -> dict[str, Any]:
+        return {"probes": self.probes.probes, "seed": self.probes.seed}
 
     def update(  # type: ignore[override]  # each metric has arguments of its own
         self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None

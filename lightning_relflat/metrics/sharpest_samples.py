@@ -48,7 +48,7 @@ class SharpestSamples(SummedMetric):
     Raises:
         ValueError: if ``k`` is no positive integer, or the loss has no closed form.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_relflat.metrics import SharpestSamples
         >>> sharpest = SharpestSamples(k=2)
@@ -98,8 +98,8 @@ class SharpestSamples(SummedMetric):
             )
         self._add(parts.double().reshape(len(features), -1).sum(dim=1), indices)
 
-    def _add(self, parts: Tensor, indices: Tensor | None) -> None:
-        """Add the parts of samples."""
+    def _add(self, parts: Tensor, indices: Tensor | None, *said: Tensor) -> None:
+        """Add the parts of samples, and what else is said of each."""
         kind = _COUNTED if indices is None else _GIVEN
         if indices is None:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -111,7 +111,7 @@ class SharpestSamples(SummedMetric):
             self.counted = self.counted + len(parts)
         else:
             _check_indices(indices, parts)
-        batch = torch.stack([parts, indices.to(parts), torch.full_like(parts, kind)])
+        batch = torch.stack([parts, indices.to(parts), torch.full_like(parts, kind), *said])
         self.sharpest = _largest(torch.cat([self.sharpest, batch], dim=1)[None], self.k)
 
     def compute(self) -> Tensor:
@@ -168,14 +168,17 @@ class SharpestSamples(SummedMetric):
                 "Expected argument `indices` to number the samples in a window such as that of `Running`, which does "
                 "not keep their order, but got None."
             )
-        parts, indices, kinds = self.sharpest
+        parts, indices, kinds, *said = self.sharpest
         shifted = indices + incoming_state["counted"].to(indices).where(kinds == _COUNTED, 0.0)
-        self.sharpest = torch.stack([parts, shifted, kinds])
+        self.sharpest = torch.stack([parts, shifted, kinds, *said])
         super()._reduce_states(incoming_state)
 
 
 class SharpestParts(SharpestSamples):
-    """The samples with the largest parts in κ, where the parts are computed elsewhere.
+    """The samples with the largest parts in κ, where the parts are computed elsewhere; with what is said of each.
+
+    As output of ``compute`` it returns a float64 tensor of shape (4, k): the parts, the indices, the labels and the
+    predictions.
 
     Args:
         k: how many samples.
@@ -184,19 +187,29 @@ class SharpestParts(SharpestSamples):
 
     def __init__(self, k: int, **kwargs: Any) -> None:
         super().__init__(k, **kwargs)
+        self.add_state("sharpest", torch.zeros(5, self.k, dtype=torch.float64), dist_reduce_fx=_largest)
 
-    def update(self, parts: Tensor, indices: Tensor) -> None:  # type: ignore[override]  # metrics differ in what they take
+    def update(  # type: ignore[override]  # metrics differ in what they take
+        self, parts: Tensor, indices: Tensor, labels: Tensor, predictions: Tensor
+    ) -> None:
         """Add samples.
 
         Args:
             parts: their parts, of shape (n,).
             indices: their numbers in the data set, integers of shape (n,).
+            labels: what they are, numbers of shape (n,); NaN where there is none.
+            predictions: what they are taken for, likewise.
 
         Raises:
             TypeError: if ``indices`` are no integers.
             ValueError: if they are not of shape (n,), or too large.
         """
-        self._add(parts.double(), indices)
+        parts = parts.double()
+        self._add(parts, indices, labels.to(parts), predictions.to(parts))
+
+    def compute(self) -> Tensor:
+        """Return the largest parts, the indices of their samples and what is said of them, over all processes."""
+        return self.sharpest[:, self.sharpest[2] != _NOBODY][[0, 1, 3, 4]]
 
 
 def _check_indices(indices: Tensor, parts: Tensor) -> None:
@@ -213,12 +226,12 @@ def _check_indices(indices: Tensor, parts: Tensor) -> None:
 
 
 def _largest(stacked: Tensor, k: int | None = None) -> Tensor:
-    """Merge several sets of samples, of shape (s, 3, n), into one of the largest n, or k, of them all."""
+    """Merge several sets of samples, of shape (s, 3 or more, n), into one of the largest n, or k, of them all."""
     # Equal parts are ordered by index, so that the order of batches and processes is nothing.
     samples = _by_part(_sorted(stacked.movedim(1, 0).flatten(1), by=1))
     # A distributed sampler repeats samples to give all processes as many: the first of them is left.
     samples = _sorted(_sorted(samples, by=1), by=2)
-    again = (samples[1:, 1:] == samples[1:, :-1]).all(dim=0) & (samples[2, 1:] == _GIVEN)
+    again = (samples[1:3, 1:] == samples[1:3, :-1]).all(dim=0) & (samples[2, 1:] == _GIVEN)
     samples[2, 1:] = samples[2, 1:].where(~again, _NOBODY)
     return _by_part(samples)[:, : k or stacked.shape[-1]]
 

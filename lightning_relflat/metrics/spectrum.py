@@ -97,9 +97,9 @@ class LargestEigenvalue(SpectralMeasure):
         ValueError: if the loss has no closed form or does not reduce to a mean or a sum, or another argument is not
             what it should be.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.metrics.spectrum import LargestEigenvalue
+        >>> from lightning_relflat.metrics import LargestEigenvalue
         >>> eigenvalue = LargestEigenvalue("mse", in_features=2, out_features=1)
         >>> weight = torch.tensor([[1.0, 1.0]])
         >>> for features in (torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])):
@@ -122,8 +122,9 @@ class LargestEigenvalue(SpectralMeasure):
     ) -> None:
         super().__init__(loss, class_dim=class_dim, **kwargs)
         check_scale(scale)
-        check_count("in_features", in_features, at_least=1)
-        check_count("out_features", out_features, at_least=1)
+        self.in_features = check_count("in_features", in_features, at_least=1)
+        self.out_features = check_count("out_features", out_features, at_least=1)
+        self.columns, self.seed = columns, seed
         self.scale: Scale = scale
         self._add_sums("totals", 1)
         blocks = has_blocks(self.loss, scale)

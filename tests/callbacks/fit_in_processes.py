@@ -6,6 +6,7 @@ import datetime
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm
 from lightning_relflat.functional.large_head import _from_outputs
 from tests.models import Batch, Net, Resumable, focal, make_batches, make_trainer
-from tests.processes import COEFFICIENT, LR
+from tests.processes import COEFFICIENT, LR, fit_in_processes, free_port, run
 from tests.shares import Share
 
 TRAINING = [8, 8, 8, 8]
@@ -151,7 +152,7 @@ def main(
     **options: Any,
 ) -> None:
     if large and world > 1:
-        _from_outputs._FEW = 0
+        _from_outputs.FEW = 0
     torch.manual_seed(0)
     net = Sharded(**options).double()
     fsdp, unused = net.fsdp, options.get("unused", False)
@@ -206,6 +207,22 @@ def main(
     result: dict[str, Any] = {"weights": weights, "values": values, "penalties": penalties.seen}
     result |= {"coefficients": penalties.coefficients, "norms": penalties.norms}
     torch.save(result, Path(folder) / f"{world}-{trainer.global_rank}.pt")
+
+
+def fit(folder: Path, world: int, *, nodes: int = 1, **options: Any) -> list[dict[str, Any]]:
+    """Return what every process writes; those of several nodes are started by torchrun."""
+    folder.mkdir(exist_ok=True)
+    command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
+    if world == 1:
+        main(str(folder), world, **options)
+    elif nodes == 1:
+        fit_in_processes(partial(main, str(folder), world, **options), world)
+    else:
+        endpoint = f"127.0.0.1:{free_port()}"
+        torchrun = ["torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(world // nodes)]
+        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1", "-m", *command]
+        run(folder, *[torchrun] * nodes)
+    return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 if __name__ == "__main__":

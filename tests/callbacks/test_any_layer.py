@@ -23,7 +23,7 @@ from lightning_relflat import FAM
 from lightning_relflat.functional import declare_linear
 from lightning_relflat.functional._graph import _refuse_norms
 from lightning_relflat.layer_tap import LayerTap
-from tests.callbacks.test_fam import assert_same_weights, assert_untouched
+from tests.by_hand import assert_same_weights, assert_untouched
 from tests.models import Batch, make_trainer
 from tests.oracles import kappa_of_layer, norms_by_hand
 

@@ -14,11 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, MaxNorm
-from lightning_relflat.callbacks._penalty import Penalty
 from lightning_relflat.callbacks.coefficients import Automatic
-from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, fixed_probe, train, twins
-from tests.models import Batch, ManualNet, Net, Reads, Resumable, focal, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, definition, fixed_probe
+from tests.models import (
+    SIZES,
+    Batch,
+    ManualNet,
+    Net,
+    Resumable,
+    focal,
+    make_batches,
+    make_loader,
+    make_trainer,
+    train,
+    twins,
+)
 from tests.shares import Share
+from tests.watching import Reads
 
 
 def unit(seen: list[tuple[float, float]]) -> float:
@@ -121,7 +133,7 @@ def test_a_policy_is_a_factor() -> None:
     assert {-0.006, 0.006} < {round(value, 9) for value in coefficients}
 
 
-def test_probes() -> None:
+def test_with_probes_it_is_the_same_rule() -> None:
     net, twin = twins(lr=0.1, criterion=focal)
     batches = make_batches(SIZES)
     fit(net, Share("head", 0.3), batches)
@@ -194,23 +206,15 @@ def test_a_line_search_keeps_one_coefficient() -> None:
     assert len({values[0] for values in net.seen.values()}) > 2
 
 
-def test_the_scale_of_kappa_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = Penalty._kappa
-
-    def scaled(self: Penalty, loss: Tensor) -> Any:
-        kappa = of(self, loss)
-        assert kappa is not None
-        return 1000 * kappa
-
-    nets = []
-    for changed in (False, True):
-        if changed:
-            monkeypatch.setattr(Penalty, "_kappa", scaled)
-        torch.manual_seed(0)
-        net = Net(lr=0.1).double()
-        fit(net, Share("head", 0.2, loss="cross_entropy"), make_batches(SIZES), max_epochs=3)
-        nets.append(net)
-    assert_same_weights(nets[0], nets[1])
+def test_the_scale_of_kappa_does_not_matter() -> None:
+    rules, effects = {scale: Automatic(0.2, math.inf) for scale in (1.0, 1000.0)}, []
+    for loss, kappa in ((2.0, 0.3), (1.5, 0.9), (1.7, 0.2), (0.4, 0.5)):
+        for scale, rule in rules.items():
+            rule.measure(torch.tensor(loss).double(), torch.tensor(scale * kappa).double())
+            rule.end(torch.device("cpu"), world=1)
+        effects.append([scale * float(rule.coefficient(torch.zeros(1).double())) for scale, rule in rules.items()])
+    assert effects[-1][0] > effects[1][0] > 0
+    torch.testing.assert_close(*torch.tensor(effects).double().T, rtol=1e-12, atol=0)
 
 
 class Dead(Net):
@@ -263,7 +267,7 @@ def ratios(steps: list[list[tuple[float, float]]], share: float = 1.0, most: flo
         ((1.0, 2e-6), 1e6),
     ],
 )
-def test_ratios(last: tuple[float, float], expected: float) -> None:
+def test_the_ratio_is_that_of_the_averages(last: tuple[float, float], expected: float) -> None:
     # After 300 steps alike the averages are the values, and the κ of 0 before them is not the largest.
     assert ratios([[(3.0, 0.0)]] + [[last]] * 300)[-1] == pytest.approx(expected, rel=1e-6)
 

@@ -13,15 +13,8 @@ from torch.nn import functional as F
 from lightning_relflat import FAM
 from lightning_relflat.functional import relative_flatness
 from lightning_relflat.functional.layer_flatness import probe_seed
-from tests.callbacks.test_fam import (
-    SIZES,
-    assert_same_weights,
-    definition,
-    train,
-    train_by_hand,
-    twins,
-)
-from tests.models import Batch, ManualNet, Net, focal, make_batches
+from tests.by_hand import assert_same_weights, definition, train_by_hand
+from tests.models import SIZES, Batch, ManualNet, Net, PlainNet, focal, make_batches, train, twins
 from tests.oracles import block_traces, kappa
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a negative coefficient")
@@ -188,7 +181,7 @@ def test_normalized_features_of_zero_length() -> None:
         ({"temperature": 2.0, "loss": "mse"}, "`temperature` to be 1 unless .* but got 2.0 with loss MSELoss"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         FAM(**{"layer": "head"} | options)
 
@@ -196,8 +189,6 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_from_plain_values() -> None:
     from lightning.pytorch.cli import LightningCLI
-
-    from tests.callbacks.test_cli import PlainNet
 
     options = {
         "layer": "head",

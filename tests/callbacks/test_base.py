@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_relflat import FAM
+from lightning_relflat._shown import show_call
 from lightning_relflat.callbacks._base import (
     Callback,
     check_key,
@@ -20,7 +21,6 @@ from lightning_relflat.callbacks._base import (
     find_target,
     labelled,
     refuse_collisions,
-    show_call,
 )
 
 LABELS = torch.tensor([3, 1, 2])
@@ -139,7 +139,7 @@ def test_what_is_no_name_is_refused(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "fc1", "encoder/fc", "layers.0"])
-def test_a_name(name: str | None) -> None:
+def test_a_name_that_can_be_logged_is_taken(name: str | None) -> None:
     assert check_name(name) == name
 
 
@@ -149,7 +149,7 @@ def test_a_name(name: str | None) -> None:
         ("fam/penalty", None, "fam/penalty"),
         ("fam/penalty", "hidden", "fam/hidden/penalty"),
         ("val/relative_flatness", "fc1", "val/fc1/relative_flatness"),
-        ("val/layer_flatness/a.b", "x", "val/x/layer_flatness/a.b"),
+        ("val_layer_flatness/a.b", "x", "val_layer_flatness/x/a.b"),
     ],
 )
 def test_the_name_stands_behind_the_first_part(label: str, name: str | None, expected: str) -> None:

@@ -16,9 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.callbacks.test_fam import SIZES, assert_same_weights, assert_untouched, definition, twins
-from tests.callbacks.test_flatness_monitor import of_union
-from tests.models import Batch, Net, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, assert_untouched, definition, of_union
+from tests.models import SIZES, Batch, Net, make_batches, make_loader, make_trainer, twins
 
 VAL = [5, 2]
 BATCHES, VAL_BATCHES = make_batches(SIZES), make_batches(VAL, seed=2)

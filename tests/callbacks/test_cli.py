@@ -10,17 +10,11 @@ import torch
 import yaml
 
 from lightning_relflat import FAM, FlatnessFigures, FlatnessMonitor, LayersMonitor, SharpestMonitor
-from tests.callbacks.test_fam import SIZES, assert_same_weights, train_by_hand, twins
-from tests.callbacks.test_flatness_monitor import of_union
-from tests.models import Batch, Net, make_batches, make_loader
+from tests.by_hand import assert_same_weights, of_union, train_by_hand
+from tests.models import SIZES, Batch, Net, PlainNet, make_batches, make_loader, twins
 from tests.oracles import kappa
 
 OURS = FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor, FlatnessFigures
-
-
-class PlainNet(Net):
-    def __init__(self, lr: float = 0.1) -> None:
-        super().__init__(lr=lr)
 
 
 CALLBACKS = """
@@ -217,8 +211,8 @@ def check_training(trainer: Any) -> None:
     [result] = trainer.validate(net, make_loader([5, 2], seed=2), verbose=False)
     expected = of_union(twin, make_batches([5, 2], seed=2))
     assert result["val/relative_flatness"] == pytest.approx(expected, rel=1e-6)
-    assert result["val/layer_flatness/head"] == pytest.approx(expected, rel=1e-6)
-    assert {"val/class_flatness/2", "val/flatness/hessian_eigenvalue", "val/layer_flatness/body"} <= set(result)
+    assert result["val_layer_flatness/head"] == pytest.approx(expected, rel=1e-6)
+    assert {"val_class_flatness/2", "val_flatness/hessian_eigenvalue", "val_layer_flatness/body"} <= set(result)
 
 
 @pytest.mark.parametrize(

@@ -13,23 +13,16 @@ from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.callbacks._method_patch import MethodPatch
-from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, train_by_hand, twins
-from tests.callbacks.test_flatness_monitor import Still, of_union
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, definition, of_union, train_by_hand
+from tests.models import SIZES, Batch, ManualNet, Net, Still, make_batches, make_loader, make_trainer, twins
+from tests.watching import compile_part
 
 FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]
 NOT_TWICE = "cannot be differentiated twice, as compiled functions .* name it: `loss=`"
 RAN_BEFORE = r"torch\._dynamo\.reset\(\)"
 
 # What is ignored are PyTorch's own warnings, while it compiles.
-pytestmark = [pytest.mark.compiled, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("compiling"), pytest.mark.filterwarnings("ignore")]
 
 
 def fit(net: nn.Module, callback: Any) -> None:
@@ -67,13 +60,21 @@ def test_compiled_parts_of_the_module(part: str, form: dict[str, Any]) -> None:
             if part == "whole":
                 self.compiled = [torch.compile(super().forward, backend="aot_eager")]
             else:
-                getattr(self, part).compile(backend="aot_eager")
+                compile_part(getattr(self, part))
 
         def forward(self, inputs: Tensor) -> Tensor:
             outputs: Tensor = self.compiled[0](inputs) if part == "whole" else super().forward(inputs)
             return outputs
 
     net, twin = twins(Compiled)
+    assert_right(net, twin, **form)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_parts_of_the_module_in_the_wrapper_that_the_compiler_puts_around_them(part: str, form: dict[str, Any]) -> None:
+    net, twin = twins()
+    setattr(net, part, torch.compile(getattr(net, part), backend="aot_eager"))
     assert_right(net, twin, **form)
 
 
@@ -192,7 +193,7 @@ class CompiledInFit(Net):
         if self.part == "self":
             self.compile(backend="aot_eager")
         elif self.part == "head":
-            self.head.compile(backend="aot_eager")
+            compile_part(self.head)
         else:
             setattr(self, self.part, torch.compile(getattr(self, self.part), backend="aot_eager"))
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.callbacks.test_fam import assert_same_weights, assert_untouched, definition, fixed_probe, twins
-from tests.callbacks.test_flatness_monitor import Still, of_union
-from tests.models import Batch, Net, make_batches, make_loader, make_trainer
+from tests.by_hand import assert_same_weights, assert_untouched, definition, fixed_probe, of_union
+from tests.models import Batch, Net, Still, make_batches, make_loader, make_trainer, twins
 
 TRAIN, VAL, TEST = [7, 4, 6, 3], [5, 2, 3], [3, 6]
 VAL_BATCHES, TEST_BATCHES = make_batches(VAL, seed=2), make_batches(TEST, seed=3)

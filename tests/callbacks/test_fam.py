@@ -19,91 +19,34 @@ from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor
 from lightning_relflat.functional.layer_flatness import probe_seed
-from lightning_relflat.layer_tap import LayerTap
-from tests.models import Batch, ManualNet, Net, Reads, as_on_a_device, focal, make_batches, make_loader, make_trainer
+from tests.by_hand import (
+    assert_same_weights,
+    assert_untouched,
+    definition,
+    definition_with_constant_hessian,
+    fixed_probe,
+    tapped,
+    train_by_hand,
+)
+from tests.models import (
+    SIZES,
+    Batch,
+    Conv,
+    Crash,
+    Detached,
+    ManualNet,
+    Net,
+    NoGrad,
+    Unused,
+    focal,
+    make_batches,
+    make_loader,
+    make_trainer,
+    train,
+    twins,
+)
 from tests.oracles import kappa
-
-SIZES = [7, 4, 6]
-Penalty = Callable[[Net, Batch, int], Tensor]
-
-
-def definition(net: Net, batch: Batch, step: int) -> Tensor:
-    features = net.features(batch[0])
-    bias = net.head.bias
-    return kappa(
-        lambda weight: net.criterion(F.linear(features, weight, bias), batch[1]), net.head.weight, create_graph=True
-    )
-
-
-def definition_with_constant_hessian(net: Net, batch: Batch, step: int) -> Tensor:
-    features, weight = net.features(batch[0]).detach(), net.head.weight.detach()
-    bias = net.head.bias.detach()
-    hessian: Tensor = torch.autograd.functional.hessian(
-        lambda value: net.criterion(F.linear(features, value, bias), batch[1]), weight
-    )
-    return torch.einsum("sm,tm,sktk->", net.head.weight, net.head.weight, hessian)
-
-
-def fixed_probe(net: Net, batch: Batch, step: int, *, seed: int = 0) -> Tensor:
-    """Return Σ_i ‖φ_i‖² uᵢᵀ ∇² uᵢ with the probes that FAM draws, from the dense Hessian over all outputs.
-
-    They lie in the span of W's rows, of which there are fewer than features; its basis counts as a constant.
-    """
-    features = net.features(batch[0])
-    basis = torch.linalg.qr(net.head.weight.detach().T)[0]
-    generator = torch.Generator().manual_seed(probe_seed(seed, step, 0))
-    signs = torch.randint(0, 2, (len(features), 3), generator=generator).double() * 2 - 1
-    probes = signs @ basis.T
-    outputs = net.head(features)
-    hessian: Tensor = torch.autograd.functional.hessian(
-        lambda value: net.criterion(value, batch[1]), outputs, create_graph=True
-    )
-    pushed = probes @ net.head.weight.T
-    return torch.einsum("n,ns,nsnt,nt->", features.square().sum(dim=1), pushed, hessian, pushed)
-
-
-def tapped(net: Net, batch: Batch, step: int, *, layer: str = "body") -> Tensor:
-    """Return what a plain loop has for κ, with the probes that FAM draws."""
-    generator = torch.Generator().manual_seed(probe_seed(0, step, 0))
-    with LayerTap(net, layer) as tap:
-        return tap.relative_flatness(net.loss(batch), probes=2, generator=generator)
-
-
-def train_by_hand(net: Net, batches: list[Batch], penalty: Penalty, coefficients: list[float]) -> Net:
-    optimizer = torch.optim.SGD(net.parameters(), lr=net.lr)
-    for step, (batch, coefficient) in enumerate(zip(batches, coefficients, strict=True)):
-        optimizer.zero_grad()
-        loss = net.loss(batch)
-        if coefficient:
-            loss = loss + coefficient * penalty(net, batch, step)
-        loss.backward()
-        optimizer.step()
-    return net
-
-
-def train(net: Net, fam: FAM | None, sizes: list[int] = SIZES, **kwargs: Any) -> Net:
-    callbacks = [] if fam is None else [fam]
-    make_trainer(precision="64-true", callbacks=callbacks, **kwargs).fit(net, make_loader(sizes))
-    return net
-
-
-def assert_same_weights(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-10) -> None:
-    for (name, left), right in zip(actual.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance, msg=f"{name} differs")
-
-
-def twins(kind: type[Net] = Net, **kwargs: Any) -> tuple[Net, Net]:
-    net = kind(**kwargs).double()
-    twin = Net(**kwargs).double()
-    twin.load_state_dict(net.state_dict())
-    return net, twin
-
-
-def assert_untouched(net: nn.Module) -> None:
-    assert "training_step" not in net.__dict__
-    assert "manual_backward" not in net.__dict__
-    assert not any(module._forward_hooks for module in net.modules())
-
+from tests.watching import Reads, as_on_a_device
 
 NAMED: list[Any] = [
     nn.CrossEntropyLoss(),
@@ -197,7 +140,7 @@ def test_accumulation_averages_the_penalties_with_the_losses() -> None:
         ({"every_n_steps": 2, "start_epoch": 1}, [0, 0, 0.8, 0, 0.8, 0]),
     ],
 )
-def test_schedules(options: dict[str, Any], expected: list[float]) -> None:
+def test_the_coefficient_follows_its_schedule(options: dict[str, Any], expected: list[float]) -> None:
     net, twin = twins(lr=0.1)
     train(net, FAM("head", 0.4, loss="cross_entropy", **options), [5, 6], max_epochs=3)
     assert_same_weights(net, train_by_hand(twin, make_batches([5, 6]) * 3, definition, expected))
@@ -335,7 +278,7 @@ def test_half_precision_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> 
     assert [name for name, _ in seen] == ["fam/penalty", "fam/coefficient"] * 3
 
 
-def test_logged_values() -> None:
+def test_penalty_and_coefficient_are_logged() -> None:
     class Recorder(FAM):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -370,7 +313,7 @@ def test_two_on_two_layers_in_any_order() -> None:
     assert_same_weights(results[0], results[1])
 
 
-def test_fit_twice_and_state() -> None:
+def test_steps_are_counted_over_fits_and_kept_in_the_state() -> None:
     fam = FAM("head", 0.1, warmup_steps=100)
     net = Net()
     trainer = make_trainer(callbacks=[fam])
@@ -535,30 +478,6 @@ def test_says_once_which_layer(caplog: pytest.LogCaptureFixture) -> None:
     assert said == [f"FAM(): relative flatness is penalised at {layer}", f"FlatnessMonitor(): measured at {layer}"]
 
 
-class Conv(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(1, 2, 3)
-
-
-class Unused(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Linear(2, 2)
-
-
-class NoGrad(Net):
-    def forward(self, inputs: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.head(self.features(inputs))
-        return self.features(inputs)[:, :3]
-
-
-class Detached(Net):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.features(inputs)[:, :3] + self.head(self.features(inputs)).detach()
-
-
 class InPlace(Net):
     def forward(self, inputs: Tensor) -> Tensor:
         return F.relu(super().forward(inputs), inplace=True)
@@ -599,13 +518,6 @@ class FrozenBelow(Net):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = super().forward(inputs) * self.scale
         return outputs
-
-
-class Crash(Net):
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if batch_idx == 1:
-            raise ZeroDivisionError("in the middle")
-        return self.loss(batch)
 
 
 class Interrupt(Net):
@@ -752,7 +664,7 @@ def test_a_frozen_head_is_said_and_what_comes_before_is_penalised() -> None:
         ({"layer": ["head"]}, r"`layer` to be the dotted name of a layer, or None, but got \['head'\]"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         FAM(**options)
 
@@ -766,7 +678,7 @@ def test_a_policy_that_is_not_finite() -> None:
         train(Net().double(), Bad("head"))
 
 
-def test_only_in_fit() -> None:
+def test_outside_of_fit_it_does_nothing() -> None:
     trainer = make_trainer(callbacks=[FAM("no such layer")])
     trainer.validate(Net(), make_loader([4], dtype=torch.float32), verbose=False)
     assert "fam/penalty" not in trainer.callback_metrics
@@ -798,17 +710,17 @@ class Watch(Callback):
         self.reads.append(self.count.count)
 
 
-@pytest.mark.parametrize("layer", ["head", "body"])
+UNNAMED: list[dict[str, Any]] = [{}, {"through_hessian": False}, {"probes": None}, {"coefficient": "auto"}]
+
+
 @pytest.mark.parametrize(
-    "form",
-    [{}, {"loss": "cross_entropy"}, {"through_hessian": False}, {"probes": None}, {"coefficient": "auto"}],
+    ("layer", "form"),
+    [("head", {"loss": "cross_entropy"}), *((layer, form) for form in UNNAMED for layer in ("head", "body"))],
     ids=str,
 )
 def test_only_the_first_step_of_an_epoch_reads_a_device(form: dict[str, Any], layer: str) -> None:
     # Every such reading makes the host wait; whether values are finite is read when the epoch ends, and targets never.
     # The first step looks at how rows meet.
-    if layer == "body" and "loss" in form:
-        pytest.skip("a named loss is computed from the outputs of the layer")
     named = "loss" in form
     reads = []
     for fams in ([], [FAM(layer, **form)]):

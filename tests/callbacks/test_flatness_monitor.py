@@ -12,29 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
-from tests.oracles import kappa
+from tests.by_hand import of_union
+from tests.models import Batch, ManualNet, Net, Still, focal, make_batches, make_loader, make_trainer
 
 SIZES = [7, 4, 1]
-
-
-def of_union(net: Net, batches: list[Batch], layer: str = "head") -> float:
-    inputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    net.eval()
-
-    def loss(weight: Tensor) -> Tensor:
-        if layer == "head":
-            return net.criterion(F.linear(net.features(inputs), weight, net.head.bias), target)
-        return net.criterion(net.head(torch.tanh(F.linear(inputs, weight, net.body.bias))), target)
-
-    return kappa(loss, getattr(net, layer).weight).item()
-
-
-class Still(Net):
-    """Does not move, so that the value over a training epoch has one true answer."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(lr=0.0, **kwargs)
 
 
 @pytest.mark.parametrize("layer", ["head", None])
@@ -81,12 +62,17 @@ def test_every_epoch_begins_anew() -> None:
 
 @pytest.mark.parametrize("penalised", [False, True])
 @pytest.mark.parametrize("kind", [Net, ManualNet])
-@pytest.mark.parametrize("loss", ["cross_entropy", None], ids=["named", "the step's own"])
-@pytest.mark.parametrize("criterion", [F.cross_entropy, focal], ids=["known", "any"])
-@pytest.mark.parametrize("layer", ["head", "body"])
-def test_changes_nothing(kind: type[Net], loss: Any, criterion: Any, layer: str, penalised: bool) -> None:
-    if loss is not None and (criterion is focal or layer == "body"):
-        pytest.skip("it is another loss")
+@pytest.mark.parametrize(
+    ("layer", "criterion", "loss"),
+    [
+        ("head", F.cross_entropy, "cross_entropy"),
+        *((layer, criterion, None) for layer in ("head", "body") for criterion in (F.cross_entropy, focal)),
+    ],
+    ids=["named", "head, known", "head, any", "body, known", "body, any"],
+)
+def test_training_is_the_same_bit_for_bit_with_a_monitor(
+    kind: type[Net], loss: Any, criterion: Any, layer: str, penalised: bool
+) -> None:
     runs = []
     for monitored in (False, True):
         torch.manual_seed(4)
@@ -139,7 +125,7 @@ def test_the_progress_bar_shows_it_if_asked() -> None:
         assert ("val/relative_flatness" in trainer.progress_bar_metrics) == shown
 
 
-def test_values_of_steps() -> None:
+def test_a_value_of_each_step_is_that_of_its_batch() -> None:
     class Note(Callback):
         def __init__(self) -> None:
             self.values: list[float | None] = []
@@ -280,7 +266,7 @@ def test_refused_with_nothing_left_behind(
         ({"prog_bar": "yes"}, "`prog_bar` to be True or False, but got 'yes'"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         FlatnessMonitor(**options)
 

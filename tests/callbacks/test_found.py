@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor
-from tests.callbacks.test_fam import assert_same_weights
+from tests.by_hand import assert_same_weights
 from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa_of_layer
 
@@ -38,7 +38,7 @@ def test_a_regression_with_nothing_declared(width: int, squeezed: bool) -> None:
     whole = [torch.cat(parts) for parts in zip(*make_batches(SIZES), strict=True)]
     truth = float(kappa_of_layer(net.head, lambda: net.loss(whole)).detach())
     assert truth > 0
-    for name in ("train/relative_flatness", "val/relative_flatness", "val/layer_flatness/head"):
+    for name in ("train/relative_flatness", "val/relative_flatness", "val_layer_flatness/head"):
         assert float(trainer.callback_metrics[name]) == pytest.approx(truth, rel=1e-9)
 
 
@@ -173,7 +173,7 @@ def test_all_monitors_together_leave_training_as_it_is_bit_for_bit(kind: type[Ne
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(stream, stream_after)
-    assert {"train/body/relative_flatness", "val/conv/relative_flatness_error", "val/network_flatness"} <= set(values)
+    assert {"train/body/relative_flatness", "val/conv/relative_flatness_error", "val_flatness/network"} <= set(values)
     assert float(values["val/relative_flatness"]) == pytest.approx(float(values["val/named/relative_flatness"]))
     assert not {"training_step", "manual_backward", "validation_step", "log"} & set(vars(net))
     assert not any(module._forward_hooks for module in net.modules())

@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.callbacks.test_fam import SIZES, assert_same_weights, definition, train_by_hand, twins
-from tests.models import ManualNet, Net, make_batches, make_loader, make_trainer
-from tests.test_head_calls import CHUNKED, DirectNet
+from tests.by_hand import assert_same_weights, definition, train_by_hand
+from tests.models import CHUNKED, SIZES, DirectNet, ManualNet, Net, make_batches, make_loader, make_trainer, twins
+from tests.watching import compile_part
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]
@@ -141,12 +141,13 @@ def test_strategies_with_one_process(name: str, form: dict[str, Any]) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
 @pytest.mark.parametrize("part", ["head", "body"])
 def test_compiled_parts(part: str, form: dict[str, Any]) -> None:
     net, twin = twins(lr=0.1)
-    net.get_submodule(part).compile()
+    compile_part(net.get_submodule(part), "inductor")
     fit(net, form, precision="32-true")
     train_by_hand(twin, make_batches(SIZES), definition, [0.3] * 3)
     assert_same_weights(net, twin, 1e-4)

@@ -72,17 +72,17 @@ def test_estimates_lie_around_the_definition_as_their_errors_say(frozen: bool) -
     net.requires_grad_(not frozen)
     [result] = measured(net, probes=400)
     for name, value in truth.items():
-        error = result[f"val/layer_flatness_error/{name}"]
-        assert abs(result[f"val/layer_flatness/{name}"] - value) <= 4 * error
+        error = result[f"val_layer_flatness_error/{name}"]
+        assert abs(result[f"val_layer_flatness/{name}"] - value) <= 4 * error
         assert error <= 0.15 * max(map(abs, truth.values()))
-    assert abs(result["val/network_flatness"] - sum(truth.values())) <= 4 * result["val/network_flatness_error"]
-    values = [result[f"val/layer_flatness/{name}"] for name in truth]
-    assert result["val/network_flatness"] == pytest.approx(sum(values))
+    assert abs(result["val_flatness/network"] - sum(truth.values())) <= 4 * result["val_flatness/network_error"]
+    values = [result[f"val_layer_flatness/{name}"] for name in truth]
+    assert result["val_flatness/network"] == pytest.approx(sum(values))
     # The loss is the criterion of the head's outputs, so that this one is exact; `unused` never ran.
-    assert result["val/layer_flatness/head"] == pytest.approx(truth["head"], rel=1e-9)
-    assert result["val/layer_flatness_error/head"] == 0
-    assert set(result) == {f"val/network_flatness{end}" for end in ("", "_error")} | {
-        f"val/layer_flatness{end}/{name}" for end in ("", "_error") for name in truth
+    assert result["val_layer_flatness/head"] == pytest.approx(truth["head"], rel=1e-9)
+    assert result["val_layer_flatness_error/head"] == 0
+    assert set(result) == {f"val_flatness/network{end}" for end in ("", "_error")} | {
+        f"val_layer_flatness{end}/{name}" for end in ("", "_error") for name in truth
     }
     assert all(parameter.requires_grad != frozen and parameter.grad is None for parameter in net.parameters())
     assert "validation_step" not in net.__dict__
@@ -105,13 +105,13 @@ def test_two_errors_cover_the_definition_in_19_of_20_seeds() -> None:
     truth = expected(net, make_batches(SIZES))
     results = measured(net, repeats=100, probes=4)
     for name in ("conv", "body", "twice", "head", None):
-        key = "val/network_flatness{}" if name is None else f"val/layer_flatness{{}}/{name}"
+        key = "val_flatness/network{}" if name is None else f"val_layer_flatness{{}}/{name}"
         value = sum(truth.values()) if name is None else truth[name]
         hits = [abs(result[key.format("")] - value) <= 2 * result[key.format("_error")] for result in results]
         # 1 and 99 % of a binomial of 100 and 0.95
         assert 89 <= sum(hits) <= 100
-    values = torch.tensor([result["val/network_flatness"] for result in results])
-    errors = torch.tensor([result["val/network_flatness_error"] for result in results])
+    values = torch.tensor([result["val_flatness/network"] for result in results])
+    errors = torch.tensor([result["val_flatness/network_error"] for result in results])
     assert errors.median() < 2 * values.std()  # not by being wide
 
 
@@ -137,10 +137,10 @@ def test_in_fit_beside_a_penalty_and_in_test(inference_mode: bool) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(stream, stream_after)
     assert {name: values[name] for name in plain} == plain
-    assert {f"val/layer_flatness/conv/dataloader_idx_{k}" for k in (0, 1)} <= set(values)
+    assert {f"val_layer_flatness/conv/dataloader_idx_{k}" for k in (0, 1)} <= set(values)
     assert not any(name.startswith("train/layer") for name in values)
     [result] = trainer.test(net, make_loader([4]), verbose=False)
-    assert "test/layer_flatness/body" in result
+    assert "test_layer_flatness/body" in result
     assert not any(module._forward_hooks for module in net.modules())
 
 
@@ -194,7 +194,7 @@ def test_every_batch_seed_and_process_draws_probes_of_its_own(monkeypatch: pytes
 def test_patterns_choose_layers() -> None:
     trainer = make_trainer(callbacks=[LayersMonitor(["bod*", "conv"])])
     [result] = trainer.validate(Deep(), make_loader([4], dtype=torch.float32), verbose=False)
-    found = {name.removeprefix("val/layer_flatness/") for name in result if name.startswith("val/layer_flatness/")}
+    found = {name.removeprefix("val_layer_flatness/") for name in result if name.startswith("val_layer_flatness/")}
     assert found == {"body", "conv"}
 
 
@@ -235,8 +235,8 @@ def test_the_heads_value_is_the_one_of_the_other_monitor(criterion: Any) -> None
     net = Tokens(criterion).double()
     trainer = make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head"), LayersMonitor(probes=60)])
     [result] = trainer.validate(net, make_loader([6, 1, 4]), verbose=False)
-    assert result["val/layer_flatness/head"] == pytest.approx(result["val/relative_flatness"], rel=1e-9)
-    assert result["val/layer_flatness_error/head"] == 0
+    assert result["val_layer_flatness/head"] == pytest.approx(result["val/relative_flatness"], rel=1e-9)
+    assert result["val_layer_flatness_error/head"] == 0
     if criterion is LOSSES["sum"]:
         return
     # Batches weigh what their mean divides by, at every layer.
@@ -244,17 +244,17 @@ def test_the_heads_value_is_the_one_of_the_other_monitor(criterion: Any) -> None
     net.eval()
     for name in ("body", "head"):
         truth = kappa_of_layer(net.get_submodule(name), lambda: net.loss(batch)).item()
-        error = result[f"val/layer_flatness_error/{name}"]
-        assert abs(result[f"val/layer_flatness/{name}"] - truth) <= 4 * error + 1e-9
+        error = result[f"val_layer_flatness_error/{name}"]
+        assert abs(result[f"val_layer_flatness/{name}"] - truth) <= 4 * error + 1e-9
 
 
 def test_an_estimate_at_the_head_agrees_with_its_exact_value() -> None:
     monitors: list[Any] = [FlatnessMonitor("head", probes=None), LayersMonitor("head", probes=400)]
     trainer = make_trainer(precision="64-true", callbacks=monitors)
     [result] = trainer.validate(Shown(focal).double(), make_loader([6, 4]), verbose=False)
-    error = result["val/layer_flatness_error/head"]
+    error = result["val_layer_flatness_error/head"]
     assert 0 < error < 0.1 * result["val/relative_flatness"]
-    assert abs(result["val/layer_flatness/head"] - result["val/relative_flatness"]) < 4 * error
+    assert abs(result["val_layer_flatness/head"] - result["val/relative_flatness"]) < 4 * error
 
 
 class Halves(Net):
@@ -276,8 +276,8 @@ def test_runs_of_a_layer_add_up() -> None:
         total += (squares.mean() + 9 * squares[:2].sum()).item() * weight
         weights += weight
     exact = 2 * net.head.weight.square().sum().item() * total / weights
-    assert result["val/layer_flatness/head"] == pytest.approx(exact, rel=1e-9)
-    assert result["val/layer_flatness_error/head"] == 0
+    assert result["val_layer_flatness/head"] == pytest.approx(exact, rel=1e-9)
+    assert result["val_layer_flatness_error/head"] == 0
 
 
 class Sequences(Shown):
@@ -311,7 +311,7 @@ def test_the_layers_of_a_transformer(frozen: bool, fitting: bool, caplog: pytest
     assert said.endswith(f"depended on them: {', '.join(map(repr, fused))}.")
     result = {name: float(value) for name, value in trainer.callback_metrics.items()}
     layers = ["body", "head", *(f"encoder.layers.{number}.linear{half}" for number in (0, 1) for half in (1, 2))]
-    assert {name.removeprefix("val/layer_flatness/") for name in result if "layer_flatness/" in name} == set(layers)
+    assert {name.removeprefix("val_layer_flatness/") for name in result if "layer_flatness/" in name} == set(layers)
 
     twin = copy.deepcopy(net).eval().requires_grad_()
     batch = [torch.cat(parts) for parts in zip(*make_batches([5, 3]), strict=True)]
@@ -319,10 +319,10 @@ def test_the_layers_of_a_transformer(frozen: bool, fitting: bool, caplog: pytest
         truth = {name: kappa_of_layer(twin.get_submodule(name), lambda: twin.loss(batch)).item() for name in layers}
     largest = max(map(abs, truth.values()))
     for name, value in truth.items():
-        error = result[f"val/layer_flatness_error/{name}"]
-        assert abs(result[f"val/layer_flatness/{name}"] - value) <= 4 * error + 1e-9
+        error = result[f"val_layer_flatness_error/{name}"]
+        assert abs(result[f"val_layer_flatness/{name}"] - value) <= 4 * error + 1e-9
         assert error < 0.3 * largest
-    assert abs(result["val/network_flatness"] - sum(truth.values())) <= 4 * result["val/network_flatness_error"]
+    assert abs(result["val_flatness/network"] - sum(truth.values())) <= 4 * result["val_flatness/network_error"]
 
 
 class Backbone(Shown):
@@ -338,7 +338,9 @@ class Backbone(Shown):
 
 @pytest.mark.parametrize("criterion", [F.cross_entropy, focal], ids=["criterion", "other"])
 @pytest.mark.parametrize("way", ["no_grad", "frozen", "detached"])
-def test_backbones(way: str, criterion: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_of_a_backbone_without_gradients_are_named_or_measured(
+    way: str, criterion: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     net = Backbone(criterion).double()
     net.way = way
     net.body.requires_grad_(way != "frozen")
@@ -353,16 +355,16 @@ def test_backbones(way: str, criterion: Any, caplog: pytest.LogCaptureFixture) -
     names = ["head"] if way == "detached" else ["body", "head"]
     assert [message.endswith("them: 'body'.") for message in said] == [True] * (way == "detached")
     assert {name for name in result if "error" not in name} == {
-        "val/network_flatness",
-        *(f"val/layer_flatness/{name}" for name in names),
+        "val_flatness/network",
+        *(f"val_layer_flatness/{name}" for name in names),
     }
     for name in names:
         truth = kappa_of_layer(twin.get_submodule(name), lambda: twin.loss(batch)).item()
-        error = result[f"val/layer_flatness_error/{name}"]
-        assert abs(result[f"val/layer_flatness/{name}"] - truth) <= 4 * error + 1e-9
+        error = result[f"val_layer_flatness_error/{name}"]
+        assert abs(result[f"val_layer_flatness/{name}"] - truth) <= 4 * error + 1e-9
         assert error < 0.3 * abs(truth)
-    assert result["val/network_flatness"] == pytest.approx(
-        sum(result[f"val/layer_flatness/{name}"] for name in names), rel=1e-9
+    assert result["val_flatness/network"] == pytest.approx(
+        sum(result[f"val_layer_flatness/{name}"] for name in names), rel=1e-9
     )
 
 
@@ -394,8 +396,8 @@ def test_a_layer_that_runs_for_some_batches_only_counts_as_flat_in_the_others() 
     [result] = trainer.validate(net, make_loader(SIZES), verbose=False)
     second = make_batches(SIZES)[1]
     truth = kappa_of_layer(net.extra, lambda: net.validation_step(second, 1)).item() * SIZES[1] / sum(SIZES)
-    error = result["val/layer_flatness_error/extra"]
-    assert abs(result["val/layer_flatness/extra"] - truth) <= 4 * error < 0.4 * truth
+    error = result["val_layer_flatness_error/extra"]
+    assert abs(result["val_layer_flatness/extra"] - truth) <= 4 * error < 0.4 * truth
 
 
 @pytest.mark.parametrize(
@@ -418,7 +420,7 @@ def test_measures_in_its_epochs_alone(
             return loss
 
         def log(self, name: str, *args: Any, **kwargs: Any) -> None:
-            if name == "val/network_flatness":
+            if name == "val_flatness/network":
                 logged_in.append(self.current_epoch)
             super().log(name, *args, **kwargs)
 
@@ -434,7 +436,7 @@ def test_measures_in_its_epochs_alone(
     trainer.fit(net, make_loader([3]), make_loader([4]))
     assert logged_in == measured_in == graphs_in == expected
     [result] = trainer.test(net, make_loader([4]), verbose=False) or [{}]
-    assert ("test/network_flatness" in result) == ("test" in stages)
+    assert ("test_flatness/network" in result) == ("test" in stages)
 
 
 def test_values_are_those_of_the_last_loaders() -> None:
@@ -452,8 +454,8 @@ def test_a_name_tells_two_apart() -> None:
     [result] = trainer.validate(Shown().double(), make_loader([4]), verbose=False)
     of_layers = {name for name in result if "error" not in name}
     assert of_layers == {
-        *("val/one/layer_flatness/head", "val/one/network_flatness"),
-        *("val/two/layer_flatness/body", "val/two/network_flatness"),
+        *("val_layer_flatness/one/head", "val_flatness/one/network"),
+        *("val_layer_flatness/two/body", "val_flatness/two/network"),
     }
 
 

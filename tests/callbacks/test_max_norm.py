@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -15,14 +14,25 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_relflat import FAM, MaxNorm
-from lightning_relflat.callbacks.max_norm import project, spectral_norm
-from tests.callbacks.test_fam import SIZES, Crash, assert_same_weights, assert_untouched, definition, twins
-from tests.callbacks.test_trainer_settings import ConvNet, TwoOptimizers
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
-from tests.test_adapted_layers import OwnLoRA
+from lightning_relflat.callbacks.max_norm import project
+from tests.by_hand import assert_same_weights, assert_untouched, definition
+from tests.models import (
+    SIZES,
+    Batch,
+    ConvNet,
+    Crash,
+    ManualNet,
+    Net,
+    OwnLoRA,
+    TwoOptimizers,
+    make_batches,
+    make_loader,
+    make_trainer,
+    twins,
+)
+from tests.watching import Reads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a negative coefficient")
 
@@ -84,12 +94,9 @@ def hooks_of(trainer: L.Trainer) -> list[Any]:
     return own + list(_global_optimizer_post_hooks.values())
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("kind", [Net, ManualNet])
+@pytest.mark.parametrize(("kind", "accumulate"), [(Net, 1), (Net, 2), (ManualNet, 1)])
 @pytest.mark.parametrize(("norm", "max_norm"), CAPS)
 def test_the_cap_holds_after_every_step(norm: Any, max_norm: float, kind: type[Net], accumulate: int) -> None:
-    if kind is ManualNet and accumulate > 1:
-        pytest.skip("accumulated by hand in manual optimization")
     net, twin = twins(kind)
     assert norm_of(net.head.weight, norm) > max_norm  # projected when training starts
     norms = Norms(norm)
@@ -257,7 +264,7 @@ def test_the_kernel_of_a_convolution() -> None:
     assert 0.04 < net.conv.weight.norm() <= 0.05 * (1 + 1e-12)
 
 
-def test_a_cap_alone() -> None:
+def test_a_cap_needs_no_penalty() -> None:
     net, twin = twins()
     train(net, MaxNorm("head", 0.6))
     capped_by_hand(twin, make_batches(SIZES), [0.0] * 3, 0.6, "frobenius")
@@ -272,7 +279,7 @@ def test_nothing_is_left_behind_after_a_crash() -> None:
     assert hooks_of(trainer) == []
 
 
-def test_fitted_twice() -> None:
+def test_a_second_fit_is_capped_as_the_first() -> None:
     net, twin = twins()
     callbacks = [FAM("head", -0.1, loss="cross_entropy"), MaxNorm("head", 0.6)]
     trainer = make_trainer(precision="64-true", callbacks=callbacks)
@@ -357,7 +364,7 @@ def test_a_layer_that_is_not_there() -> None:
         ({"layer": None}, "`layer` to be the dotted name of a layer, but got None"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         MaxNorm(**dict[str, Any](layer="head", max_norm=1.0) | options)
 
@@ -435,15 +442,15 @@ def test_a_layer_that_can_no_longer_be_capped_is_refused_in_the_next_epoch() -> 
 
 
 @pytest.mark.compiled
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["part", "module"])
-def test_a_compiled_layer(form: str) -> None:
+def test_a_compiled_layer_is_capped(form: str) -> None:
     net = Net(lr=0.1).double()
     twin = copy.deepcopy(net)
     if form == "part":
         net.head = torch.compile(net.head, backend="eager")  # type: ignore[assignment]
-    name = "head._orig_mod" if form == "part" else "head"
-    trainer = make_trainer(precision="64-true", callbacks=[MaxNorm(name, 0.4)])
+    trainer = make_trainer(precision="64-true", callbacks=[MaxNorm("head", 0.4)])
     trainer.fit(torch.compile(net, backend="eager") if form == "module" else net, make_loader(SIZES))  # type: ignore[arg-type]
     capped_by_hand(twin, make_batches(SIZES), [0.0] * 3, 0.4, "frobenius")
     assert_same_weights(net, twin)
@@ -471,62 +478,11 @@ def test_a_negative_coefficient_without_a_cap_is_warned_of_once(
     assert all("The callback `MaxNorm('head', …)` caps the layer's weight" in message for message in said)
 
 
-@pytest.fixture
-def reads() -> Iterator[list[Any]]:
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-                found.append(func)
-            return func(*args, **(kwargs or {}))
-
-    found: list[Any] = []
-    with Count():
-        yield found
-
-
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
-def test_projecting_reads_no_value(norm: Any, reads: list[Any]) -> None:
+def test_projecting_reads_no_value(norm: Any) -> None:
     layer = nn.Linear(6, 3)
-    project(layer.weight, 0.1, norm)
-    assert reads == []
-    assert norm_of(layer.weight, norm) <= 0.1 * (1 + 1e-6)
-    assert len(reads) == 1  # that of this comparison, so that readings are seen
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 6), (6, 3), (1, 5), (5, 1), (40, 30)], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
-def test_the_spectral_norm_comes_from_above(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
-    matrix = scale * torch.randn(shape, dtype=dtype)
-    exact = torch.linalg.svdvals(matrix.double())[0].item()
-    rounding = 1e-6 if dtype == torch.float32 else 1e-13
-    assert exact * (1 - rounding) <= spectral_norm(matrix).item() <= exact * (1 + 2e-5)
-
-
-def test_the_spectral_norm_of_extremes() -> None:
-    orthogonal = torch.linalg.qr(torch.randn(50, 50)).Q  # all singular values alike: the worst case
-    assert 1 - 1e-6 <= spectral_norm(orthogonal).item() <= 1 + 2e-5
-    assert spectral_norm(torch.zeros(3, 4)) < 1e-15
-    assert spectral_norm(torch.diag(torch.tensor([1.0, 1e-10, 0.0]))).item() == pytest.approx(1)
-
-
-def test_a_weight_of_zeros_can_be_capped() -> None:
-    layer = nn.Linear(6, 3)
-    nn.init.zeros_(layer.weight)
-    for norm in ("frobenius", "spectral"):
+    with Reads() as reads:
         project(layer.weight, 0.1, norm)
-        assert not layer.weight.any()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_from_plain_values() -> None:
-    from lightning.pytorch.cli import LightningCLI
-
-    from tests.callbacks.test_cli import PlainNet
-
-    args = ["--trainer.callbacks=lightning_relflat.MaxNorm", "--trainer.logger=false", "--trainer.accelerator=cpu"]
-    args += [f"--trainer.callbacks.{name}" for name in ("layer=head", "max_norm=5", "norm=spectral")]
-    cli = LightningCLI(PlainNet, args=args, run=False, save_config_callback=None)
-    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    [found] = [callback for callback in callbacks if isinstance(callback, MaxNorm)]
-    assert repr(found) == "MaxNorm(layer='head', max_norm=5.0, norm='spectral')"
+        assert reads.count == 0
+        assert norm_of(layer.weight, norm) <= 0.1 * (1 + 1e-6)
+    assert reads.count == 1  # that of this comparison, so that readings are seen

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.callbacks.fit_in_processes import Sharded
-from tests.callbacks.test_processes import fit
+from tests.callbacks.fit_in_processes import Sharded, fit
 from tests.models import make_trainer
 from tests.processes import free_port, started
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_nodes_equal_one_node_of_two_processes(tmp_path: Path) -> None:
     nodes = fit(tmp_path / "nodes", 2, nodes=2)
-    node = fit(tmp_path / "node", 2, launched=True)
+    node = fit(tmp_path / "node", 2)
     for one, other in zip(nodes, node, strict=True):
         assert one["values"] == other["values"]
         assert one["penalties"] == other["penalties"]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor
 from lightning_relflat.callbacks._penalty import Penalty
-from tests.callbacks.test_fam import assert_same_weights, definition, train_by_hand
+from tests.by_hand import assert_same_weights, definition, train_by_hand
 from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 from tests.oracles import kappa
 

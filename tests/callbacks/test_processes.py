@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from lightning_relflat.functional import flatness_report
-from tests.callbacks.fit_in_processes import TRAINING, VALIDATION, Sharded, main, share_of
+from tests.by_hand import train_on_shares
+from tests.callbacks.fit_in_processes import TRAINING, VALIDATION, Sharded, fit, share_of
 from tests.models import make_batches
 from tests.oracles import kappa
-from tests.processes import fit_in_processes, free_port, run, train_by_hand
-
-# Fully sharded data parallel, second version, runs on CPUs only since then.
-FSDP = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="this PyTorch shards on GPUs alone"
-)
-
-
-def fit(folder: Path, world: int, *, nodes: int = 1, launched: bool = False, **options: Any) -> list[dict[str, Any]]:
-    """Return what every process writes; ``launched`` by Lightning itself, several nodes by torchrun."""
-    folder.mkdir(exist_ok=True)
-    command = ["tests.callbacks.fit_in_processes", str(folder), str(world), json.dumps(options | {"nodes": nodes})]
-    if world == 1:
-        main(str(folder), world, **options)
-    elif launched:
-        run(folder, command)
-    elif nodes == 1:
-        fit_in_processes(partial(main, str(folder), world, **options), world)
-    else:
-        endpoint = f"127.0.0.1:{free_port()}"
-        torchrun = ["torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(world // nodes)]
-        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1", "-m", *command]
-        run(folder, *[torchrun] * nodes)
-    return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+from tests.processes import FSDP
 
 
 def assert_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
@@ -59,7 +35,7 @@ def fit_by_hand(world: int, *, share: str = "even", **options: Any) -> tuple[Sha
     torch.manual_seed(0)
     net = Sharded(**options).double()
     steps = [[share_of(batch, rank, world, share) for rank in range(world)] for batch in make_batches(TRAINING)]
-    values = [train_by_hand(net, net.features, net.head, steps) for _ in range(2)]
+    values = [train_on_shares(net, net.features, net.head, steps) for _ in range(2)]
     return net.eval(), values[-1]
 
 
@@ -229,9 +205,9 @@ def test_uneven_shares(tmp_path: Path) -> None:
 
     report = flatness_report(features, net.head.weight, net.head(features), target, loss="cross_entropy")
     for name in set(report) - {"relative_flatness"}:
-        assert values[f"val/flatness/{name}"] == pytest.approx(report[name].item(), rel=1e-12)
+        assert values[f"val_flatness/{name}"] == pytest.approx(report[name].item(), rel=1e-12)
     # Of the criterion of its own outputs the head's κ is exact, here as there.
-    assert values["val/layer_flatness/head"] == pytest.approx(union.item(), rel=1e-12)
-    assert values["val/layer_flatness_error/head"] == 0 < values["val/layer_flatness_error/body"]
+    assert values["val_layer_flatness/head"] == pytest.approx(union.item(), rel=1e-12)
+    assert values["val_layer_flatness_error/head"] == 0 < values["val_layer_flatness_error/body"]
     for rank in ranks[1:]:
-        assert rank["values"]["val/network_flatness"] == values["val/network_flatness"]
+        assert rank["values"]["val_flatness/network"] == values["val_flatness/network"]

@@ -35,15 +35,15 @@ def test_values_of_validation_and_test() -> None:
     report = expected(net, SIZES, seed=2)
     assert values.pop("val/relative_flatness") == pytest.approx(report.pop("relative_flatness"))
     assert values.pop("train/relative_flatness") > 0
-    assert values == {f"val/flatness/{name}": pytest.approx(value) for name, value in report.items()}
+    assert values == {f"val_flatness/{name}": pytest.approx(value) for name, value in report.items()}
     [result] = trainer.test(net, make_loader([5, 2], seed=3), verbose=False)
     for name, value in expected(net, [5, 2], seed=3).items():
-        assert result.get(f"test/flatness/{name}", result["test/relative_flatness"]) == pytest.approx(value)
+        assert result.get(f"test_flatness/{name}", result["test/relative_flatness"]) == pytest.approx(value)
 
     inputs, target = (torch.cat(parts) for parts in zip(*make_batches([5, 2], seed=3), strict=True))
     features, bias = net.features(inputs).detach(), net.head.bias.detach()
     trace = weight_trace(lambda weight: F.cross_entropy(F.linear(features, weight, bias), target), net.head.weight)
-    assert result["test/flatness/hessian_trace"] == pytest.approx(trace.item())
+    assert result["test_flatness/hessian_trace"] == pytest.approx(trace.item())
 
 
 def test_several_loaders_and_monitors() -> None:
@@ -53,7 +53,7 @@ def test_several_loaders_and_monitors() -> None:
     net = Net().double()
     results = trainer.validate(net, loaders, verbose=False)
     for k, sizes in enumerate(([5], [3, 6])):
-        value = results[k][f"val/head/flatness/standardized/dataloader_idx_{k}"]
+        value = results[k][f"val_flatness/head/standardized/dataloader_idx_{k}"]
         assert value == pytest.approx(expected(net, sizes, seed=2 + k)["standardized"])
 
 
@@ -109,9 +109,9 @@ def test_values_of_classes() -> None:
         part = relative_flatness(
             features[own], net.head.weight, net.head(features[own]), target[own], loss="cross_entropy"
         )
-        assert result[f"val/class_flatness/{number}"] == pytest.approx(part.item())
+        assert result[f"val_class_flatness/{number}"] == pytest.approx(part.item())
     whole = flatness_report(features, net.head.weight, net.head(features), target, loss="cross_entropy")
-    assert result["val/flatness/layer_trace"] == pytest.approx(whole["layer_trace"].item())
+    assert result["val_flatness/layer_trace"] == pytest.approx(whole["layer_trace"].item())
 
 
 def test_eigenvalues_and_neural_collapse() -> None:
@@ -127,14 +127,14 @@ def test_eigenvalues_and_neural_collapse() -> None:
     )
     largest = torch.linalg.eigvalsh(hessian.reshape(18, 18))[-1].item()
     square = net.head.weight.square().sum().item()
-    assert result["val/flatness/hessian_eigenvalue"] == pytest.approx(largest)
-    assert result["val/flatness/layer_eigenvalue_upper"] == pytest.approx(square * largest)
+    assert result["val_flatness/hessian_eigenvalue"] == pytest.approx(largest)
+    assert result["val_flatness/layer_eigenvalue_upper"] == pytest.approx(square * largest)
     report = flatness_report(
         features, net.head.weight, net.head(features), target, loss="cross_entropy", eigenvalues=True
     )
     entries = {name for name in report if "eigenvalue" in name}
     assert len(entries) == 6
-    assert {name: result[f"val/flatness/{name}"] for name in entries} == {
+    assert {name: result[f"val_flatness/{name}"] for name in entries} == {
         name: pytest.approx(report[name].item(), rel=1e-10) for name in entries
     }
     collapse = neural_collapse(features, target, num_classes=3, weight=net.head.weight.detach())
@@ -178,7 +178,7 @@ def test_a_step_without_a_criterion_has_no_report_and_says_so() -> None:
         trainer.fit(Focal().double(), make_loader([4]), make_loader([4]))
     assert sum("no report" in str(warning.message) for warning in caught) == 1
     assert "val/relative_flatness" in trainer.callback_metrics
-    assert not any("/flatness/" in name for name in trainer.callback_metrics)
+    assert not any("_flatness/" in name for name in trainer.callback_metrics)
 
 
 @pytest.mark.parametrize("layer", ["head", None])
@@ -198,11 +198,11 @@ def test_every_name_is_that_of_its_entry() -> None:
     report = {name: value for name, value in monitor.reports["val"].items() if value.ndim == 0}
     groups = {name: name.startswith(("nc", "cdnv")) for name in report}
     expected = {
-        f"val/{'neural_collapse' if of else 'flatness'}/{name}": float(report[name]) for name, of in groups.items()
+        f"val_{'neural_collapse' if of else 'flatness'}/{name}": float(report[name]) for name, of in groups.items()
     }
-    expected["val/relative_flatness"] = expected.pop("val/flatness/relative_flatness")
+    expected["val/relative_flatness"] = expected.pop("val_flatness/relative_flatness")
     classes = monitor.reports["val"]["per_class"].tolist()
-    assert result == pytest.approx(expected | {f"val/class_flatness/{k}": value for k, value in enumerate(classes)})
+    assert result == pytest.approx(expected | {f"val_class_flatness/{k}": value for k, value in enumerate(classes)})
     assert monitor.reports["val"]["neuron_pairs"].shape == (3, 3)
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.callbacks.test_fam import assert_same_weights, definition
+from tests.by_hand import assert_same_weights, definition
 from tests.models import ManualNet, Net, Resumable, make_batches, make_loader, make_trainer
 
 SIZES = [7, 4, 6, 5]

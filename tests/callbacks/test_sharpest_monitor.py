@@ -105,7 +105,7 @@ def test_looks_in_its_epochs_alone(stages: Any, every: int, expected: list[int])
     looked_in: list[int] = []
 
     class Noting(SharpestMonitor):
-        def _parts(self, found: Any) -> Tensor:
+        def _parts(self, found: Any) -> Any:
             looked_in.append(net.current_epoch)
             return super()._parts(found)
 

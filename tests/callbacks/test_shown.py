@@ -105,10 +105,10 @@ def test_the_loss_of_a_step_is_what_it_shows(way: str, criterion: Any, inference
     assert values["val/body/relative_flatness"] == pytest.approx(body, rel=1e-9)
     assert "val/relative_flatness_error" not in values
     for layer, expected in (("head", head), ("body", body)):
-        error = values[f"val/layer_flatness_error/{layer}"]
-        assert abs(values[f"val/layer_flatness/{layer}"] - expected) <= 4 * error + 1e-9
+        error = values[f"val_layer_flatness_error/{layer}"]
+        assert abs(values[f"val_layer_flatness/{layer}"] - expected) <= 4 * error + 1e-9
     # One layer has one κ: where the exact one is known, it is shown.
-    assert (values["val/layer_flatness_error/head"] == 0) == (criterion is F.cross_entropy)
+    assert (values["val_layer_flatness_error/head"] == 0) == (criterion is F.cross_entropy)
 
 
 @pytest.mark.parametrize("criterion", [F.cross_entropy, focal], ids=["criterion", "other"])
@@ -202,7 +202,7 @@ def test_a_report_on_the_criterion_that_the_step_calls() -> None:
         warnings.simplefilter("ignore")
         own, named = reported(None), reported("cross_entropy")
     assert own == pytest.approx(named, rel=1e-12)
-    assert any(name.startswith("val/class_flatness/") for name in own)
+    assert any(name.startswith("val_class_flatness/") for name in own)
 
 
 def test_nothing_is_left_behind_where_a_step_fails() -> None:
@@ -242,7 +242,7 @@ def test_a_batch_without_samples_is_no_matter(loss: str | None, fitting: bool) -
     values = trainer.callback_metrics
     assert float(values["val/relative_flatness"]) == pytest.approx(truth(net, "head", batches), rel=1e-9)
     assert float(values["val/body/relative_flatness"]) == pytest.approx(truth(net, "body", batches), rel=1e-9)
-    assert float(values["val/layer_flatness/head"]) == pytest.approx(truth(net, "head", batches), rel=1e-9)
+    assert float(values["val_layer_flatness/head"]) == pytest.approx(truth(net, "head", batches), rel=1e-9)
     assert all(bool(value.isfinite()) for value in values.values())
 
 

@@ -133,6 +133,6 @@ def test_a_named_loss_is_compared_with_that_of_training_where_only_validation_is
         ({"every_n_epochs": True}, "`every_n_epochs` to be an integer of at least 1, but got True"),
     ],
 )
-def test_refused(options: dict[str, Any], message: str) -> None:
+def test_stages_that_there_are_not_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FlatnessMonitor(**options)

@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import Metric
 
 from lightning_relflat import FAM, FlatnessMonitor, MaxNorm
-from tests.models import ManualNet, Net, Reads, as_on_a_device, focal, make_loader, make_trainer
+from tests.models import ManualNet, Net, focal, make_loader, make_trainer
+from tests.watching import Reads, as_on_a_device
 
 SIZES = [4] * 12
 

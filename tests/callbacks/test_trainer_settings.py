@@ -16,16 +16,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_relflat import FAM, FlatnessMonitor
-from tests.callbacks.test_fam import (
+from tests.by_hand import assert_same_weights, assert_untouched, definition, train_by_hand
+from tests.models import (
     SIZES,
-    assert_same_weights,
-    assert_untouched,
-    definition,
+    Batch,
+    ConvNet,
+    ManualNet,
+    Net,
+    TwoOptimizers,
+    make_batches,
+    make_loader,
+    make_trainer,
     train,
-    train_by_hand,
     twins,
 )
-from tests.models import Batch, ManualNet, Net, make_batches, make_loader, make_trainer
 from tests.oracles import block_traces, kappa
 
 FORMS: list[Any] = [{"loss": "cross_entropy"}, {"probes": None}]
@@ -223,30 +227,6 @@ def test_monitoring_leaves_the_state_of_a_parametrization_alone() -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-class TwoOptimizers(ManualNet):
-    """One optimizer for the body and one for the head, which take turns or step together."""
-
-    turns = False
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(part.parameters(), lr=lr) for part, lr in ((self.body, 0.2), (self.head, 0.5))]
-
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        optimizers: Any = self.optimizers()
-        if self.turns:
-            for optimizer in optimizers:
-                self.toggle_optimizer(optimizer)
-                optimizer.zero_grad()
-                self.manual_backward(self.loss(batch))
-                optimizer.step()
-                self.untoggle_optimizer(optimizer)
-        else:
-            self.zero_grad()
-            self.manual_backward(self.loss(batch))
-            for optimizer in optimizers:
-                optimizer.step()
-
-
 @pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=["named", "exact"])
 def test_two_optimizers(form: dict[str, Any], turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,25 +351,6 @@ def test_generator_and_critic() -> None:
         objective = twin.penalised((real, True), (twin.generator(noise).detach(), False))
         descend(critic, dict(zip(critic, torch.autograd.grad(objective, critic), strict=True)), 0.3)
     assert_same_weights(net, twin)
-
-
-class ConvNet(Net):
-    """A convolution as feature layer, on inputs of 2×2 and one channel."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.body = nn.Linear(5, 9)
-        self.conv = nn.Conv2d(1, 2, 2, padding=1, stride=2)
-        self.head = nn.Linear(8, 3)
-
-    def features(self, inputs: Tensor) -> Tensor:
-        return torch.tanh(self.body(inputs)).reshape(-1, 1, 3, 3)
-
-    def after(self, features: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.conv(features)).flatten(1))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.after(self.features(inputs))
 
 
 def of_kernel(net: Any, batch: Batch, *, trace: bool = False) -> Tensor:

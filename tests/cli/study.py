@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -92,6 +92,70 @@ class Data(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         print("a word on stdout")  # noqa: T201
         return DataLoader(self.sets["val"], batch_size=self.batch_size)
+
+
+class WithLoaders(Net):
+    """It has loaders of its own, and sets them up itself."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # which sets up both parts
+            self.data = Data()
+            self.data.setup(stage)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.data.val_dataloader()
+
+
+class OnlyValidates(WithLoaders):
+    """It has a loader for validation alone."""
+
+    train_dataloader = Net.train_dataloader
+
+
+def datamodule(batch_size: int = 8) -> Data:
+    return Data(batch_size)
+
+
+def pair(batch_size=8):  # type: ignore[no-untyped-def]  # as users write them
+    """Return loaders for training and validation."""
+    data = Data(batch_size)
+    data.setup("fit")
+    return data.train_dataloader(), data.val_dataloader()
+
+
+def by_name(batch_size: int) -> dict[str, DataLoader[Any]]:
+    return dict(zip(("train", "val"), pair(batch_size), strict=True))
+
+
+def validation() -> Any:
+    return pair()[1]
+
+
+def batches() -> Iterator[Any]:
+    return iter(validation())
+
+
+def dataset() -> Any:
+    return validation().dataset
+
+
+def number() -> int:
+    return 3
+
+
+def three() -> list[DataLoader[Any]]:
+    return [*pair(), validation()]
+
+
+def of_two_sets() -> tuple[Any, Any]:
+    return pair()[0], list(pair())
+
+
+def misnamed() -> dict[str, Any]:
+    return {"training": validation()}
 
 
 class Criterion(nn.CrossEntropyLoss):

@@ -13,7 +13,7 @@ import pytest
 from lightning_relflat.cli import main
 
 
-def in_a_terminal(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+def in_a_terminal(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch, columns: int = 200) -> tuple[int, str]:
     """Run a command with a terminal for stdout and stderr; return its exit code and what the terminal got."""
     ours, theirs = pty.openpty()
     shown: list[bytes] = []
@@ -31,7 +31,7 @@ def in_a_terminal(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(columns))
     with os.fdopen(theirs, "w", buffering=1, encoding="utf-8") as terminal, monkeypatch.context() as patch:
         assert terminal.isatty()
         patch.setattr(sys, "stdout", terminal)

@@ -17,10 +17,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_relflat.cli import _checkpoint, main
+from tests.cli.commands import ROOT, STUDY, Trap, refused
 from tests.cli.study import Data, Net
-from tests.cli.test_cli import ROOT, STUDY, Trap, checkpoints, refused
-
-__all__ = ["checkpoints"]  # a fixture
 
 OWN = "lightning.pytorch.cli.instantiate_module"
 NET = {"_instantiator": OWN, "_class_path": "tests.cli.study.Net"}

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,45 +17,15 @@ from torch.nn import functional as F
 
 from lightning_relflat import FAM, FlatnessMonitor, __version__, find_coefficient
 from lightning_relflat.cli import main
-from lightning_relflat.cli.measure import MEANINGS, Measure
+from lightning_relflat.cli._reports import MEANINGS
 from lightning_relflat.coefficient_search import Candidate
 from lightning_relflat.functional import flatness_report
+from tests.cli.commands import CKPT, ROOT, SEARCH, STUDY, Relflat, Trap, interrupt_after, refused
 from tests.cli.study import Careless, Convolving, Criterion, Data, Net
 from tests.cli.terminal import in_a_terminal
 from tests.models import make_trainer
 from tests.oracles import kappa
-from tests.test_imports import run
-
-ROOT = Path(__file__).parents[2]
-STUDY = ["--model", "tests.cli.study.Net", "--data", "tests.cli.study.Data", "--accelerator", "cpu"]
-Relflat = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    paths = {}
-    for width in (3, 6, 12):
-        torch.manual_seed(width)
-        net = Net(width)
-        trainer = make_trainer(limit_train_batches=0)
-        trainer.strategy.connect(net)
-        trainer.save_checkpoint(folder / f"{width}.ckpt")
-        paths[width] = str(folder / f"{width}.ckpt")
-    return paths
-
-
-@pytest.fixture
-def relflat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Relflat:
-    """Run a command that works, and return its JSON."""
-    monkeypatch.chdir(ROOT)
-
-    def call(*argv: object) -> Any:
-        capsys.readouterr()
-        assert main([*map(str, argv), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    return call
+from tests.processes import run_code
 
 
 def net_of(path: str, width: int) -> tuple[Net, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -83,7 +49,7 @@ def test_the_report_is_that_of_all_samples(relflat: Relflat, checkpoints: dict[i
         report = flatness_report(features, net.head.weight.detach(), outputs, target, loss="cross_entropy")
         expected[f"{part}/loss"] = F.cross_entropy(outputs, target).item()
         expected |= {
-            f"{part}/{name}" if name == "relative_flatness" else f"{part}/flatness/{name}": value.item()
+            f"{part}/{name}" if name == "relative_flatness" else f"{part}_flatness/{name}": value.item()
             for name, value in report.items()
         }
     assert found["values"] == pytest.approx(expected, rel=1e-10, abs=1e-12)
@@ -115,7 +81,7 @@ def test_a_loss_by_its_dotted_path(relflat: Relflat, checkpoints: dict[int, str]
 
 def test_measures_are_those_of_the_report() -> None:
     report = flatness_report(torch.ones(2, 3), torch.ones(1, 3), torch.ones(2, 1), loss="mse")
-    assert set(MEANINGS) == set(get_args(Measure)) == set(report)
+    assert set(MEANINGS) == set(report)
 
 
 @pytest.mark.ddp
@@ -211,15 +177,55 @@ def test_the_last_logged_values_count(relflat: Relflat, tmp_path: Path) -> None:
     assert found["values"] == {"step": 3.0, "val/relative_flatness": 2.0}
 
 
+def write_log(folder: Path, values: dict[str, float]) -> Path:
+    folder.mkdir(parents=True)
+    with (folder / "metrics.csv").open("w", newline="") as log:
+        csv.writer(log).writerows([list(values), list(values.values())])
+    return folder
+
+
+def test_compare_does_without_what_a_run_lacks(
+    relflat: Relflat, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sharp = [5.0, 3.0, 4.0, 1.0, 2.0]
+    runs = [
+        write_log(tmp_path / f"r{number}", {"val/relative_flatness": kappa, "val/accuracy": 0.1 * number})
+        for number, kappa in enumerate(sharp)
+    ]
+    lacking = {"no_kappa": {"val/accuracy": 0.9}, "no_accuracy": {"val/relative_flatness": 9.0}}
+    bare = [write_log(tmp_path / name, values) for name, values in lacking.items()]
+    argv = ["compare", *map(str, [bare[0], *runs, bare[1]]), "--against", "val/accuracy"]
+    plot = tmp_path / "x.png"
+    found = relflat(*argv, "--plot", plot)
+    assert plot.is_file()
+    order = [Path(entry["run"]).name for entry in found["runs"]]
+    assert order == ["r3", "r4", "r1", "r2", "r0", "no_accuracy", "no_kappa"]
+    assert found["missing"] == {"val/relative_flatness": [str(bare[0])], "val/accuracy": [str(bare[1])]}
+    ranks = found["correlation"]["columns"]["val/relative_flatness"]
+    assert ranks["runs"] == 5
+    assert ranks["kendall"] == pytest.approx(stats.kendalltau(sharp, range(5)).statistic, abs=1e-6)
+    assert ranks["spearman"] == pytest.approx(stats.spearmanr(sharp, range(5)).statistic, abs=1e-6)
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "no_kappa has no val/relative_flatness." in shown
+    assert "no_accuracy has no val/accuracy." in shown
+    [line] = [line for line in shown.splitlines() if "│ no_kappa" in line]
+    assert [cell.strip() for cell in line.split("│")][1:-1] == ["no_kappa", "", "0.9"]
+    line = refused(capsys, *argv, "--by", "nope")
+    assert "no run has a column nope; there are val/accuracy, val/relative_flatness" in line
+    line = refused(capsys, "compare", *map(str, bare), str(runs[0]), "--against", "nope")
+    assert "no run has a column nope" in line
+    write_log(tmp_path / "other", {"x": 1.0})
+    line = refused(capsys, "compare", *map(str, bare), str(tmp_path / "other"), "--against", "x", "--plot", str(plot))
+    assert "no run has both val/relative_flatness and x" in line
+
+
 def test_compare_checkpoints_and_files(relflat: Relflat, checkpoints: dict[int, str], tmp_path: Path) -> None:
     written = tmp_path / "six.json"
     assert main(["measure", checkpoints[6], *STUDY, "--layer", "head", "--out", str(written)]) == 0
-    found = relflat("compare", written, checkpoints[6], *STUDY, "--layer", "head", "--columns", "val/flatness/*")
+    found = relflat("compare", written, checkpoints[6], *STUDY, "--layer", "head", "--columns", "val_flatness/*")
     first, second = found["runs"]
     assert first["values"] == second["values"]
-
-
-SEARCH = [*STUDY[:4], "--model.width", "6", "--trainer.accelerator", "cpu"]
 
 
 def test_coefficient(relflat: Relflat, tmp_path: Path) -> None:
@@ -287,41 +293,63 @@ def test_ctrl_c_shows_the_table_so_far(
             assert "relflat: error: interrupted, before anything was found" in shown.err
 
 
+def convolving(folder: Path) -> list[str]:
+    """Return the beginning of a command on a network with a convolution and a norm."""
+    trainer = make_trainer()
+    trainer.strategy.connect(Convolving())
+    path = str(folder / "x.ckpt")
+    trainer.save_checkpoint(path)
+    return ["measure", path, "--model", "tests.cli.study.Convolving", *STUDY[2:], "--split", "val", "--layer"]
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
         ("norm", "one of 'body', 'head', 'convolution', but got 'norm', a torch.nn.modules.normalization.LayerNorm."),
         ("head.weight", "one of 'body', 'head', 'convolution', but got 'head.weight'."),
-        ("convolution", "--layer convolution has no report, which is of a linear layer"),
-        ("body", "the layer body has no report, which is of a linear layer"),
     ],
 )
-def test_a_layer_without_a_report(
+def test_what_is_no_layer(
     layer: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
-    trainer = make_trainer()
-    trainer.strategy.connect(Convolving())
-    path = str(tmp_path / "x.ckpt")
-    trainer.save_checkpoint(path)
-    argv = ["measure", path, "--model", "tests.cli.study.Convolving", *STUDY[2:], "--split", "val", "--layer", layer]
-    assert message in refused(capsys, *argv)
-    if "has no report" in message:
-        assert main([*argv, "--measures", "relative_flatness"]) == 0
+    assert message in refused(capsys, *convolving(tmp_path), layer)
+
+
+@pytest.mark.parametrize("layer", ["body", "convolution"])
+def test_of_a_layer_further_back_kappa_is_estimated_and_nothing_more_is_told(
+    layer: str, relflat: Relflat, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    argv = [*convolving(tmp_path), layer]
+    values = relflat(*argv)["values"]
+    assert values["val/relative_flatness_error"] > 0
+    assert not [name for name in values if "_flatness/" in name]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert f" ± {values['val/relative_flatness_error']:.1g}"[:6] in shown
+    assert "the loss is no criterion with a closed form" in shown
+    line = refused(capsys, *argv, "--measures", "curvature")
+    assert f"--measures curvature: only κ is known of layer {layer}, because" in line
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("command", ["measure", "layers", "compare"])
+@pytest.mark.parametrize("command", ["measure", "report", "layers", "compare"])
 def test_ctrl_c_shows_what_was_measured(
-    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    checkpoints: dict[int, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(ROOT)
     several = list(checkpoints.values())
     argv = [command, *(several[:1] if command == "measure" else several), *STUDY]
+    argv += ["--out", str(tmp_path / "page.html")] if command == "report" else []
     # A checkpoint takes two validations, but only one for its layers.
     after, note = {
         "measure": (1, "Interrupted: nothing was measured on validation data."),
         "layers": (2, "Interrupted after 2 of 3 checkpoints."),
+        "report": (2, "Interrupted after 2 of 3 checkpoints."),
         "compare": (5, "Interrupted after 2 of 3 runs."),
     }[command]
     handler = signal.getsignal(signal.SIGINT)
@@ -345,26 +373,9 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == f"relflat {__version__}"
 
 
-def interrupt_after(calls: int, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Press Ctrl-C in a step of the fit or validation that follows so many."""
-    trainers: list[object] = []
-    step = getattr(Net, hook)
-
-    @functools.wraps(step)
-    def counted(self: Net, batch: Any) -> Any:
-        if all(trainer is not self.trainer for trainer in trainers):
-            trainers.append(self.trainer)
-        if len(trainers) > calls:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, batch)
-
-    monkeypatch.setattr(Net, hook, counted)
-
-
-CKPT = "«6»"
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "name a command"),
-    "no such command": (["foo"], "there is no command 'foo'; name one of measure, compare, layers, coefficient"),
+    "no such command": (["foo"], "there is no command 'foo'; name one of measure, compare, layers, report, coef"),
     "a typo": (["mesure"], "there is no command 'mesure'; did you mean measure?"),
     "no such option": (["measure", CKPT, "--nope"], "unrecognized arguments: --nope"),
     "no checkpoint": (["measure", *STUDY], "name a checkpoint"),
@@ -375,13 +386,24 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such module": (["measure", CKPT, "--model", "nope.Nope"], "No module named 'nope'; give the dotted path"),
     "a bare name": (["measure", CKPT, "--model", "Nope"], "--model Nope is no dotted path; give one that can"),
     "another class": (["measure", CKPT, "--model", "torch.nn.Linear"], "torch.nn.Linear is no LightningModule"),
-    "wrong type": (["measure", CKPT, *STUDY, "--model.width", "x"], "Expected a <class 'int'>. Got value: x"),
+    "wrong type": (["measure", CKPT, *STUDY, "--model.width", "x"], "--model.width: expected int, but got 'x'; --"),
     "no such argument": (["measure", CKPT, *STUDY, "--data.foo", "x"], "--data.help tests.cli.study.Data shows"),
     "wrong shapes": (["measure", CKPT, *STUDY, "--model.width", "5"], "size mismatch for body.weight"),
+    "a seed below 0": (["measure", CKPT, *STUDY, "--seed", "-1"], "--seed -1: give a number from 0 to"),
+    "a type of several": (["coefficient", *SEARCH, "--epochs", "x"], "--epochs: expected int, but got 'x'; see --help"),
+    "a choice": (["measure", CKPT, *STUDY, "--split", "x"], "--split: expected one of train, val, both, but got 'x'"),
+    "a class that wants arguments": (
+        ["measure", CKPT, *STUDY, "--loss", "torch.nn.Linear"],
+        "--loss torch.nn.Linear cannot be made without arguments",
+    ),
+    "a target of another shape": (
+        ["measure", CKPT, *STUDY, "--loss", "mse"],
+        "--loss mse does not fit the batch's target: Expected it to be of shape (8, 3)",
+    ),
     "no such layer": (["measure", CKPT, *STUDY, "--layer", "nope"], "one of 'body', 'head', but got 'nope'"),
     "no such loss": (["measure", CKPT, *STUDY, "--loss", "nope"], "Expected --loss to be one of"),
     "no such loss's path": (["measure", CKPT, *STUDY, "--loss", "torch.nope"], "--loss torch.nope is nothing"),
-    "no such measure": (["measure", CKPT, *STUDY, "--measures", "nope"], "Got value: nope"),
+    "no such measure": (["measure", CKPT, *STUDY, "--measures", "nope"], "zero_rows, but got 'nope'"),
     "no such target": (
         ["measure", CKPT, *STUDY, "--loss", "cross_entropy", "--target", "7"],
         "Expected --target to be",
@@ -394,7 +416,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such config": (["layers", CKPT, "--config", "nope.yaml"], "File does not exist"),
     "no run": (["compare", "nope"], "there is no nope; give"),
     "a folder without a run": (["compare", "docs"], "docs has no metrics.csv"),
-    "twice": (["compare", "docs", "docs"], "a run is named twice"),
+    "twice": (["compare", "docs", "docs"], "a run is named twice: docs, docs; name each once"),
+    "twice, in another way": (["layers", "a.ckpt", "./a.ckpt", *STUDY], "a checkpoint is named twice"),
     "nothing to plot": (["compare", "docs", "--plot", "x.png"], "name it with --against"),
     "a missing argument": (
         ["coefficient", *STUDY[:4], "--epochs", "2"],
@@ -432,17 +455,6 @@ BAD: dict[str, tuple[list[str], str]] = {
 }
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Return the one line that a refused command writes."""
-    capsys.readouterr()
-    assert main(argv) == 2
-    found = capsys.readouterr()
-    assert found.out == ""
-    [line] = [line for line in found.err.splitlines() if line != "a word on stdout"]
-    assert line.startswith("relflat: error: ")
-    return line
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line(
     case: str, checkpoints: dict[int, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -470,16 +482,6 @@ def test_checkpoints_that_are_none(
     torch.save({name: value for name, value in whole.items() if name != "hyper_parameters"}, path)
     assert "missing 1 required positional argument: 'width'" in refused(capsys, "measure", path, *STUDY)
     assert main(["measure", path, *STUDY, "--model.width", "6", "--split", "val"]) == 0
-
-
-class Trap:
-    """Leaves a file behind when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def test_nothing_is_loaded_that_can_run_code_unless_trusted(
@@ -516,7 +518,7 @@ def test_options_from_a_file(relflat: Relflat, checkpoints: dict[int, str], tmp_
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_relflat.cli._shared import write_whole
+    from lightning_relflat.cli._output import write_whole
 
     old = tmp_path / "a.json"
     old.write_text("old")
@@ -531,7 +533,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [old]
 
 
-@pytest.mark.parametrize("command", ["measure", "compare", "layers", "coefficient"])
+@pytest.mark.parametrize("command", ["measure", "report", "compare", "layers", "coefficient"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -542,23 +544,25 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "measure": (["measure", CKPT, *STUDY], "relative_flatness"),
     "compare": (["compare", CKPT, *STUDY], "val/relative_flatness"),
     "layers": (["layers", CKPT, *STUDY], "body"),
+    "report": (["report", CKPT, *STUDY, "--out", "«page»"], "The page is "),
     "coefficient": (["coefficient", *SEARCH, "--epochs", "2", "--seeds", "1", "--lowest", "1"], "Suggested: λ ="),
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs_in_a_terminal(
-    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch
+    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
     argv, expected = COMMANDS[command]
-    code, shown = in_a_terminal([checkpoints[6] if value == CKPT else value for value in argv], monkeypatch)
+    places = {CKPT: checkpoints[6], "«page»": str(tmp_path / "page.html")}
+    code, shown = in_a_terminal([places.get(value, value) for value in argv], monkeypatch)
     assert code == 0, shown
     assert expected in shown
 
 
 def test_without_the_extra() -> None:
-    found = run(
+    found = run_code(
         "import importlib.util, sys\nfind = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name in ('jsonargparse', 'rich') else find(name)\n"
         "from lightning_relflat.cli import main\ncode = main([])\n"
@@ -566,5 +570,5 @@ def test_without_the_extra() -> None:
     )
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.strip() == (
-        "relflat: error: the command line needs jsonargparse and rich: pip install 'lightning-relflat[cli]'"
+        "relflat: error: the command line needs jsonargparse and rich: pip install '.[cli]' in a checkout"
     )

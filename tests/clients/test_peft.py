@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from tests.clients.agreement import Case, Fit
-from tests.clients.test_transformers import BERT, GPT2, IN_FLOAT32, SAMPLES, draw, fitting, next_words, texts
+from tests.clients.hugging_face import BERT, GPT2, IN_FLOAT32, SAMPLES, draw, fitting, next_words, texts
 
 peft: Any = pytest.importorskip("peft")
 transformers: Any = pytest.importorskip("transformers")

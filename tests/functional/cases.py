@@ -141,3 +141,38 @@ def cases(draw: st.DrawFn, loss: str) -> Case:
     ambiguous = dims > 1 and set(samples[1:]) == {d}
     given = None if not ambiguous and draw(st.booleans(), label="leave class_dim out") else class_dim % len(shape)
     return Case(criterion, features, weight, bias, target, class_dim, given, needs_target)
+
+
+def softmax_problem(kind: str, *, n: int = 300, d: int = 10, m: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded(1)
+    if kind == "gaussian":
+        features = normal(generator, n, m)
+    elif kind == "decaying":
+        features = normal(generator, n, m) / torch.arange(1, m + 1)
+    else:
+        features = (
+            normal(generator, n, 20) @ normal(generator, 20, m) / 20**0.5 + 0.3 * normal(generator, n, m)
+        ).relu()
+    weight = normal(generator, d, m) * (1 if kind == "undecided" else 3) / features.norm(dim=1).mean()
+    if kind == "undecided":
+        weight = weight * 0.1
+    return features, weight, features @ weight.T
+
+
+COLLAPSE = {"nc1", "nc2_equinorm", "nc2_equiangular", "nc3", "cdnv", "nc4_mismatch"}
+
+
+def clustered(
+    samples: int, width: int, classes: int, seed: int = 0, *, spread: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(classes, (samples,), generator=generator)
+    means = torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    features = means[target] + spread * torch.randn(samples, width, generator=generator, dtype=torch.float64)
+    return features, target, weight, features @ weight.T
+
+
+def floats(values: dict[str, Tensor]) -> dict[str, float]:
+    assert all(value.shape == () and value.dtype == torch.float64 for value in values.values())
+    return {name: value.item() for name, value in values.items()}

@@ -36,7 +36,7 @@ def problem(samples: int, width: int, classes: int, seed: int = 0) -> tuple[Tens
     seed=st.integers(0, 99),
     reduction=st.sampled_from(["none", "mean"]),
 )
-def test_a_chosen_map(samples: int, width: int, delta: float, seed: int, reduction: str) -> None:
+def test_a_chosen_map_moves_the_features(samples: int, width: int, delta: float, seed: int, reduction: str) -> None:
     features, weight, target = problem(samples, width, 3, seed)
     linear_map = torch.randn(width, width, dtype=torch.float64)
 
@@ -238,7 +238,7 @@ def test_float32_features_with_maps_of_the_same_seed() -> None:
     assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-5)
 
 
-def test_what_kappa_says() -> None:
+def test_kappa_says_what_is_to_be_expected() -> None:
     kappas = torch.tensor([1.0, 6.0], dtype=torch.float64)
     torch.testing.assert_close(
         expected_robustness(kappas, delta=0.2, num_features=3), kappas * 0.04 / 6, rtol=1e-15, atol=0
@@ -259,7 +259,7 @@ def test_what_kappa_says() -> None:
         ({"delta": "1"}, ValueError, "`delta` to be a finite number, but got '1'"),
     ],
 )
-def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments: dict[str, Any] = {"features": torch.ones(5, 3), "linear_map": torch.eye(3), "delta": 0.1, **change}
     with pytest.raises(error, match=message):
         feature_robustness(lambda phi: phi.sum(dim=-1), **arguments)

@@ -118,7 +118,7 @@ def test_ignored_samples_count_nowhere(ignored: int) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("class_weight", [None, torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64)])
-def test_classes(smoothing: float, class_weight: Tensor | None) -> None:
+def test_every_class_has_the_report_of_its_samples(smoothing: float, class_weight: Tensor | None) -> None:
     features, weight, _, target = softmax_problem()
     criterion = nn.CrossEntropyLoss(class_weight, label_smoothing=smoothing)
     report = flatness_report(features, weight, features @ weight.T, target, loss=criterion, num_classes=4)
@@ -162,8 +162,8 @@ def test_above_the_budget_its_bounds_are_those_of_the_separate_measure(
 ) -> None:
     """Where samples cannot be kept, and the sketch is not the matrix itself."""
     monkeypatch.setattr(spectrum.eigenvalues, "KEPT", 0)
-    monkeypatch.setattr(spectrum.sketches, "_SKETCH", 1)
-    monkeypatch.setattr(spectrum.sketches, "_LEAST_COLUMNS", 6)
+    monkeypatch.setattr(spectrum.sketches, "SKETCH", 1)
+    monkeypatch.setattr(spectrum.sketches, "LEAST_COLUMNS", 6)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 20, generator=generator, dtype=torch.float64).relu()
     weight = torch.randn(3, 20, generator=generator, dtype=torch.float64)
@@ -205,7 +205,7 @@ def test_neural_collapse_of_images_and_of_more_outputs_than_classes() -> None:
     assert fewer["nc1"].isfinite()
 
 
-def test_half_precision_of_eigenvalues() -> None:
+def test_eigenvalues_of_half_precision_are_near() -> None:
     features, weight, outputs, target = softmax_problem()
     batch = features.bfloat16() / 100, weight.bfloat16(), outputs.bfloat16() / 100, target
     wide = batch[0].double(), batch[1].double(), batch[2].double(), target
@@ -228,7 +228,7 @@ def test_standardized_is_kappa_of_features_of_unit_variance() -> None:
     assert_close(report["standardized"], expected)
 
 
-def test_batches_add_up() -> None:
+def test_sums_of_batches_are_those_of_the_union() -> None:
     features, weight, outputs, target = softmax_problem()
     options: dict[str, Any] = {"loss": "cross_entropy", "num_classes": 4, "neuron_pairs": True}
     options |= {"neural_collapse": True, "class_means": torch.ones(4, 5).tril().double()}
@@ -257,7 +257,7 @@ def test_batches_add_up() -> None:
         ({"eigenvalues": None}, "`eigenvalues` to be True or False, but got None"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     features, weight, outputs, target = softmax_problem()
     given_target = outputs if options.get("loss") == "mse" else target
     with pytest.raises(ValueError, match=message):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +23,7 @@ from lightning_relflat.functional.flatness_report import report_sums
 from lightning_relflat.functional.neural_collapse import class_moments
 from lightning_relflat.metrics import FlatnessReport, NeuralCollapse
 from tests.functional.cases import normal, seeded
+from tests.watching import unseen
 
 D, M, N = 4, 5, 12
 FEATURES, WEIGHT = normal(seeded(0), N, M), normal(seeded(1), D, M)
@@ -76,7 +75,7 @@ def test_a_negative_label_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_where_they_may_not_be_looked_at_no_number_comes_of_them(name: str) -> None:
-    with mock.patch.object(_labels, "is_open", return_value=False):
+    with unseen(_labels):
         expected = MEASURES[name](TARGET, D)
         assert expected.isfinite().all()
         assert MEASURES[name](TARGET, D - 1).isnan().all()
@@ -87,7 +86,7 @@ def test_an_ignored_position_has_any_label() -> None:
     target = TARGET.clone()
     target[0] = -100
     assert report(target, D)["per_class"].isfinite().all()
-    with mock.patch.object(_labels, "is_open", return_value=False):
+    with unseen(_labels):
         assert report(target, D)["per_class"].isfinite().all()
 
 
@@ -120,10 +119,7 @@ STEPS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("step", STEPS)
 def test_nothing_waits(step: str) -> None:
-    with contextlib.ExitStack() as stack:
-        for module in (_labels, _called_batch, _scale):  # all that look, and only where they may
-            stack.enter_context(mock.patch.object(module, "is_open", return_value=False))
-        stack.enter_context(Unwaiting())
+    with unseen(_labels, _called_batch, _scale), Unwaiting():  # all that look, and only where they may
         STEPS[step]()
 
 

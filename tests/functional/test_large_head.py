@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_relflat import FAM
 from lightning_relflat.functional import output_hessian, relative_flatness
@@ -23,13 +24,13 @@ from tests.oracles import softmax_trace as by_pairs
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_FEW", 0)
+    monkeypatch.setattr(fused, "FEW", 0)
 
 
 @pytest.fixture(params=[(1 << 19, 512), (6, 2), (1, 1)], ids=["one tile", "tiles", "single entries"])
 def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "_TILE", request.param[0])
-    monkeypatch.setattr(_tiles, "_TILE_ROWS", request.param[1])
+    monkeypatch.setattr(_tiles, "TILE", request.param[0])
+    monkeypatch.setattr(_tiles, "TILE_ROWS", request.param[1])
 
 
 def traces(logits: Tensor, weight: Tensor, temperature: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -233,7 +234,7 @@ def test_a_graph_of_the_gradients_changes_none_of_them() -> None:
 
 @pytest.mark.parametrize("outputs", [20, 21])
 def test_few_outputs_take_the_plain_formula(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_FEW", 21)
+    monkeypatch.setattr(fused, "FEW", 21)
     logits = torch.zeros(1, outputs, requires_grad=True)
     found = fused.softmax_trace(logits, torch.ones(outputs, 2), temperature=1.0, dtype=torch.float32)
     assert found.grad_fn is not None
@@ -248,7 +249,7 @@ def test_blocks_without_derivatives(normalised: bool, n: int, d: int, m: int, ro
     logits, weight = 3 * normal(generator, n, d), normal(generator, d, m)
     if normalised:
         logits = logits.log_softmax(dim=1)
-    with patch.multiple(fused, _FEW=1 << 21, _BLOCK=rows * d, _BLOCK_ROWS=1), torch.no_grad():
+    with patch.multiple(fused, FEW=1 << 21, _BLOCK=rows * d, _BLOCK_ROWS=1), torch.no_grad():
         found = traces(logits, weight, 1.5)
     torch.testing.assert_close(found, by_pairs(logits / 1.5, weight), rtol=1e-11, atol=1e-14 * m)
 
@@ -256,7 +257,7 @@ def test_blocks_without_derivatives(normalised: bool, n: int, d: int, m: int, ro
 @pytest.mark.parametrize("gap", [0.0, 40.0, 80.0])
 @pytest.mark.parametrize("near", [False, True])
 def test_many_samples_keep_their_digits_in_float32(gap: float, near: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_FEW", 1 << 21)
+    monkeypatch.setattr(fused, "FEW", 1 << 21)
     generator = seeded(0)
     logits = (normal(generator, 2100, 10) - gap / 2).clamp(-50, 50).float()
     logits[torch.arange(2100), torch.randint(10, (2100,), generator=generator)] += gap
@@ -271,25 +272,34 @@ def test_many_samples_keep_their_digits_in_float32(gap: float, near: bool, monke
     assert (found / exact - 1).abs().max() < 2 * (plain / exact - 1).abs().max() + 1e-5
 
 
+class Seen(TorchDispatchMode):
+    """Notes of how many rows softmaxes are taken, and whether a matrix is factored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+        self.factored = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("softmax", "_softmax"):  # in inference mode the first is not taken apart into the second
+            self.rows.append(len(args[0]))
+        self.factored |= name == "linalg_qr"
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     ("d", "blocks", "fewer"),
     [(10, [2000], True), (200, [1310, 690], True), (201, [1304, 696], False), (251, [1044, 956], False)],
 )
 def test_fewer_columns_where_it_pays(d: int, blocks: list[int], fewer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_FEW", 1 << 21)
+    monkeypatch.setattr(fused, "FEW", 1 << 21)
     m = 600 if d == 251 else 400  # few enough samples in the one, few enough features in the other
-    widths: list[tuple[int, int]] = []
-    plain = fused._plain
-
-    def noted(part: Tensor, matrix: Tensor, temperature: float) -> Tensor:
-        widths.append((len(part), matrix.shape[1]))
-        return plain(part, matrix, temperature)
-
-    monkeypatch.setattr(fused, "_plain", noted)
-    with torch.inference_mode():
+    with torch.inference_mode(), Seen() as seen:
         traces(torch.zeros(2000, d), torch.ones(d, m))
-    assert {width for _, width in widths} == {d if fewer else m}
-    assert [rows for rows, _ in widths] == blocks
-    widths.clear()
-    traces(torch.zeros(2000, d, requires_grad=True), torch.ones(d, m))
-    assert widths == [(2000, m)]
+    assert seen.rows == blocks
+    assert seen.factored is fewer  # into a matrix of d columns
+    with Seen() as seen:
+        traces(torch.zeros(2000, d, requires_grad=True), torch.ones(d, m))
+    assert seen.rows == [2000]
+    assert not seen.factored

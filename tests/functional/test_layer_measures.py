@@ -354,7 +354,7 @@ PHI, W, Z = torch.ones(5, 3), torch.ones(2, 3), torch.ones(5, 2)
         ),
     ],
 )
-def test_bad_arguments(call: Callable[[], Tensor], message: str) -> None:
+def test_bad_arguments_are_named(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
 

@@ -129,9 +129,9 @@ def test_what_the_rows_share_costs_no_digits(form: str, common: float) -> None:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the way of small heads, and that of large ones in several tiles."""
     if request.param == "tiles":
-        monkeypatch.setattr(_from_outputs, "_FEW", 0)
-        monkeypatch.setattr(_tiles, "_TILE", 40)
-        monkeypatch.setattr(_tiles, "_TILE_ROWS", 8)
+        monkeypatch.setattr(_from_outputs, "FEW", 0)
+        monkeypatch.setattr(_tiles, "TILE", 40)
+        monkeypatch.setattr(_tiles, "TILE_ROWS", 8)
 
 
 @pytest.mark.usefixtures("path")
@@ -215,7 +215,7 @@ LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "poisson_nll")
 def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the host does not look whether numbers are ordinary; let nothing count as that."""
     if request.param == "without a look":
-        monkeypatch.setattr(_scale, "_HIGH", 0.0)
+        monkeypatch.setattr(_scale, "HIGH", 0.0)
 
 
 @pytest.mark.usefixtures("looks", "path")

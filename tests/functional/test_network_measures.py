@@ -91,7 +91,7 @@ def test_fisher_rao_does_not_change_when_layers_are_rescaled_against_each_other(
     assert fisher_rao_norm(net, EACH, batches).item() == pytest.approx(before, rel=1e-12)
 
 
-def test_tied_and_idle_parameters() -> None:
+def test_tied_parameters_count_once_and_idle_ones_not_at_all() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -224,7 +224,7 @@ def test_pac_bayes_over_uneven_batches(sizes: list[int]) -> None:
     assert pac_bayes_flatness(net, batches, **options) == pac_bayes_flatness(net, [union(batches)], **options)
 
 
-def test_pac_bayes_seeds() -> None:
+def test_pac_bayes_draws_by_its_seed() -> None:
     net = make_net()
     batches = labelled_by(net, [50])
     values = [pac_bayes_flatness(net, batches, draws=2, tolerance=0.0, seed=seed).item() for seed in (0, 0, 1)]
@@ -283,7 +283,7 @@ class Restless(nn.Module):
 
 @pytest.mark.parametrize("name", MEASURES)
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_touched(name: str, training: bool) -> None:
+def test_network_and_random_numbers_are_left_as_they_were(name: str, training: bool) -> None:
     torch.manual_seed(0)
     net = Restless().eval()
     inputs = torch.randn(40, 3)
@@ -326,7 +326,7 @@ def test_buffers_are_those_of_the_network(name: str) -> None:
 
 @pytest.mark.parametrize("name", MEASURES)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_around(name: str, context: Callable[[], Any]) -> None:
+def test_no_grad_around_changes_nothing(name: str, context: Callable[[], Any]) -> None:
     net = make_net()
     batches = labelled_by(net, [40, 9])
     expected = MEASURES[name](net, batches)
@@ -483,7 +483,7 @@ def test_class_weights_and_soft_targets_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_under_autocast(name: str) -> None:
+def test_autocast_around_changes_nothing(name: str) -> None:
     net = make_net().float()
     batches = [(inputs.float(), target) for inputs, target in labelled_by(make_net(), [40])]
     expected = MEASURES[name](net, batches)
@@ -495,7 +495,7 @@ def test_under_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_bad_networks_and_batches(name: str) -> None:
+def test_bad_networks_and_batches_are_named(name: str) -> None:
     net, batches = make_net(), make_batches([5])
     with pytest.raises(ValueError, match="Expected argument `module` to have parameters, but got ReLU"):
         MEASURES[name](nn.ReLU(), batches)
@@ -512,7 +512,7 @@ def test_losses_that_are_no_loss_of_every_sample(measure: Callable[..., Tensor])
 
 
 @pytest.mark.parametrize("rho", [0, -0.1, math.inf, math.nan, True, "1"])
-def test_bad_steps(rho: Any) -> None:
+def test_bad_steps_are_named(rho: Any) -> None:
     with pytest.raises(ValueError, match="Expected argument `rho` to be a number larger than 0, but got"):
         sam_sharpness(make_net(), EACH, make_batches([5]), rho=rho)
 
@@ -530,7 +530,7 @@ def test_bad_steps(rho: Any) -> None:
         ({"max_sigma": 1e-3}, "`max_sigma` to be so large that the accuracy falls by 0.1, but got 0.001, where it"),
     ],
 )
-def test_bad_searches(options: dict[str, Any], message: str) -> None:
+def test_bad_searches_are_named(options: dict[str, Any], message: str) -> None:
     net = make_net()
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         pac_bayes_flatness(net, labelled_by(net, [50]), **options)

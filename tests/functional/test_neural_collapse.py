@@ -26,54 +26,10 @@ from lightning_relflat.functional.neural_collapse import (
     means_from_moments,
     neural_collapse,
 )
+from tests.functional.cases import COLLAPSE, clustered, floats
+from tests.oracles import collapse_measures
 
 Array = npt.NDArray[np.float64]
-NAMES = {"nc1", "nc2_equinorm", "nc2_equiangular", "nc3", "cdnv", "nc4_mismatch"}
-
-
-def by_hand(features: Array, target: Array, weight: Array, outputs: Array) -> dict[str, float]:
-    """Return the definitions, in two passes, sample by sample and pair by pair."""
-    seen = sorted(set(target.tolist()))
-    count = len(seen)
-    means = {c: features[target == c].mean(axis=0) for c in seen}
-    middle = sum(means.values()) / count
-    within = sum(np.outer(x - means[c], x - means[c]) for x, c in zip(features, target, strict=True)) / len(features)
-    between = sum(np.outer(mean - middle, mean - middle) for mean in means.values()) / count
-    norms = [math.dist(means[c], middle) for c in seen]
-    variance = {c: np.mean([math.dist(x, means[c]) ** 2 for x in features[target == c]]) for c in seen}
-    angles, ratios = [], []
-    for c in seen:
-        for other in seen:
-            if c != other:
-                one, two = means[c] - middle, means[other] - middle
-                angles.append(abs(one @ two / math.sqrt(one @ one * (two @ two)) + 1 / (count - 1)))
-                ratios.append((variance[c] + variance[other]) / (2 * math.dist(means[c], means[other]) ** 2))
-    rows, centred = weight[seen], np.stack([means[c] - middle for c in seen])
-    nearest = [min(seen, key=lambda c: math.dist(x, means[c])) for x in features]
-    return {
-        "nc1": np.trace(within @ np.linalg.pinv(between, rcond=1e-10, hermitian=True)) / count,
-        "nc2_equinorm": math.sqrt(sum((n - sum(norms) / count) ** 2 for n in norms) / count) / (sum(norms) / count),
-        "nc2_equiangular": float(np.mean(angles)),
-        "nc3": float(np.sum((rows / np.linalg.norm(rows) - centred / np.linalg.norm(centred)) ** 2)),
-        "cdnv": float(np.mean(ratios)),
-        "nc4_mismatch": float(np.mean([out.argmax() != near for out, near in zip(outputs, nearest, strict=True)])),
-    }
-
-
-def problem(
-    samples: int, width: int, classes: int, seed: int = 0, *, spread: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(classes, (samples,), generator=generator)
-    means = torch.randn(classes, width, generator=generator, dtype=torch.float64)
-    weight = torch.randn(classes, width, generator=generator, dtype=torch.float64)
-    features = means[target] + spread * torch.randn(samples, width, generator=generator, dtype=torch.float64)
-    return features, target, weight, features @ weight.T
-
-
-def floats(values: dict[str, Tensor]) -> dict[str, float]:
-    assert all(value.shape == () and value.dtype == torch.float64 for value in values.values())
-    return {name: value.item() for name, value in values.items()}
 
 
 def etf(classes: int, width: int, seed: int = 0) -> Tensor:
@@ -96,26 +52,26 @@ def etf(classes: int, width: int, seed: int = 0) -> Tensor:
     spread=st.sampled_from([0.1, 1.0]),
 )
 def test_the_definitions(samples: int, width: int, classes: int, seed: int, spread: float) -> None:
-    features, target, weight, outputs = problem(samples, width, classes, seed, spread=spread)
+    features, target, weight, outputs = clustered(samples, width, classes, seed, spread=spread)
     found = floats(neural_collapse(features, target, weight, outputs, num_classes=classes))
-    assert found.keys() == NAMES
+    assert found.keys() == COLLAPSE
     if len(target.unique()) < 2:
         assert all(math.isnan(value) for name, value in found.items() if name != "nc4_mismatch")
         return
-    expected = by_hand(features.numpy(), target.numpy(), weight.numpy(), outputs.numpy())
+    expected = collapse_measures(features.numpy(), target.numpy(), weight.numpy(), outputs.numpy())
     assert found == pytest.approx(expected, rel=1e-7, abs=1e-12)
 
 
 def test_the_problems_are_not_all_collapsed_or_alike() -> None:
     """What the test above would not notice."""
-    values = [floats(neural_collapse(*problem(30, 4, 3, seed), num_classes=3)) for seed in range(5)]
-    for name in NAMES:
+    values = [floats(neural_collapse(*clustered(30, 4, 3, seed), num_classes=3)) for seed in range(5)]
+    for name in COLLAPSE:
         assert min(value[name] for value in values) > 1e-2
         assert len({round(value[name], 6) for value in values}) > 1
 
 
 def test_leading_dimensions_are_samples() -> None:
-    features, target, weight, outputs = problem(24, 4, 3)
+    features, target, weight, outputs = clustered(24, 4, 3)
     flat = neural_collapse(features, target, weight, outputs, num_classes=3)
     shaped = neural_collapse(
         features.reshape(2, 3, 4, 4), target.reshape(2, 3, 4), weight, outputs.reshape(2, 3, 4, 3), num_classes=3
@@ -124,7 +80,7 @@ def test_leading_dimensions_are_samples() -> None:
 
 
 def test_scikit_learns_scatter_distances_and_nearest_centroids() -> None:
-    features, target, weight, outputs = problem(200, 4, 6, seed=3)
+    features, target, weight, outputs = clustered(200, 4, 6, seed=3)
     x, y = features.numpy(), target.numpy()
     counts = np.bincount(y, minlength=6)
     lda = LinearDiscriminantAnalysis(solver="eigen", priors=counts / len(y), store_covariance=True).fit(x, y)
@@ -143,7 +99,7 @@ def test_scikit_learns_scatter_distances_and_nearest_centroids() -> None:
 
 
 def test_class_means_of_a_former_pass_decide_nc4() -> None:
-    features, target, weight, outputs = problem(40, 4, 3)
+    features, target, weight, outputs = clustered(40, 4, 3)
     others = etf(3, 4)
     found = neural_collapse(features, target, weight, outputs, num_classes=3, class_means=others)
     expected = center_mismatches(features, outputs, others).double().mean()
@@ -171,7 +127,7 @@ def test_all_are_zero_at_collapse(classes: int, width: int) -> None:
     features = 3 * means[target] + shift
     outputs = (features - shift) @ means.T  # with a bias
     found = floats(neural_collapse(features, target, 0.2 * means, outputs, num_classes=classes))
-    assert found == pytest.approx(dict.fromkeys(NAMES, 0.0), abs=1e-13)
+    assert found == pytest.approx(dict.fromkeys(COLLAPSE, 0.0), abs=1e-13)
 
 
 @pytest.mark.parametrize(("classes", "width", "noise"), [(3, 5, 0.1), (6, 6, 0.7)])
@@ -189,7 +145,7 @@ def test_known_values_around_a_simplex(classes: int, width: int, noise: float) -
     assert found["nc2_equiangular"] == pytest.approx(0, abs=1e-13)
 
 
-def test_the_opposite_of_duality() -> None:
+def test_the_opposite_of_duality_is_as_far_as_it_can_be() -> None:
     """W = -Ṁ is as far away as can be: the squared distance of two opposite unit vectors."""
     means = etf(4, 5)
     target = torch.arange(4)
@@ -206,7 +162,7 @@ def linear_map(width: int, seed: int = 5) -> Tensor:
 
 
 def test_nc1_under_invertible_maps_with_more_classes_than_features() -> None:
-    features, target, *_ = problem(80, 4, 7)
+    features, target, *_ = clustered(80, 4, 7)
     before = neural_collapse(features, target, num_classes=7)
     after = neural_collapse(features @ linear_map(4).T + 3, target, num_classes=7)
     assert after["nc1"].item() == pytest.approx(before["nc1"].item(), rel=1e-9)
@@ -215,7 +171,7 @@ def test_nc1_under_invertible_maps_with_more_classes_than_features() -> None:
 
 def test_nc1_under_invertible_maps_with_fewer_classes_than_features_does_change() -> None:
     """As the docstring says: the pseudo-inverse of a singular Σ_B."""
-    features, target, *_ = problem(80, 4, 3)
+    features, target, *_ = clustered(80, 4, 3)
     before = neural_collapse(features, target, num_classes=3)["nc1"]
     after = neural_collapse(features @ linear_map(4).T, target, num_classes=3)["nc1"]
     assert after.item() != pytest.approx(before.item(), rel=1e-2)
@@ -223,7 +179,7 @@ def test_nc1_under_invertible_maps_with_fewer_classes_than_features_does_change(
 
 @pytest.mark.parametrize("classes", [3, 7])
 def test_similarity_transforms_change_nothing(classes: int) -> None:
-    features, target, *_ = problem(80, 4, classes)
+    features, target, *_ = clustered(80, 4, classes)
     turn = torch.linalg.qr(linear_map(4)).Q
     before = floats(neural_collapse(features, target, num_classes=classes))
     after = floats(neural_collapse(0.3 * features @ turn.T - 5, target, num_classes=classes))
@@ -244,7 +200,7 @@ def added(parts: list[ClassMoments]) -> ClassMoments:
     centers=st.sampled_from(["none", "one", "each"]),
 )
 def test_moments_add_up_over_uneven_batches(sizes: list[int], seed: int, centers: str) -> None:
-    features, target, weight, _ = problem(sum(sizes), 3, 4, seed)
+    features, target, weight, _ = clustered(sum(sizes), 3, 4, seed)
     center = {"none": None, "one": torch.full((3,), 0.7), "each": torch.randn(4, 3)}[centers]
     batches = zip(features.split(sizes), target.split(sizes), strict=True)
     moments = added([class_moments(*batch, num_classes=4, center=center) for batch in batches])
@@ -258,9 +214,9 @@ def test_moments_add_up_over_uneven_batches(sizes: list[int], seed: int, centers
 
 @pytest.mark.parametrize("centers", ["one", "each"])
 def test_centers_keep_data_far_from_zero_exact(centers: str) -> None:
-    features, target, weight, outputs = problem(300, 4, 3)
+    features, target, weight, outputs = clustered(300, 4, 3)
     far = features + 1e8
-    expected = by_hand((far - 1e8).numpy(), target.numpy(), weight.numpy(), outputs.numpy())
+    expected = collapse_measures((far - 1e8).numpy(), target.numpy(), weight.numpy(), outputs.numpy())
     center = torch.full((4,) if centers == "one" else (3, 4), 1e8 + 1).double()
     parts = [
         class_moments(*batch, num_classes=3, center=center)
@@ -271,9 +227,9 @@ def test_centers_keep_data_far_from_zero_exact(centers: str) -> None:
 
 
 def test_data_far_from_zero_in_one_call() -> None:
-    features, target, weight, outputs = problem(300, 4, 3)
+    features, target, weight, outputs = clustered(300, 4, 3)
     far = features + 1e8
-    expected = by_hand((far - 1e8).numpy(), target.numpy(), weight.numpy(), outputs.numpy())
+    expected = collapse_measures((far - 1e8).numpy(), target.numpy(), weight.numpy(), outputs.numpy())
     found = floats(neural_collapse(far, target, weight, outputs, num_classes=3))
     assert found == pytest.approx(expected, rel=1e-9)
 
@@ -281,9 +237,9 @@ def test_data_far_from_zero_in_one_call() -> None:
 @pytest.mark.parametrize("distance", [1e2, 1e4])
 def test_float32_far_from_zero_needs_no_center(distance: float) -> None:
     """A sum of squares in float32 is off by more than the variance itself at 1e4."""
-    features, target, weight, outputs = problem(300, 4, 3)
+    features, target, weight, outputs = clustered(300, 4, 3)
     far = (features + distance).float()
-    expected = by_hand(far.double().numpy(), target.numpy(), weight.numpy(), outputs.numpy())
+    expected = collapse_measures(far.double().numpy(), target.numpy(), weight.numpy(), outputs.numpy())
     found = floats(collapse_from_moments(class_moments(far, target, num_classes=3), weight))
     assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-6)
 
@@ -292,7 +248,7 @@ def test_float32_far_from_zero_needs_no_center(distance: float) -> None:
 
 
 def test_classes_without_samples_are_left_out() -> None:
-    features, target, weight, outputs = problem(40, 4, 3)
+    features, target, weight, outputs = clustered(40, 4, 3)
     spread_out = torch.tensor([1, 2, 5])[target]
     wide = torch.full((7, 4), 100.0).double().index_copy(0, torch.tensor([1, 2, 5]), weight)
     scores = torch.full((40, 7), -100.0).double().index_copy(1, torch.tensor([1, 2, 5]), outputs)
@@ -305,7 +261,7 @@ def test_classes_without_samples_are_left_out() -> None:
 def test_fewer_than_two_classes_have_no_collapse(samples: int) -> None:
     features, target = torch.randn(samples, 3), torch.ones(samples, dtype=torch.long)
     found = floats(neural_collapse(features, target, torch.randn(2, 3), num_classes=2))
-    assert found.keys() == NAMES - {"nc4_mismatch"}
+    assert found.keys() == COLLAPSE - {"nc4_mismatch"}
     assert all(math.isnan(value) for value in found.values())
 
 
@@ -346,13 +302,13 @@ def test_means_on_a_line_leave_directions_out() -> None:
     target = torch.arange(3).repeat_interleave(2)
     features = means[target] + noise.repeat(3, 1)
     weight, outputs = torch.ones(3, 3).double(), torch.ones(6, 3).double()
-    expected = by_hand(features.numpy(), target.numpy(), weight.numpy(), outputs.numpy())
+    expected = collapse_measures(features.numpy(), target.numpy(), weight.numpy(), outputs.numpy())
     assert floats(neural_collapse(features, target, num_classes=3))["nc1"] == pytest.approx(expected["nc1"], rel=1e-9)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_features_that_are_not_finite(bad: float) -> None:
-    features, target, weight, _ = problem(20, 4, 3)
+    features, target, weight, _ = clustered(20, 4, 3)
     features[3, 1] = bad
     found = floats(neural_collapse(features, target, weight, num_classes=3))
     assert all(math.isnan(value) for value in found.values())
@@ -363,10 +319,12 @@ def test_features_that_are_not_finite(bad: float) -> None:
 
 def test_half_precision_comes_out_in_float64() -> None:
     features, target, weight, outputs = (
-        part.bfloat16() if part.is_floating_point() else part for part in problem(40, 4, 3)
+        part.bfloat16() if part.is_floating_point() else part for part in clustered(40, 4, 3)
     )
     found = floats(neural_collapse(features, target.to(torch.uint8), weight, outputs, num_classes=3))
-    expected = by_hand(features.double().numpy(), target.numpy(), weight.double().numpy(), outputs.double().numpy())
+    expected = collapse_measures(
+        features.double().numpy(), target.numpy(), weight.double().numpy(), outputs.double().numpy()
+    )
     assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -387,7 +345,7 @@ def test_half_precision_comes_out_in_float64() -> None:
         ({"class_means": torch.ones(4, 2)}, ValueError, r"`class_means` to be of shapes \(..., m\) and \(C, m\)"),
     ],
 )
-def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {
         "features": torch.ones(5, 3),
         "target": torch.ones(5).long(),
@@ -399,8 +357,8 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         neural_collapse(**{**arguments, **change})
 
 
-def test_bad_centers() -> None:
-    features, target, *_ = problem(5, 3, 2)
+def test_bad_centers_are_named() -> None:
+    features, target, *_ = clustered(5, 3, 2)
     for center, message in (
         (torch.ones(2), r"`center` to be of shape \(3,\) or \(2, 3\), but got \(2,\)"),
         (torch.ones(3).long(), "`center` to be a tensor of floating point numbers"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat.functional import _called_batch as reading
 from lightning_relflat.functional import relative_flatness, relative_flatness_per_output, relative_flatness_sums
 from lightning_relflat.functional.flatness_report import flatness_report
 from lightning_relflat.functional.layer_measures import (
@@ -18,8 +19,8 @@ from lightning_relflat.functional.layer_measures import (
 )
 from lightning_relflat.functional.spectrum import largest_eigenvalue_bounds
 from tests.functional.cases import normal, seeded
-from tests.functional.test_criteria import unseen
 from tests.oracles import kappa
+from tests.watching import unseen
 
 D, M = 4, 3
 IGNORED = torch.tensor([False, True, False, False, True, False])
@@ -69,7 +70,7 @@ def test_padding_is_no_part_of_a_measure(name: str, filler: float, seen: bool) -
     if seen:
         found = measure(*batch, loss=criterion)
     else:
-        with unseen():
+        with unseen(reading):
             found = measure(*batch, loss=criterion)
     torch.testing.assert_close(found, expected, equal_nan=name == "report", rtol=1e-9, atol=1e-12)
 
@@ -113,6 +114,6 @@ def test_a_report_looks_nothing_up_with_a_class_that_no_output_has() -> None:
     options: dict[str, Any] = {"loss": "cross_entropy", "num_classes": D, "neural_collapse": True}
     with pytest.raises(ValueError, match="Expected argument `target` to hold class indices from 0 to 3"):
         flatness_report(features, weight, outputs, target, **options)
-    with unseen():
+    with unseen(reading):
         report = flatness_report(features, weight, outputs, target, **options)
     assert all(report[name].isnan() for name in ("relative_flatness", "hessian_trace", "flat_samples", "nc1"))

@@ -180,7 +180,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("chained", [False, True])
-def test_several_passes(chained: bool) -> None:
+def test_each_of_several_passes_is_recognised(chained: bool) -> None:
     torch.manual_seed(0)
     net = Tied(chained=chained).double()
     x = torch.randn(4, D, dtype=torch.float64)
@@ -250,7 +250,8 @@ def test_what_takes_the_rows_as_they_are_is_not_gone_through(criterion: Any, str
         node.register_hook(lambda *_: passed.append(1))
     found = recognise(loss, [z], [z])
     assert found is not None
-    assert bool(passed) != straight
+    says_shapes = hasattr(loss.grad_fn, "_input_metadata")  # PyTorch 2.4 does not: one has to go there to see them
+    assert bool(passed) != (straight and says_shapes)
     p = z.detach().double().softmax(-1)
     blocks = found.factors[0].double()[..., None, None] * (p.diag_embed() - p[..., None] * p[..., None, :])
     expected = torch.autograd.functional.hessian(lambda z: criterion(z, y).double(), z.detach().double())

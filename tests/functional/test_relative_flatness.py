@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_relflat.functional import (
     feature_laplacian,
@@ -34,6 +32,7 @@ from tests.oracles import (
     kappa_per_sample,
     weight_trace,
 )
+from tests.watching import Largest
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 
@@ -285,19 +284,6 @@ def softmax_parts(features: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
     return (features.square().sum(dim=1)[:, None] * (pairs * products).sum(dim=2)).mean(dim=0)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 @pytest.mark.parametrize("form", [relative_flatness, relative_flatness_per_output])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_nothing_large_is_made_forward_or_backward(loss: str, form: Callable[..., Tensor]) -> None:
@@ -307,27 +293,27 @@ def test_nothing_large_is_made_forward_or_backward(loss: str, form: Callable[...
     weight, outputs = uniform(generator, d, m).requires_grad_(), uniform(generator, n, d).requires_grad_()
     target: Any = torch.randint(d, (n,), generator=generator) if loss == "cross_entropy" else torch.ones(n, d)
     target = (target, target) if loss == "gaussian_nll" else target
-    with LargestTensor() as largest:
+    with Largest() as largest:
         form(features, weight, outputs, target, loss=loss).backward(
             *([torch.ones(d)] if form is not relative_flatness else [])
         )
     assert features.grad is not None
     assert weight.grad is not None
-    assert n * d < largest.numel <= max(n * (d + m), d * m)
+    assert n * d < largest.tensor <= max(n * (d + m), d * m)
 
 
 def test_the_size_recorder_sees_large_tensors_forward_and_backward() -> None:
     leaf = torch.ones(3, requires_grad=True)
-    with LargestTensor() as forward:
+    with Largest() as forward:
         value = leaf.square().sum()
-    assert forward.numel == 3
-    with LargestTensor() as largest:
+    assert forward.tensor == 3
+    with Largest() as largest:
         (leaf[:, None] * torch.ones(7)).sum()
-    assert largest.numel == 21
+    assert largest.tensor == 21
     hidden = leaf.expand(5, 3).sum()  # its gradient, not its value, has 15 entries
-    with LargestTensor() as backward:
+    with Largest() as backward:
         (value + hidden).backward()
-    assert backward.numel == 15
+    assert backward.tensor == 15
 
 
 # --- invariances ----------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from lightning_relflat.functional import largest_eigenvalue_bounds
 from lightning_relflat.functional.spectrum import LayerHessian, eigenvalues, layer_hessian
 from lightning_relflat.functional.spectrum import lanczos as module
 from lightning_relflat.functional.spectrum.lanczos import Bounds, lanczos
-from tests.functional.cases import normal, seeded
-from tests.functional.test_spectrum import dense_eigenvalue, dense_softmax, softmax_problem
+from tests.functional.cases import normal, seeded, softmax_problem
+from tests.oracles import dense_eigenvalue, dense_softmax
 
 FLAT = torch.cat([torch.linspace(1.0, 0.9, 50), torch.linspace(0.9, 0.0, 350)]).double()[None]
 START = normal(seeded(0), *FLAT.shape)
@@ -110,9 +110,9 @@ def test_float32_is_near_enough_for_any_hessian(loss: nn.Module, scale: str, siz
 @pytest.mark.parametrize("kind", ["gaussian", "relu", "undecided"])
 def test_a_large_layer_is_within_a_millionth(kind: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a little patience, as if each product took long, whatever the size."""
-    monkeypatch.setattr(eigenvalues, "_WORK", 0)
-    monkeypatch.setattr(eigenvalues, "_PATIENCE", 30)
-    monkeypatch.setattr(eigenvalues, "_DENSE_SIZE", 0)
+    monkeypatch.setattr(eigenvalues, "WORK", 0)
+    monkeypatch.setattr(eigenvalues, "PATIENCE", 30)
+    monkeypatch.setattr(eigenvalues, "DENSE_SIZE", 0)
     features, weight, outputs = softmax_problem(kind, n=60, d=40, m=30)
     types: list[torch.dtype] = []
     product = LayerHessian.product

@@ -13,8 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_relflat.functional.layer_measures import Scale, hessian_trace
 from lightning_relflat.functional.output_hessian import as_criterion
@@ -31,21 +29,13 @@ from lightning_relflat.functional.spectrum import (
     sketch_columns,
     sketches,
 )
-from tests.functional.cases import LOSSES, Case, cases, normal, seeded
+from tests.functional.cases import LOSSES, Case, cases, normal, seeded, softmax_problem
+from tests.oracles import dense_eigenvalue, dense_softmax
 from tests.processes import process_group, spawn
+from tests.watching import Largest
 
 SCALES: tuple[Scale, ...] = ("none", "layer", "neuron")
 assert_equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
-
-
-def dense_eigenvalue(whole: Tensor, weight: Tensor, scale: str) -> Tensor:
-    """Return the eigenvalue from H of shape (d, m, d, m)."""
-    d, m = weight.shape
-    if scale == "neuron":
-        blocks = torch.stack([whole[s, :, s, :] for s in range(d)])
-        return weight.norm(dim=1) ** 2 @ torch.linalg.eigvalsh(blocks)[:, -1]
-    value = torch.linalg.eigvalsh(whole.reshape(d * m, d * m))[-1]
-    return value * weight.norm() ** 2 if scale == "layer" else value
 
 
 def batch_of(case: Case) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -97,8 +87,8 @@ def test_products_and_traces_are_those_of_the_dense_matrix(loss: str, data: st.D
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_products_are_made_of_some_samples_at_a_time(loss: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the derivative of the gradient along the vector, from central differences."""
-    monkeypatch.setattr(operator, "_CHUNK", 1)
-    monkeypatch.setattr(operator, "_LEAST_ROWS", rows)
+    monkeypatch.setattr(operator, "CHUNK", 1)
+    monkeypatch.setattr(operator, "LEAST_ROWS", rows)
     generator = seeded(0)
     features, weight, vector = normal(generator, 65, 3), normal(generator, 4, 3), normal(generator, 4, 3)
     target: Any = (
@@ -127,28 +117,6 @@ def _along(value: Callable[[Tensor], Tensor], weight: Tensor, vector: Tensor, st
 
 
 # --- larger problems ------------------------------------------------------------------------------------------------
-
-
-def softmax_problem(kind: str, *, n: int = 300, d: int = 10, m: int = 40) -> tuple[Tensor, Tensor, Tensor]:
-    generator = seeded(1)
-    if kind == "gaussian":
-        features = normal(generator, n, m)
-    elif kind == "decaying":
-        features = normal(generator, n, m) / torch.arange(1, m + 1)
-    else:
-        features = (
-            normal(generator, n, 20) @ normal(generator, 20, m) / 20**0.5 + 0.3 * normal(generator, n, m)
-        ).relu()
-    weight = normal(generator, d, m) * (1 if kind == "undecided" else 3) / features.norm(dim=1).mean()
-    if kind == "undecided":
-        weight = weight * 0.1
-    return features, weight, features @ weight.T
-
-
-def dense_softmax(features: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
-    p = outputs.softmax(dim=1)
-    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    return torch.einsum("nab,nj,nk->ajbk", curvature, features, features) / len(features)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -289,7 +257,7 @@ def test_groups_of_columns_and_samples_change_nothing(loss: str, scale: Scale, m
         single = torch.stack([hessian.product(vectors[..., k]) for k in range(vectors.shape[2])], dim=2)
         assert_equal(expected, single)
         for group in (1, 100, 170):  # a column or a sample, some, and a rest
-            monkeypatch.setattr(sketches, "_GROUP", group)
+            monkeypatch.setattr(sketches, "GROUP", group)
             assert_equal(sketch(hessian, test), expected)
 
 
@@ -492,32 +460,21 @@ def test_the_plain_eigenvalue_changes_with_layer_rescaling() -> None:
 # --- edges ----------------------------------------------------------------------------------------------------------
 
 
-class LargestTensor(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 @pytest.mark.parametrize("columns", [8, 1])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_no_large_matrix_is_made(loss: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, m = 30, 20, 50
     if columns == 1:  # a group of one column
-        monkeypatch.setattr(sketches, "_GROUP", 1)
+        monkeypatch.setattr(sketches, "GROUP", 1)
     features, weight = normal(seeded(0), n, m), normal(seeded(1), d, m)
-    with LargestTensor() as largest:
+    with Largest() as largest:
         largest_eigenvalue_bounds(features, weight, features @ weight.T, loss=loss, columns=columns)
-    assert d * m <= largest.numel <= max(d * m * columns, n * (d + m)) < n * d * m
-    monkeypatch.setattr(eigenvalues, "_DENSE", 0)
-    with LargestTensor() as largest:
+    assert d * m <= largest.tensor <= max(d * m * columns, n * (d + m)) < n * d * m
+    monkeypatch.setattr(eigenvalues, "DENSE", 0)
+    with Largest() as largest:
         largest_eigenvalue([(features[: n // 5], weight, (features @ weight.T)[: n // 5])] * 5, loss=loss)
     # Vectors and samples, or the coefficients of the blocks: no basis.
-    assert d * m <= largest.numel <= (d * m if loss == "cross_entropy" else 3 * d * m) < n * d * m
+    assert d * m <= largest.tensor <= (d * m if loss == "cross_entropy" else 3 * d * m) < n * d * m
 
 
 def test_no_curvature_and_no_numbers() -> None:
@@ -538,7 +495,7 @@ def test_no_curvature_and_no_numbers() -> None:
 def test_negative_curvature_is_refused_by_a_sketch_and_found_by_lanczos(
     dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eigenvalues, "_DENSE", 2**21 if dense else 0)
+    monkeypatch.setattr(eigenvalues, "DENSE", 2**21 if dense else 0)
     features, weight, outputs = softmax_problem("gaussian", d=3, m=30)
     class_weight = torch.tensor([1.0, -2.0, 1.0]).double()
     criterion = nn.CrossEntropyLoss(class_weight, reduction="sum")
@@ -597,7 +554,7 @@ PHI, W, Z = torch.ones(5, 3), torch.ones(2, 3), torch.ones(5, 2)
         ),
     ],
 )
-def test_bad_arguments(call: Callable[[], Any], message: str) -> None:
+def test_bad_arguments_are_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         call()
 

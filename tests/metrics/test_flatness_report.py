@@ -49,7 +49,7 @@ def update(metric: Any, part: slice) -> None:
     metric.update(features[part], weight, outputs[part], target[part])
 
 
-def test_uneven_batches() -> None:
+def test_uneven_batches_are_the_report_of_their_union() -> None:
     report = make()
     for _ in range(2):
         for part in SHARES:
@@ -130,7 +130,7 @@ def test_eigenvalues_of_a_changing_weight() -> None:
     torch.testing.assert_close(values["layer_eigenvalue"], values["weight_norm"] * largest, rtol=1e-10, atol=0)
 
 
-def test_clones_and_pickles() -> None:
+def test_clones_and_pickles_go_on_from_there() -> None:
     report = make()
     update(report, SHARES[0])
     for other in (report.clone(), pickle.loads(pickle.dumps(report))):
@@ -173,7 +173,7 @@ def test_uneven_shares_of_processes(world: int, tmp_path: Any) -> None:
         ({"loss": "hinge"}, "`loss` to be one of 'cross_entropy'"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FlatnessReport(**{"in_features": M, "out_features": D} | options)
 

@@ -22,7 +22,7 @@ from lightning_relflat.functional.layer_measures import (
     standardized_relative_flatness,
 )
 from lightning_relflat.metrics.layer_measures import ColumnFlatness, HessianTrace, StandardizedRelativeFlatness
-from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
+from tests.metrics.cases import CLASSES, CRITERIA, WIDTH, Batch, accumulated, make_batches
 from tests.processes import process_group, spawn
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13, equal_nan=True)
@@ -48,12 +48,6 @@ MEASURES: dict[str, tuple[Callable[[Any], Metric], Callable[..., Tensor]]] = {
 def of_union(twin: Callable[..., Tensor], batches: list[Batch], criterion: Any) -> Tensor:
     features, _, outputs, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return twin(features, batches[0][1], outputs, target, loss=criterion)
-
-
-def accumulated(metric: Metric, batches: list[Batch]) -> Tensor:
-    for batch in batches:
-        metric.update(*batch)
-    return metric.compute()
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -145,12 +139,13 @@ def test_collections_keep_apart_what_begins_alike() -> None:
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_plot(name: str) -> None:
+def test_every_measure_is_plotted(name: str) -> None:
     mpl.use("Agg")
     metric = MEASURES[name][0]("cross_entropy")
     metric.update(*make_batches([5], nn.CrossEntropyLoss())[0])
-    metric.plot()
-    plt.close("all")
+    figure, _ = metric.plot()
+    assert figure.axes[0].has_data()
+    plt.close(figure)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +165,7 @@ def test_plot(name: str) -> None:
         ),
     ],
 )
-def test_bad_arguments(make: Callable[[], Metric], message: str) -> None:
+def test_bad_arguments_are_named(make: Callable[[], Metric], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         make()
 

@@ -83,7 +83,7 @@ def test_batches_add_up_to_their_union() -> None:
     assert abs(flatness.rsqrt() - searched.rsqrt()) < 0.1
 
 
-def test_pac_bayes_by_hand() -> None:
+def test_pac_bayes_is_what_it_is_by_hand() -> None:
     """Noise of one weight flips the sign of a sample at x with Φ(−w/σ)."""
     net = nn.Linear(1, 2, bias=False).double()
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_what_is_not_lost_is_said() -> None:
         ),
     ],
 )
-def test_bad_arguments(kind: Any, options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         kind(**options)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_relflat.metrics.neural_collapse import NeuralCollapse
-from tests.functional.test_neural_collapse import NAMES, by_hand, floats, problem
+from tests.functional.cases import COLLAPSE, clustered, floats
+from tests.oracles import collapse_measures
 from tests.processes import process_group, spawn
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -23,14 +24,14 @@ CLASSES, WIDTH = 3, 4
 
 
 def make_batches(sizes: list[int], seed: int = 0) -> list[Batch]:
-    features, target, weight, outputs = problem(sum(sizes), WIDTH, CLASSES, seed)
+    features, target, weight, outputs = clustered(sum(sizes), WIDTH, CLASSES, seed)
     parts = zip(features.split(sizes), target.split(sizes), outputs.split(sizes), strict=True)
     return [(one, two, weight, three) for one, two, three in parts]
 
 
 def of_union(batches: list[Batch]) -> dict[str, float]:
     features, target, _, outputs = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
-    return by_hand(features, target, batches[0][2].numpy(), outputs)
+    return collapse_measures(features, target, batches[0][2].numpy(), outputs)
 
 
 def without_nc4(values: dict[str, float]) -> dict[str, float]:
@@ -65,12 +66,12 @@ def test_names_follow_what_is_given() -> None:
     metric = make()
     for features, target, *_ in batches:
         metric.update(features, target)
-    assert metric.compute().keys() == NAMES - {"nc3", "nc4_mismatch"}
+    assert metric.compute().keys() == COLLAPSE - {"nc3", "nc4_mismatch"}
     metric = make(class_means=metric.compute_class_means())
     for features, target, _, outputs in batches:
         metric.update(features, target, outputs=outputs)
-    assert metric.compute().keys() == NAMES - {"nc3"}
-    assert fed(metric, batches).compute().keys() == NAMES
+    assert metric.compute().keys() == COLLAPSE - {"nc3"}
+    assert fed(metric, batches).compute().keys() == COLLAPSE
 
 
 def test_forward_gives_the_batch_and_keeps_the_sum() -> None:
@@ -83,17 +84,17 @@ def test_forward_gives_the_batch_and_keeps_the_sum() -> None:
     assert floats(fed(metric, batches[:1]).compute()) == pytest.approx(without_nc4(of_union(batches[:1])), rel=1e-8)
 
 
-def test_clones_and_pickles() -> None:
+def test_clones_and_pickles_go_on_from_there() -> None:
     batches = make_batches([9, 11, 2])
     metric = fed(make(class_means=torch.randn(CLASSES, WIDTH)), batches[:1])
     expected = floats(fed(metric.clone(), batches[1:]).compute())
-    assert expected.keys() == NAMES
+    assert expected.keys() == COLLAPSE
     assert without_nc4(expected) == pytest.approx(without_nc4(of_union(batches)), rel=1e-8)
     assert floats(fed(pickle.loads(pickle.dumps(metric)), batches[1:]).compute()) == expected
 
 
 @pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="this torchmetrics has no Metric.merge_state yet")
-def test_merged_states() -> None:
+def test_merged_states_are_those_of_all_batches() -> None:
     batches = make_batches([9, 11, 2])
     metric, other = fed(make(), batches[:2]), fed(make(), batches[2:])
     other.merge_state(metric)
@@ -137,7 +138,7 @@ def test_sums_are_kept_in_float64_and_gradients_out() -> None:
     metric.update(features.float().requires_grad_(), target, weight.float().requires_grad_(), outputs.float())
     assert not any(value.requires_grad for value in metric.compute().values())
     assert metric.products.dtype == torch.float64
-    assert floats(metric.compute()).keys() == NAMES
+    assert floats(metric.compute()).keys() == COLLAPSE
 
 
 def test_the_users_class_means_are_not_kept() -> None:
@@ -178,12 +179,13 @@ def test_inference_mode_and_the_random_stream() -> None:
     fed(metric, make_batches([5]))  # also afterwards, outside
 
 
-def test_plot() -> None:
+def test_all_entries_are_plotted() -> None:
     mpl.use("Agg")
     metric = make()
     values = [metric(*batch) for batch in make_batches([20, 20])]
     for given_values in (None, values[0], values):
         figure, _ = metric.plot(given_values)
+        assert figure.axes[0].has_data()
         plt.close(figure)
 
 
@@ -225,7 +227,7 @@ def test_bad_batches_leave_the_metric_as_it_was(
         ({"center": torch.ones(4), "class_means": torch.ones(3, 4)}, ValueError, "`center` to be left out"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"Expected argument {message}"):
         NeuralCollapse(**{"num_classes": 3, "num_features": 4, **options})
 

@@ -17,38 +17,9 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_relflat import RelativeFlatness
 from lightning_relflat.functional import relative_flatness
+from tests.metrics.cases import CLASSES, CRITERIA, WIDTH, Batch, accumulated, make_batches
 from tests.oracles import kappa
 from tests.processes import process_group, spawn
-
-Batch = tuple[Tensor, Tensor, Tensor, Any]
-CLASSES, WIDTH = 4, 3
-
-CRITERIA: list[nn.Module] = [
-    nn.CrossEntropyLoss(),
-    nn.CrossEntropyLoss(weight=torch.tensor([0.3, 1.0, 2.0, 0.1], dtype=torch.float64), label_smoothing=0.2),
-    nn.CrossEntropyLoss(ignore_index=1),
-    nn.CrossEntropyLoss(reduction="sum"),
-    nn.MSELoss(),
-    nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64)),
-    nn.PoissonNLLLoss(reduction="sum"),
-    nn.HuberLoss(delta=0.7),
-]
-
-
-def make_batches(sizes: list[int], criterion: nn.Module, seed: int = 0) -> list[Batch]:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.float64)
-    batches = []
-    for size in sizes:
-        features = torch.randn(size, WIDTH, generator=generator, dtype=torch.float64)
-        outputs = features @ weight.T
-        target: Tensor
-        if isinstance(criterion, nn.CrossEntropyLoss):
-            target = torch.randint(0, CLASSES, (size,), generator=generator)
-        else:
-            target = torch.rand(size, CLASSES, generator=generator, dtype=torch.float64)
-        batches.append((features, weight, outputs, target))
-    return batches
 
 
 def of_union(batches: list[Batch], criterion: Any) -> float:
@@ -56,10 +27,8 @@ def of_union(batches: list[Batch], criterion: Any) -> float:
     return kappa(lambda weight: criterion(features @ weight.T, target), batches[0][1]).item()
 
 
-def accumulated(metric: Metric, batches: list[Batch]) -> float:
-    for batch in batches:
-        metric.update(*batch)
-    return metric.compute().item()
+def value_of(metric: Metric, batches: list[Batch]) -> float:
+    return accumulated(metric, batches).item()
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -71,7 +40,7 @@ def accumulated(metric: Metric, batches: list[Batch]) -> float:
 def test_batches_add_up_to_their_union(criterion: nn.Module, sizes: list[int], seed: int) -> None:
     batches = make_batches(sizes, criterion, seed)
     expected = of_union(batches, criterion)
-    value = accumulated(RelativeFlatness(criterion), batches)
+    value = value_of(RelativeFlatness(criterion), batches)
     if expected != expected:  # every target is ignored: PyTorch's own mean is NaN
         assert value != value
     else:
@@ -87,20 +56,20 @@ def test_forward_gives_the_batch_and_keeps_the_sum() -> None:
         assert value.item() == pytest.approx(of_union([batch], criterion), rel=1e-10)
     assert metric.compute().item() == pytest.approx(of_union(batches, criterion), rel=1e-10)
     metric.reset()
-    assert accumulated(metric, batches[:1]) == pytest.approx(of_union(batches[:1], criterion), rel=1e-10)
+    assert value_of(metric, batches[:1]) == pytest.approx(of_union(batches[:1], criterion), rel=1e-10)
 
 
-def test_clones_and_pickles() -> None:
+def test_clones_and_pickles_go_on_from_there() -> None:
     criterion = nn.CrossEntropyLoss()
     batches = make_batches([5, 2, 3], criterion)
     metric = RelativeFlatness("cross_entropy")
     metric.update(*batches[0])
     for other in (metric.clone(), pickle.loads(pickle.dumps(metric))):
-        assert accumulated(other, batches[1:]) == pytest.approx(of_union(batches, criterion), rel=1e-10)
+        assert value_of(other, batches[1:]) == pytest.approx(of_union(batches, criterion), rel=1e-10)
 
 
 @pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="this torchmetrics has no Metric.merge_state yet")
-def test_merged_states() -> None:
+def test_merged_states_are_those_of_all_batches() -> None:
     criterion = nn.CrossEntropyLoss()
     batches = make_batches([5, 2], criterion)
     metric = RelativeFlatness("cross_entropy")
@@ -148,7 +117,7 @@ def test_padding_is_no_part_of_it() -> None:
     target[2], features[2], outputs[2] = -100, torch.nan, torch.nan
     bare = features[target >= 0], weight, outputs[target >= 0], target[target >= 0]
     expected = of_union([bare], criterion)
-    assert accumulated(RelativeFlatness(), [(features, weight, outputs, target)]) == pytest.approx(expected, rel=1e-10)
+    assert value_of(RelativeFlatness(), [(features, weight, outputs, target)]) == pytest.approx(expected, rel=1e-10)
 
 
 def test_a_class_is_no_loss() -> None:
@@ -156,7 +125,7 @@ def test_a_class_is_no_loss() -> None:
         RelativeFlatness(nn.MSELoss)  # type: ignore[arg-type]
 
 
-def test_tracker() -> None:
+def test_a_tracker_has_the_value_of_each_round() -> None:
     batches = make_batches([5, 2], nn.CrossEntropyLoss())
     tracker = MetricTracker(RelativeFlatness(), maximize=False)
     for batch in batches:
@@ -167,7 +136,7 @@ def test_tracker() -> None:
     assert tracker.best_metric(return_step=True) == (pytest.approx(min(expected)), expected.index(min(expected)))
 
 
-def test_plot() -> None:
+def test_a_plot_begins_at_zero() -> None:
     mpl.use("Agg")
     metric = RelativeFlatness()
     values = [metric(*batch) for batch in make_batches([5, 2], nn.CrossEntropyLoss())]
@@ -196,18 +165,18 @@ ANY_LOSS = [log_cosh, log_cosh_per_sample, LogCoshSum(), nn.SoftMarginLoss(reduc
 
 
 @pytest.mark.parametrize("loss", ANY_LOSS)
-def test_any_loss_exactly(loss: Any) -> None:
+def test_any_loss_is_exact_without_probes(loss: Any) -> None:
     batches = make_batches([5, 2, 3], nn.MSELoss())
     summed = loss if getattr(loss, "reduction", "mean") == "sum" else lambda z, y: log_cosh_per_sample(z, y).mean()
     metric = RelativeFlatness(loss, probes=None)
-    assert accumulated(metric, batches) == pytest.approx(of_union(batches, summed), rel=1e-10)
+    assert value_of(metric, batches) == pytest.approx(of_union(batches, summed), rel=1e-10)
     assert metric.compute_with_error()[1] == 0
 
 
 @pytest.mark.parametrize("loss", ANY_LOSS)
 def test_any_loss_estimated_with_an_honest_error(loss: Any) -> None:
     batches = make_batches([5, 2, 30], nn.MSELoss())
-    exact = accumulated(RelativeFlatness(loss, probes=None), batches)
+    exact = value_of(RelativeFlatness(loss, probes=None), batches)
     deviations, errors = [], []
     for seed in range(100):
         metric = RelativeFlatness(loss, probes=3, seed=seed)
@@ -227,7 +196,7 @@ def test_any_loss_estimated_with_an_honest_error(loss: Any) -> None:
 def test_exact_criteria_have_no_error() -> None:
     metric = RelativeFlatness("mse")
     batches = make_batches([5], nn.MSELoss())
-    value = accumulated(metric, batches)
+    value = value_of(metric, batches)
     assert [part.item() for part in metric.compute_with_error()] == [value, 0.0]
 
 
@@ -238,7 +207,7 @@ def test_inference_mode_and_the_random_stream(loss: Any) -> None:
     with torch.inference_mode():
         batches = [tuple(part.clone() for part in batch) for batch in make_batches([5, 3], criterion)]
         metric = RelativeFlatness(loss, probes=None)
-        value = accumulated(metric, batches)  # type: ignore[arg-type]
+        value = value_of(metric, batches)  # type: ignore[arg-type]
     assert value == pytest.approx(of_union(make_batches([5, 3], criterion), criterion), rel=1e-10)
     assert torch.equal(torch.get_rng_state(), state)
     metric.update(*make_batches([2], criterion)[0])  # also afterwards, outside
@@ -251,7 +220,7 @@ def test_batches_and_epochs_draw_different_probes() -> None:
     assert len(set(values)) > 1
 
 
-def test_layouts() -> None:
+def test_class_dim_says_where_the_outputs_are() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 5, WIDTH, generator=generator)
     weight = torch.randn(CLASSES, WIDTH, generator=generator)
@@ -276,7 +245,7 @@ def test_layouts() -> None:
     ],
 )
 @pytest.mark.parametrize("loss", ["cross_entropy", F.cross_entropy], ids=["named", "any"])
-def test_bad_batches(change: dict[str, Tensor], error: type[Exception], message: str, loss: Any) -> None:
+def test_bad_batches_are_named(change: dict[str, Tensor], error: type[Exception], message: str, loss: Any) -> None:
     batch = {
         "features": torch.ones(5, 3),
         "weight": torch.ones(4, 3),
@@ -302,7 +271,7 @@ def test_bad_batches(change: dict[str, Tensor], error: type[Exception], message:
         ({"probes": 0}, "`probes` to be an integer of at least 1, or None, but got 0"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         RelativeFlatness(**options)
 
@@ -315,7 +284,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
             # Uneven in number and in size: the last rank has what is left, the first one batch.
             mine = batches[:1] if rank == 0 else batches[1 + rank - 1 :: world - 1]
             metric = RelativeFlatness(criterion)
-            results[str(name)] = accumulated(metric, mine)
+            results[str(name)] = value_of(metric, mine)
         batches = make_batches([5, 2, 3, 1, 4], nn.MSELoss())
         estimated = RelativeFlatness(log_cosh)
         for batch in batches[rank::world]:
@@ -323,7 +292,7 @@ def _worker(rank: int, folder: str, world: int) -> None:
         results["estimated"] = [part.item() for part in estimated.compute_with_error()]
         # One batch on all: only the probes can differ.
         same = RelativeFlatness(log_cosh, sync_on_compute=False)
-        results["same batch"] = accumulated(same, batches[:1])
+        results["same batch"] = value_of(same, batches[:1])
         torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -334,11 +303,11 @@ def test_processes_with_uneven_shards_equal_one_on_the_union(world: int, tmp_pat
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for name, criterion in enumerate(CRITERIA):
         batches = make_batches([5, 2, 3, 1, 4], criterion)
-        one = accumulated(RelativeFlatness(criterion), batches)
+        one = value_of(RelativeFlatness(criterion), batches)
         assert one == pytest.approx(of_union(batches, criterion), rel=1e-10)
         for result in results:
             assert result[str(name)] == pytest.approx(one, rel=1e-12)
-    exact = accumulated(RelativeFlatness(log_cosh, probes=None), make_batches([5, 2, 3, 1, 4], nn.MSELoss()))
+    exact = value_of(RelativeFlatness(log_cosh, probes=None), make_batches([5, 2, 3, 1, 4], nn.MSELoss()))
     value, error = results[0]["estimated"]
     assert results[1]["estimated"] == [value, error]
     assert abs(value - exact) < 4 * error

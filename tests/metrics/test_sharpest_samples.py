@@ -182,7 +182,7 @@ def test_positions_of_a_sample_count_together() -> None:
     assert found.tolist() == sorted(range(3), key=lambda j: -sums[j])
 
 
-def test_nothing_seen() -> None:
+def test_where_nothing_was_seen_there_are_no_samples() -> None:
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         assert SharpestSamples(3).compute().shape == (2, 0)
 
@@ -213,12 +213,12 @@ def test_over_processes(tmp_path: Any) -> None:
         ({"k": 2, "loss": nn.MSELoss(reduction="none")}, "`loss` to reduce to a mean or a sum"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SharpestSamples(**options)
 
 
-def test_plot() -> None:
+def test_the_parts_are_plotted() -> None:
     pytest.importorskip("matplotlib").use("Agg")
     sharpest = SharpestSamples(4)
     sharpest.update(*problem())
@@ -227,7 +227,7 @@ def test_plot() -> None:
     assert line.get_ydata().tolist() == pytest.approx(by_definition()[0][:4])
 
 
-def test_bad_indices() -> None:
+def test_bad_indices_are_named() -> None:
     features, weight, outputs, target = problem()
     with pytest.raises(ValueError, match=r"`indices` to be of shape \(9,\), but got \(2,\)"):
         SharpestSamples(1).update(features, weight, outputs, target, torch.tensor([0, 1]))

@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import Running
 
@@ -27,8 +25,10 @@ from lightning_relflat.functional.spectrum import (
     layer_hessian,
 )
 from lightning_relflat.metrics import FlatnessReport, LargestEigenvalue
-from tests.metrics.test_relative_flatness import CLASSES, CRITERIA, WIDTH, Batch, make_batches
+from tests.metrics.cases import CLASSES, CRITERIA, WIDTH, Batch, accumulated, make_batches
+from tests.oracles import dense_eigenvalue
 from tests.processes import process_group, spawn
+from tests.watching import Largest
 
 SCALES: tuple[Scale, ...] = ("none", "layer", "neuron")
 assert_equal = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-13, equal_nan=True)
@@ -42,17 +42,7 @@ def of_union(batches: list[Batch], criterion: Any, scale: str) -> Tensor:
     whole = hessian(lambda value: criterion(features @ value.T, target), weight)
     if not whole.isfinite().all():
         return torch.tensor(torch.nan).double()
-    if scale == "neuron":
-        blocks = torch.stack([whole[s, :, s] for s in range(len(weight))])
-        return weight.square().sum(dim=1) @ torch.linalg.eigvalsh(blocks)[:, -1]
-    value = torch.linalg.eigvalsh(whole.reshape(weight.numel(), -1))[-1]
-    return value * weight.square().sum() if scale == "layer" else value
-
-
-def accumulated(metric: Metric, batches: list[Batch]) -> Tensor:
-    for batch in batches:
-        metric.update(*batch)
-    return metric.compute()
+    return dense_eigenvalue(whole, weight, scale)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -157,30 +147,17 @@ def test_forward_reset_clone_pickle_and_merge(columns: int | None) -> None:
     metric.update(*batches[1])
 
 
-class Allocated(TorchDispatchMode):
-    """The bytes of the largest tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 def test_what_is_not_needed_takes_no_memory() -> None:
     """A sketch of 1000 × 1280 has 1.3 GB, and its columns as many."""
-    with Allocated() as allocated:
+    with Largest() as allocated:
         metric = LargestEigenvalue(in_features=1280, out_features=1000)
         FlatnessReport(in_features=1280, out_features=1000, eigenvalues=True)
-    assert allocated.largest <= 8 * 1280**2  # of the report itself
+    assert allocated.bytes <= 8 * 1280**2  # of the report itself
     features, weight = torch.ones(2, 1280), torch.zeros(1000, 1280)
-    with Allocated() as allocated:
+    with Largest() as allocated:
         for _ in range(3):
             metric.update(features, weight, torch.zeros(2, 1000), torch.zeros(2).long())
-    assert allocated.largest <= 8 * 1000 * 1280
+    assert allocated.bytes <= 8 * 1000 * 1280
     assert len(pickle.dumps(metric)) < 2**20
 
 
@@ -214,7 +191,7 @@ def test_no_more_samples_are_kept_than_there_is_room_for(
 
 @pytest.mark.parametrize("columns", [None, 300])
 @pytest.mark.parametrize("forward", [False, True])
-def test_a_running_window(columns: int | None, forward: bool) -> None:
+def test_a_running_window_is_of_its_last_batches(columns: int | None, forward: bool) -> None:
     batches = [*large_batches(), large_batches()[0]]
     window = Running(LargestEigenvalue(in_features=40, out_features=5, columns=columns), window=2)
     for number, batch in enumerate(batches):
@@ -239,7 +216,7 @@ def test_states_of_several_processes_can_be_merged() -> None:
 
 
 @pytest.mark.parametrize("columns", [None, 300])
-def test_resumed(columns: int | None) -> None:
+def test_a_state_that_was_saved_goes_on_elsewhere(columns: int | None) -> None:
     batches = large_batches()
     make = partial(LargestEigenvalue, in_features=40, out_features=5, columns=columns)
     metric, other = make(), make()
@@ -303,7 +280,7 @@ def test_a_changing_weight_gives_the_eigenvalue_of_the_average() -> None:
         ({"seed": -1}, "`seed` to be an integer of at least 0, but got -1"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument {message}"):
         make_metric(**options)
 

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm, SharpestMonitor
 from tests.models import make_trainer
 from tests.shares import Share
-from tests.together.by_hand import CAP, START, TEMPERATURE, WARMUP, Loop, coefficient_of, mean_of
 from tests.together.cases import refusals
 from tests.together.cover import Case
-from tests.together.nets import BACKEND, BATCHES, CLIP, EPOCHS, LR, Net
+from tests.together.nets import BATCHES, CLIP, EPOCHS, LR, Net
+from tests.together.plain_loop import CAP, START, TEMPERATURE, WARMUP, Loop, coefficient_of, mean_of
+from tests.watching import forget_graphs, graphs_compiled
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -86,13 +87,15 @@ def quietly() -> None:
 def judge(case: Case, *, world: int = 1) -> Verdict:
     """Train with the case's settings and with the plain loop, and compare."""
     started = Started()
-    torch._dynamo.reset()
+    forget_graphs()
     try:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             found, logged = fit(case, Path(folder), started, world=world)
     except Exception as error:
         return of_exception(case, error, started.steps)
+    if case["compiled"] != "nothing" and not graphs_compiled():
+        return Verdict("wrong", "nothing was compiled")
     loop = Loop(case, world=world)
     expected = loop.run()
     without = Loop(case, world=world, penalised=False).run()
@@ -117,7 +120,7 @@ def _expected_to_be_logged(case: Case, loop: Loop) -> dict[str, float]:
     own_statistics = case["behind"] == "batch_norm" and case["strategy"] != "single"  # each process has running ones
     averaged = case["beside"] in ("average", "swa")
     if case["monitor"] in ("flatness", "report", "layers") and not averaged and not own_statistics:
-        name = "val/layer_flatness/layer" if case["monitor"] == "layers" else "val/relative_flatness"
+        name = "val_layer_flatness/layer" if case["monitor"] == "layers" else "val/relative_flatness"
         expected[name] = loop.validated()
     return expected
 
@@ -148,7 +151,7 @@ def fit(case: Case, folder: Path, started: Started, *, world: int = 1) -> tuple[
 
 
 def _compiled(case: Case, net: nn.Module) -> Any:
-    return torch.compile(net, backend=BACKEND) if case["compiled"] == "module" else net
+    return torch.compile(net, backend="aot_eager") if case["compiled"] == "module" else net
 
 
 def _middle(case: Case) -> int:

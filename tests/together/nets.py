@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.models import Batch, Resumable
 from tests.together.cover import Case
+from tests.watching import compile_part
 
 EPOCHS, BATCHES, CLASSES, WIDTH = 2, 4, 3, 4
 CLIP = {"norm": 0.1, "value": 0.03}
 SIZES = {"even": [6, 6, 6, 6], "uneven": [6, 4, 8, 5]}
 DTYPES = {"64": torch.float64, "bf16-true": torch.bfloat16}
-BACKEND = "aot_eager"
 LR = {"sgd": 0.1, "adam": 0.05, "lbfgs": 0.3}
 VALIDATION = 2  # the seed of its data
 
@@ -104,7 +104,7 @@ class Net(L.LightningModule):
             getattr(parametrizations, case["layer"])(self.layer)
         self.to(DTYPES.get(case["precision"], torch.float32))
         if not plain and case["compiled"] in ("layer", "body"):
-            getattr(self, case["compiled"]).compile(backend=BACKEND)
+            compile_part(getattr(self, case["compiled"]))
         self.sharded = False
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_relflat.functional.large_head._tiles import Rows, Traces
 from lightning_relflat.functional.output_hessian import OutputHessian
 
 # Below so many outputs in all the plain formula is as fast, or faster, and what it keeps is no matter.
-_FEW = 1 << 21
+FEW = 1 << 21
 # Hidden layers are up to four times as wide as what enters them.
 _WIDER = 4
 # Where nothing is differentiated, so many outputs at a time, of so many samples at least, stay in a CPU's cache.
@@ -32,7 +32,7 @@ def is_large(outputs: Tensor) -> bool:
     Returns:
         Whether they are.
     """
-    return outputs.numel() >= _FEW
+    return outputs.numel() >= FEW
 
 
 def is_head_of_many(outputs: Tensor, weight: Tensor) -> bool:
@@ -84,7 +84,7 @@ def softmax_trace(
     transformed = is_transformed(logits, weight)
     if not transformed and logits.is_cpu and not torch.is_grad_enabled():
         rows = max(_BLOCK_ROWS, _BLOCK // max(1, logits.shape[1]))
-        if rows * logits.shape[1] < _FEW:
+        if rows * logits.shape[1] < FEW:
             matrix = _with_fewer_columns(_matrix(weight, directions, factor, dtype), len(logits))
             return torch.cat([_plain(part, matrix, temperature) for part in torch.split(logits, rows)])
     if transformed or not is_large(logits):

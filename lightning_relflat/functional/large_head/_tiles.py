@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 # Samples and entries of a tile. On a CPU it stays in the cache between its passes; a GPU wants large products.
-_TILE, _TILE_ROWS = 1 << 19, 1 << 9
+TILE, TILE_ROWS = 1 << 19, 1 << 9
 _GPU_TILE, _GPU_TILE_ROWS = 1 << 25, 1 << 13
 
 
@@ -36,7 +36,7 @@ class Rows:
         rows = Rows(weight, weight.mean(dim=0, dtype=factor.dtype) * -factor, factor)
         if directions is None:
             return rows
-        step = max(1, (_TILE if weight.is_cpu else _GPU_TILE) // max(1, weight.shape[1]))
+        step = max(1, (TILE if weight.is_cpu else _GPU_TILE) // max(1, weight.shape[1]))
         matrix = torch.cat([rows[at : at + step] @ directions for at in range(0, max(1, len(weight)), step)])
         return Rows(matrix, torch.zeros_like(matrix[0]), torch.ones_like(factor))
 
@@ -151,8 +151,8 @@ class Traces:
 def _tiling(logits: Tensor, dtype: torch.dtype) -> tuple[list[slice], list[slice], Tensor]:
     """Return the rows and columns of tiles, and space for one."""
     (n, d), on_cpu = logits.shape, logits.device.type == "cpu"
-    rows = max(1, min(n, _TILE_ROWS if on_cpu else _GPU_TILE_ROWS))
-    columns = max(1, min(d, (_TILE if on_cpu else _GPU_TILE) // rows))
+    rows = max(1, min(n, TILE_ROWS if on_cpu else _GPU_TILE_ROWS))
+    columns = max(1, min(d, (TILE if on_cpu else _GPU_TILE) // rows))
     space = logits.new_empty(rows * columns, dtype=dtype)
     return (
         [slice(at, at + rows) for at in range(0, n, rows)],

@@ -28,11 +28,11 @@ KEPT = 2**22
 # How near the bounds of kept samples come, relative to the eigenvalue.
 _TOLERANCE = 1e-10
 # Up to this size, and this many numbers, the matrices themselves are made: 16 MiB.
-_DENSE_SIZE = 512
-_DENSE = 2**21
+DENSE_SIZE = 512
+DENSE = 2**21
 # After so many products with kept samples, and numbers n·d·m in them, a lower bound with this estimated error will do.
-_PATIENCE = 64
-_WORK = 2**36
+PATIENCE = 64
+WORK = 2**36
 _ESTIMATED = 1e-6
 # As many products are never needed but by a top that is degenerate to the tolerance.
 _ITERATIONS = 10_000
@@ -92,11 +92,11 @@ def largest_eigenvalue(
             ``sync``: on all processes together), or an argument is not what it should be.
         RuntimeError: if the bounds are still further apart after ``max_iterations`` products.
 
-    Example:
+    Examples:
         Mean squared error of one output: H = 2 · mean(φφᵀ), here with the eigenvalues 1 and 4.
 
         >>> import torch
-        >>> from lightning_relflat.functional.spectrum import largest_eigenvalue
+        >>> from lightning_relflat.functional import largest_eigenvalue
         >>> features, weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0]])
         >>> batches = [(row[None], weight, row[None] @ weight.T) for row in features]
         >>> largest_eigenvalue(batches, loss="mse")
@@ -245,9 +245,9 @@ def largest_eigenvalue_bounds(
         ValueError: if shapes do not fit, the target is missing or does not fit, an argument is not what it should
             be, or the curvature of what is sketched is negative (as with negative class weights).
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.spectrum import largest_eigenvalue_bounds
+        >>> from lightning_relflat.functional import largest_eigenvalue_bounds
         >>> features, weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0]])
         >>> lower, upper = largest_eigenvalue_bounds(features, weight, features @ weight.T, loss="mse")
         >>> lower, (upper - lower) < 1e-9
@@ -302,7 +302,7 @@ def bounds_from_samples(hessian: LayerHessian, *, add_up: bool, seed: int = 0) -
     if _is_dense(count, size):
         bounds = dense_bounds(matrices(near), add_up=add_up)
     else:
-        patience = max(_PATIENCE, _WORK // max(1, len(near.features) * d * m))
+        patience = max(PATIENCE, WORK // max(1, len(near.features) * d * m))
         bounds = lanczos(
             lambda vectors: near.product(vectors.view(shape)).reshape(vectors.shape),
             _start(count, size, seed).to(near.features.device),
@@ -312,7 +312,7 @@ def bounds_from_samples(hessian: LayerHessian, *, add_up: bool, seed: int = 0) -
             estimated=_ESTIMATED,
             patience=patience,
             # Where a product takes long, and few of them decide.
-            rough=_rough(near, shape) if patience == _PATIENCE else None,
+            rough=_rough(near, shape) if patience == PATIENCE else None,
         )
     return Bounds(*map(extent.times, bounds))
 
@@ -366,7 +366,7 @@ def _sizes(d: int, m: int, *, blocks: bool) -> tuple[int, int]:
 
 
 def _is_dense(count: int, size: int) -> bool:
-    return size <= _DENSE_SIZE and count * size**2 <= _DENSE
+    return size <= DENSE_SIZE and count * size**2 <= DENSE
 
 
 def _start(count: int, size: int, seed: int) -> Tensor:

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat._shown import show_call
 from lightning_relflat.functional._checks import check_floating, full_precision
 from lightning_relflat.functional.layer_measures import Scale, check_scale, row_scales
 from lightning_relflat.functional.output_hessian import OutputHessian, Target, as_criterion
 from lightning_relflat.functional.relative_flatness import _flatten
 
 # How many numbers of n·d·k a product makes at once on a processor: 8 MiB, for its cache.
-_CHUNK = 2**20
-_LEAST_ROWS = 64
+CHUNK = 2**20
+LEAST_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,9 @@ class LayerHessian:
     scales: Tensor
     own: Tensor
     blocks: bool
+
+    def __repr__(self) -> str:
+        return show_call(self)
 
     def product(self, vector: Tensor) -> Tensor:
         """Return the Hessian times ``vector``.
@@ -63,7 +67,7 @@ class LayerHessian:
         images = vectors.new_zeros(rows * count, width)
         group = len(self.features)
         if self.features.device.type == "cpu":
-            group = max(_LEAST_ROWS, _CHUNK // (rows * count))
+            group = max(LEAST_ROWS, CHUNK // (rows * count))
         for start in range(0, len(self.features), max(1, group)):
             part = slice(start, start + group)
             moved = (self.features[part] @ columns).view(-1, len(vectors), count).expand(-1, rows, -1)
@@ -213,9 +217,9 @@ def layer_hessian(
         ValueError: if shapes do not fit, the criterion or scale is not known, or the target is missing or does not
             fit.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from lightning_relflat.functional.spectrum import layer_hessian
+        >>> from lightning_relflat.functional import layer_hessian
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]])
         >>> layer_hessian(features, weight, features @ weight.T, loss="mse").product(torch.eye(2).double()[:1])
         tensor([[2., 4.]], dtype=torch.float64)

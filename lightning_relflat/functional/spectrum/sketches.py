@@ -12,10 +12,10 @@ from lightning_relflat.functional.spectrum.lanczos import Bounds, dense_bounds
 from lightning_relflat.functional.spectrum.operator import LayerHessian
 
 # How many numbers a sketch holds where the number of its columns is left open: 16 MiB.
-_SKETCH = 2**21
-_LEAST_COLUMNS = 128
+SKETCH = 2**21
+LEAST_COLUMNS = 128
 # How many numbers of n·d·k a sketch makes at once, or those of one column where these are more.
-_GROUP = 2**20
+GROUP = 2**20
 # Directions whose part in a sketch is smaller than this, relative to the largest, are known to few digits only.
 _ROUNDING = 1e-9
 # What rounding leaves of a sketched eigenvalue, relative to it, with directions as small as that.
@@ -40,7 +40,7 @@ def count_columns(out_features: int, in_features: int, *, blocks: bool, columns:
         ValueError: if ``columns`` is not an integer of at least 1.
     """
     if columns is None:
-        columns = max(_LEAST_COLUMNS, _SKETCH // (out_features * in_features))
+        columns = max(LEAST_COLUMNS, SKETCH // (out_features * in_features))
     check_count("columns", columns, at_least=1)
     return min(columns, in_features if blocks else out_features * in_features)
 
@@ -100,7 +100,7 @@ def sketch(hessian: LayerHessian, test: Tensor) -> Tensor:
 
 def _products(hessian: LayerHessian, vectors: Tensor) -> Tensor:
     """Multiply with some vectors at a time: all at once would be n·d·k numbers."""
-    group = max(1, _GROUP // max(1, hessian.own.numel()))
+    group = max(1, GROUP // max(1, hessian.own.numel()))
     starts = range(0, vectors.shape[2], group)
     return torch.cat([hessian.products(vectors[:, :, start : start + group]) for start in starts], dim=2)
 
@@ -111,7 +111,7 @@ def _matrix(hessian: LayerHessian) -> Tensor:
     assert root is not None
     d, m = len(hessian.scales), features.shape[1]
     whole = features.new_zeros(d * m, d * m)
-    group = max(1, _GROUP // (d * m))
+    group = max(1, GROUP // (d * m))
     for start in range(0, len(features), group):
         part = slice(start, start + group)
         pulls = (root[part, :, None] * features[part, None, :]).flatten(1)
