@@ -40,6 +40,8 @@ from torch.nn import functional as F
 Name: TypeAlias = Literal["cnn", "resnet", "vit", "encoder"]
 Setting: TypeAlias = "tuple[str, float]"
 Outcome: TypeAlias = "dict[str, Any]"
+NETWORKS_IN_ORDER: tuple[Name, ...] = ("cnn", "encoder", "resnet", "vit")
+REGIMES_IN_ORDER: tuple[Regime, ...] = ("wrong labels", "few samples", "clean data")
 PLAIN: Setting = ("", 0.0)
 CANDIDATES: dict[str, list[Setting]] = {
     "FAM": [("λ", 0.01), ("λ", 0.03), ("λ", 0.1), ("c", 0.1), ("c", 0.3)],
@@ -349,43 +351,48 @@ def _words(found: Outcome) -> str:
 
 def draw(results: Outcome, path: Path) -> None:
     """Draw the differences in test accuracy: a column for each network and its data, a row for each method."""
-    cells = results["cells"]
-    present = {budget: {key for cell in cells.values() for key in cell["budgets"][budget]} for budget in BUDGETS}
+    order = [f"{name}, {regime}" for regime in REGIMES_IN_ORDER for name in NETWORKS_IN_ORDER]
+    cells = [results["cells"][key] for key in order if key in results["cells"]]
+    present = {budget: {key for cell in cells for key in cell["budgets"][budget]} for budget in BUDGETS}
     rows = [("steps", f"FAM, {role}") for role in ROLES] + [("steps", key) for key in OTHERS]
     rows += [(budget, key) for budget in ("large", "small") for key in (BEST, *SAMS)]
     rows = [(budget, key) for budget, key in rows if key in present[budget]]
     tops = [0.0]
     for (budget, _), (after, _) in itertools.pairwise(rows):
         tops.append(tops[-1] + 1 + (after != budget))
-    figure = new_figure(2.6 + 0.95 * len(cells), 1.6 + 0.3 * (tops[-1] + 1))
+    places: list[float] = []  # of the columns; other data stand a little apart
+    for number, cell in enumerate(cells):
+        apart = number > 0 and cells[number - 1]["regime"] != cell["regime"]
+        places.append(places[-1] + 1 + 0.3 * apart if places else 0.0)
+    figure = new_figure(2.2 + 0.6 * (places[-1] + 1), 1.35 + 0.27 * (tops[-1] + 1))
     axis = figure.subplots()
     norm, colours = SymLogNorm(3, vmin=-30, vmax=30), colormaps["PuOr_r"]
-    for column, cell in enumerate(cells.values()):
+    for place, cell in zip(places, cells, strict=True):
         for top, (budget, key) in zip(tops, rows, strict=True):
             found = cell["budgets"][budget].get(key)
             if found is None:
-                axis.text(column, top, "·", ha="center", va="center")
+                axis.text(place, top, "·", ha="center", va="center")
                 continue
             accuracy = found["difference"]["test accuracy (%)"]
             sure = accuracy["low"] > 0 or accuracy["high"] < 0
             # From the lighter part of the map, so that black can be read on all of it.
             colour = colours(0.15 + 0.7 * float(norm(accuracy["mean"]))) if sure else "#e4e4e4"
-            axis.add_patch(Rectangle((column - 0.48, top - 0.46), 0.96, 0.92, color=colour, linewidth=0))
-            words = f"{accuracy['mean']:+.1f}".replace("-", "−")
+            axis.add_patch(Rectangle((place - 0.48, top - 0.46), 0.96, 0.92, color=colour, linewidth=0))
+            words = f"{accuracy['mean']:+.1f}".replace("-", "−").replace("−0.0", "0.0").replace("+0.0", "0.0")
             weight = "bold" if sure else "normal"
-            axis.text(column, top, words, ha="center", va="center", color="black", fontsize=10, weight=weight)
+            axis.text(place, top, words, ha="center", va="center", color="black", fontsize=10, weight=weight)
     for top, (budget, key) in zip(tops, rows, strict=True):
         if key == rows[0][1] or top - 1 not in tops:
-            axis.text(-0.5, top - 0.62, BUDGETS[budget], ha="right", va="bottom", fontsize=9, style="italic")
-    titles = [
-        f"{NETWORKS[cell['network']].title}\n{REGIMES[cell['regime']].title}\n"
-        f"plain {_mean(cell['plain'], 'test accuracy (%)'):.1f} %"
-        for cell in cells.values()
-    ]
-    axis.set_xticks(range(len(cells)), titles, fontsize=8)
+            axis.text(-0.55, top - 0.55, BUDGETS[budget], ha="right", va="bottom", fontsize=10, style="italic")
+    for regime in dict.fromkeys(cell["regime"] for cell in cells):
+        those = [place for place, cell in zip(places, cells, strict=True) if cell["regime"] == regime]
+        axis.text(sum(those) / len(those), -2.75, REGIMES[regime].title, ha="center", fontsize=11, weight="bold")
+    titles = [f"{NETWORKS[cell['network']].title}\n{_mean(cell['plain'], 'test accuracy (%)'):.1f} %" for cell in cells]
+    axis.text(-0.55, -1.35, "plain training", ha="right", fontsize=10)
+    axis.set_xticks(places, titles, fontsize=10)
     axis.xaxis.tick_top()
-    axis.set_yticks(tops, [key for _, key in rows], fontsize=9)
-    axis.set(xlim=(-0.5, len(cells) - 0.5), ylim=(tops[-1] + 0.5, -1.2))
+    axis.set_yticks(tops, [key for _, key in rows], fontsize=10)
+    axis.set(xlim=(-0.5, places[-1] + 0.5), ylim=(tops[-1] + 0.5, -1.2))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     figure.savefig(path, dpi=110, transparent=True)
@@ -424,8 +431,8 @@ def tabulate(cell: Outcome) -> Table:
 
 
 def main(
-    networks: tuple[Name, ...] = ("cnn", "encoder", "resnet", "vit"),
-    regimes: tuple[Regime, ...] = ("wrong labels", "few samples", "clean data"),
+    networks: tuple[Name, ...] = NETWORKS_IN_ORDER,
+    regimes: tuple[Regime, ...] = REGIMES_IN_ORDER,
     steps: PositiveInt | None = None,
     seeds: PositiveInt = 10,
     tuning_seeds: PositiveInt = 2,
