@@ -34,6 +34,8 @@ def tracked() -> list[str]:
     try:
         found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
+        found = []
+    if "pyproject.toml" not in found:
         return [
             str(path.relative_to(ROOT))
             for path in ROOT.rglob("*")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from jsonargparse import ArgumentParser, Namespace, dict_to_namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_relflat.cli._data import NAMES, Part
 from lightning_relflat.cli._labels import labels
@@ -66,7 +66,7 @@ class Page(Result):
         """
         assert self.save is not None
         write_whole(Path(config.out), self.save)
-        super().write(dict_to_namespace({"out": None, "json": config.json}), stdout)
+        super().write(Namespace(out=None, json=config.json), stdout)  # type: ignore[no-untyped-call]  # theirs
 
 
 def run(config: Namespace, given: Namespace) -> Result:
