@@ -24,6 +24,7 @@ TORCH = ["torch==2.13.0"]
 VISION = ["torch==2.14.1", "torchvision==0.29.1"]
 # What the tests of the package import, without what the studies, the documents and the comparisons take.
 TOOLS = ["hypothesis", "matplotlib", "packaging", "pytest", "pytest-timeout", "pytest-xdist", "scikit-learn"]
+MODELS = ["transformers==4.46.*", "peft==0.14.*"]  # later ones ask for a later PyTorch
 # The tests of the package that take neither a compiler nor several processes.
 PATHS = ["tests/functional", "tests/metrics", "tests/callbacks", "tests/test_layer_tap.py", "tests/test_claims.py"]
 PLAIN = "not compiled and not ddp and not browser"
@@ -45,7 +46,7 @@ def lower_bounds_of(project: dict[str, Any]) -> list[str]:
 @nox.session
 def lower_bounds(session: nox.Session) -> None:
     """Test with the oldest packages that pyproject.toml allows."""
-    session.install(*lower_bounds_of(PROJECT), *TOOLS, ".[cli]")
+    session.install(*lower_bounds_of(PROJECT), *TOOLS, *MODELS, ".[cli]")
     session.run("python", "-m", "pip", "list")
     arguments = session.posargs or ["-n", "2", "-m", PLAIN, *PATHS]
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *arguments, env={"OMP_NUM_THREADS": "1"})

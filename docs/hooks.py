@@ -58,8 +58,7 @@ def to_mathml(formula: str, *, display: bool) -> str:
     Raises:
         ValueError: if something in it is not known.
     """
-    math = convert_to_element(formula.strip())
-    math.set("display", "block" if display else "inline")
+    math = convert_to_element(formula.strip(), display="block" if display else "inline")
     for element in math.iter():
         element.text = html.unescape(element.text or "")
     for element in math.iter():

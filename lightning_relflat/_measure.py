@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ def measure(
         name=name,
         sync_on_compute=False,  # what another process measures is its own affair
     )
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = len(loader) if isinstance(loader, Sized) else None
     done = 0
     with undisturbed(bare, training=training), telling(progress, total) as tell:
         for batch in loader:

@@ -144,6 +144,20 @@ def test_the_metric_needs_no_lightning() -> None:
     assert "is blocked" in found.stderr
 
 
+def test_measuring_a_model_needs_no_lightning() -> None:
+    found = run_code(
+        BLOCKER.replace(str(BLOCKED), str(("lightning", "lightning_fabric", "pytorch_lightning")))
+        + """
+import torch
+from lightning_relflat import Report, measure
+report = measure(torch.nn.Linear(2, 2), [(torch.ones(3, 2), torch.tensor([0, 1, 0]))])
+assert isinstance(report, Report) and report.relative_flatness > 0
+assert report._repr_html_() and str(report) and report.to_dict()
+"""
+    )
+    assert found.returncode == 0, found.stderr
+
+
 def test_the_blocker_blocks() -> None:
     """So that the tests above can fail."""
     lines = [f"from lightning_relflat import {name}" for name in PUBLIC] + [f"import {name}" for name in BLOCKED]

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_relflat import Report, measure
+from lightning_relflat import FlatnessMonitor, Report, measure
+from lightning_relflat.callbacks._whole_report import WholeReport
 from tests.oracles import kappa, kappa_of_layer, kappa_per_sample
 
 SIZES = (7, 5, 1)  # uneven, and a last batch of one
@@ -165,7 +167,7 @@ def test_numbers_are_taken_for_a_mean_squared_error() -> None:
     target = torch.randn(len(inputs), dtype=torch.float64)  # without the outputs' last dimension
     report = measure(model, batches(inputs, target))
     features = model[1](model[0](inputs))
-    expected = 2 * features.square().sum(dim=1).mean() * model[2].weight.square().sum()
+    expected = 2 * features.square().sum(dim=1).mean() * model.get_parameter("2.weight").square().sum()
     assert report.loss.name == "mse"
     assert report.relative_flatness == pytest.approx(number(expected), rel=1e-10)
     assert report.classes == ()
@@ -174,10 +176,6 @@ def test_numbers_are_taken_for_a_mean_squared_error() -> None:
 
 def test_any_callable_is_estimated_with_its_error() -> None:
     model, (inputs, target) = net(), data()
-
-    def focal(outputs: Tensor, target: Tensor) -> Tensor:
-        misses = 1 - outputs.softmax(1).gather(1, target[:, None])[:, 0]
-        return (misses**2 * F.cross_entropy(outputs, target, reduction="none")).mean()
 
     report = measure(model, batches(inputs, target), loss=focal, probes=300)
     expected = number(kappa_of_layer(model[2], lambda: focal(model(inputs), target)))
@@ -383,7 +381,7 @@ def test_where_there_is_doubt_no_loss_is_inferred(outputs: Tensor, target: Any, 
 )
 def test_what_is_wrong_is_said(change: dict[str, Any], kind: type[Exception], words: str) -> None:
     inputs, target = data()
-    arguments = {"model": net(), "loader": [(inputs, target)]} | change
+    arguments: dict[str, Any] = {"model": net(), "loader": [(inputs, target)]} | change
     with pytest.raises(kind, match=words):
         measure(**arguments)
 
@@ -422,7 +420,8 @@ def test_compiled_and_wrapped_models_are_measured_as_they_are_within() -> None:
     model, (inputs, target) = net(), data()
     expected = measure(model, [(inputs, target)])
     assert measure(nn.DataParallel(model), [(inputs, target)]) == expected
-    assert measure(torch.compile(model, backend="eager"), [(inputs, target)]) == expected
+    compiled: Any = torch.compile(model, backend="eager")
+    assert measure(compiled, [(inputs, target)]) == expected
 
 
 def test_the_name_is_a_function_however_it_is_imported() -> None:
@@ -432,3 +431,62 @@ def test_the_name_is_a_function_however_it_is_imported() -> None:
     assert callable(lightning_relflat.measure)
     assert again is measure
     assert isinstance(measure(net(), [data()]), Report)
+
+
+def focal(outputs: Tensor, target: Tensor) -> Tensor:
+    misses = 1 - outputs.softmax(1).gather(1, target[:, None])[:, 0]
+    return (misses**2 * F.cross_entropy(outputs, target, reduction="none")).mean()
+
+
+class Module(L.LightningModule):
+    """The same in a Trainer."""
+
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.criterion = net(), criterion
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("criterion", [F.cross_entropy, focal])
+def test_a_trainer_that_validates_gives_the_same(criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """With the same probes, too, where κ is estimated."""
+    values = data()
+    monitor, whole = FlatnessMonitor(seed=3), WholeReport(seed=3, name="Sequential")
+    trainer = L.Trainer(
+        logger=False,
+        callbacks=[monitor, whole],
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader: Any = DataLoader(batches(*values), batch_size=None)  # type: ignore[arg-type]  # a list is a data set
+    [logged] = trainer.validate(Module(criterion), loader, verbose=False)
+    own = measure(net(), batches(*values), loss=criterion, seed=3)
+    assert logged["val/relative_flatness"] == pytest.approx(own.relative_flatness, rel=1e-12)
+    assert logged.get("val/relative_flatness_error", 0.0) == pytest.approx(own.error, rel=1e-12)
+    found = whole.reports["val"]
+    assert found.sentences()[0] == "The loss is that of the validation step."
+    assert [one.name for one in found.layers] == ["net.0", "net.2"]
+    assert [one.relative_flatness for one in found.layers] == [one.relative_flatness for one in own.layers]
+    for name in ("relative_flatness", "error", "made_of", "mean_loss", "samples"):
+        assert getattr(found, name) == pytest.approx(getattr(own, name), rel=1e-12), name
+    assert found.accuracy == own.accuracy
+    assert [(one.name, one.samples) for one in found.classes] == [(one.name, one.samples) for one in own.classes]
+    for one, other in zip(found.sharpest, own.sharpest, strict=True):
+        assert (one.index, one.label, one.prediction) == (other.index, other.label, other.prediction)
+        assert one.relative_flatness == pytest.approx(other.relative_flatness, rel=1e-12)
+
+
+def test_a_named_loss_of_a_step_is_one_of_the_layer_s_outputs() -> None:
+    values = data()
+    whole = WholeReport(loss="cross_entropy", layers=None)
+    trainer = L.Trainer(logger=False, callbacks=[whole], accelerator="cpu", enable_progress_bar=False)
+    loader: Any = DataLoader(batches(*values), batch_size=None)  # type: ignore[arg-type]
+    trainer.validate(Module(focal), loader, verbose=False)
+    found = whole.reports["val"]
+    assert found.relative_flatness == measure(net(), batches(*values), layers=None).relative_flatness
+    assert "No step has shown that it is the one trained with." in found.sentences()[0]

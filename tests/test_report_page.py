@@ -219,13 +219,13 @@ def test_the_plot_has_a_panel_for_each_part() -> None:
     assert len(make().plot().axes) == 1
 
 
-def test_a_plot_without_matplotlib_names_the_extra() -> None:
+def test_a_plot_without_matplotlib_says_what_is_missing() -> None:
     code = (
         "import importlib.util\nfrom lightning_relflat.report._plot import plot_reports\n"
         "importlib.util.find_spec = lambda name: None\nplot_reports({})"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "pip install lightning-relflat[figures]" in found.stderr
+    assert "pip install matplotlib" in found.stderr
 
 
 def decoded(data: bytes) -> Tensor:

@@ -275,5 +275,6 @@ def test_mathml() -> None:
     assert '<mo stretchy="false">≤</mo>' in formula
     assert '<mo lspace="0.167em" rspace="0">Tr</mo>' in formula
     assert '<mrow><mi>s</mi><mo lspace="0" rspace="0">′</mo></mrow>' in formula
+    assert "<munder><mo>∑</mo>" in hooks.to_mathml(r"\sum_i x_i", display=True)
     with pytest.raises(ValueError, match="to be of known commands"):
         hooks.to_mathml(r"\nosuchcommand x", display=False)

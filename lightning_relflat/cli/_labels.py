@@ -26,7 +26,7 @@ def labels(places: Sequence[str], facts: Sequence[Mapping[str, Any]] = (), betwe
     Returns:
         The names.
 
-    Example:
+    Examples:
         >>> from lightning_relflat.cli._labels import labels
         >>> labels(["w3.ckpt", "runs/w6.ckpt"])
         ['w3', 'w6']

@@ -66,7 +66,7 @@ class Page(Result):
         """
         assert self.save is not None
         write_whole(Path(config.out), self.save)
-        super().write(Namespace(out=None, json=config.json), stdout)
+        super().write(Namespace(out=None, json=config.json), stdout)  # type: ignore[no-untyped-call]  # theirs
 
 
 def run(config: Namespace, given: Namespace) -> Result:

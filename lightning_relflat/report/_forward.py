@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -31,8 +32,7 @@ def device_of(model: nn.Module) -> torch.device | None:
     Returns:
         The device; ``None`` for a model without numbers.
     """
-    first = next(model.parameters(), None)
-    first = next(model.buffers(), None) if first is None else first
+    first: Tensor | None = next(itertools.chain(model.parameters(), model.buffers()), None)
     return None if first is None else first.device
 
 
@@ -69,7 +69,7 @@ def key_of(batch: Any, target: Target) -> Target:
     Returns:
         The place.
     """
-    if target == 1 and isinstance(target, int) and isinstance(batch, Mapping) and 1 not in batch:
+    if type(target) is int and target == 1 and isinstance(batch, Mapping) and 1 not in batch:
         named = [name for name in _LABELS if name in batch]
         return named[0] if len(named) == 1 else target
     return target

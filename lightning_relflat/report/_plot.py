@@ -28,9 +28,7 @@ def plot_reports(reports: Mapping[str, Report]) -> Figure:
         ModuleNotFoundError: if matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            "A plot of a report needs matplotlib. Install it with `pip install lightning-relflat[figures]`."
-        )
+        raise ModuleNotFoundError("A plot of a report needs matplotlib. Install it with `pip install matplotlib`.")
     from matplotlib.figure import Figure
 
     panels = [

@@ -170,7 +170,8 @@ class Report:
         """Return the report as plain values, which JSON can hold: what is not known or not finite is ``None``."""
         from lightning_relflat.report._text import plain_values
 
-        return plain_values(self)
+        found: dict[str, Any] = plain_values(self)
+        return found
 
     def plot(self) -> Figure:
         """Draw κ of the layers, of the classes and of the sharpest samples.

@@ -21,7 +21,7 @@ vertical-align:top;font-variant-numeric:tabular-nums;background:none}
 .relflat thead th{color:var(--soft);font-weight:600}
 .relflat tbody th{font-weight:500;white-space:nowrap}
 .relflat td{white-space:nowrap}
-.relflat .wide td:last-child{white-space:normal;min-width:9rem}
+.relflat .wide td:last-child{white-space:normal;min-width:8rem}
 .relflat td:last-child{overflow-wrap:anywhere}
 .relflat em{color:var(--soft);font-size:.8em}
 .relflat .bar{position:relative;display:block;min-width:9rem;padding:0 .4rem;white-space:nowrap}
@@ -32,4 +32,6 @@ vertical-align:top;font-variant-numeric:tabular-nums;background:none}
 overflow-wrap:anywhere}
 .relflat figure.wrong{border-color:var(--wrong)}
 .relflat img{width:96px;max-height:144px;object-fit:contain;image-rendering:pixelated;display:block;margin:0 auto 6px}
+@media (max-width:480px){.relflat table{font-size:.8rem}.relflat th,.relflat td{padding-right:.5rem}
+.relflat .bar{min-width:7rem}}
 """

@@ -38,7 +38,7 @@ def text_of(report: Report) -> str:
         rows += [] if report.network is None else [("sum", shown(*report.network), "")]
         blocks.append(table(("layer", "κ", "what it is"), rows))
     if report.classes:
-        rows = [
+        classes = [
             (
                 one.name,
                 number(one.relative_flatness),
@@ -47,13 +47,13 @@ def text_of(report: Report) -> str:
             )
             for one in report.classes
         ]
-        blocks.append(table(("class", "κ", "right", "samples"), rows))
+        blocks.append(table(("class", "κ", "right", "samples"), classes))
     if report.sharpest:
-        rows = [
+        sharpest = [
             (str(one.index), number(one.relative_flatness), one.label or "–", one.prediction or "–")
             for one in report.sharpest
         ]
-        blocks.append(table(("sharpest", "part in κ", "label", "predicted"), rows))
+        blocks.append(table(("sharpest", "part in κ", "label", "predicted"), sharpest))
     return "\n\n".join(blocks)
 
 

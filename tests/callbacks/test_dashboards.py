@@ -77,9 +77,9 @@ def documented(heading: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for line in section.partition("\n## ")[0].splitlines():
         if line.startswith("| `"):
-            group, names = line.strip("| ").split(" | ")[:2]
-            for one in re.findall(r"`(\w+)/`", group):
-                found.setdefault(one, set()).update(re.findall(r"`(.+?)`", names))
+            words = re.findall(r"`(.+?)`", line.strip("| ").split(" | ")[0])
+            for group in (word for word in words if word.endswith("/")):
+                found.setdefault(group[:-1], set()).update(word for word in words if not word.endswith("/"))
     return found
 
 

@@ -333,17 +333,23 @@ def test_of_a_layer_further_back_kappa_is_estimated_and_nothing_more_is_told(
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("command", ["measure", "layers", "compare"])
+@pytest.mark.parametrize("command", ["measure", "report", "layers", "compare"])
 def test_ctrl_c_shows_what_was_measured(
-    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    checkpoints: dict[int, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(ROOT)
     several = list(checkpoints.values())
     argv = [command, *(several[:1] if command == "measure" else several), *STUDY]
+    argv += ["--out", str(tmp_path / "page.html")] if command == "report" else []
     # A checkpoint takes two validations, but only one for its layers.
     after, note = {
         "measure": (1, "Interrupted: nothing was measured on validation data."),
         "layers": (2, "Interrupted after 2 of 3 checkpoints."),
+        "report": (2, "Interrupted after 2 of 3 checkpoints."),
         "compare": (5, "Interrupted after 2 of 3 runs."),
     }[command]
     handler = signal.getsignal(signal.SIGINT)
@@ -369,7 +375,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "name a command"),
-    "no such command": (["foo"], "there is no command 'foo'; name one of measure, compare, layers, coefficient"),
+    "no such command": (["foo"], "there is no command 'foo'; name one of measure, compare, layers, report, coef"),
     "a typo": (["mesure"], "there is no command 'mesure'; did you mean measure?"),
     "no such option": (["measure", CKPT, "--nope"], "unrecognized arguments: --nope"),
     "no checkpoint": (["measure", *STUDY], "name a checkpoint"),
@@ -527,7 +533,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [old]
 
 
-@pytest.mark.parametrize("command", ["measure", "compare", "layers", "coefficient"])
+@pytest.mark.parametrize("command", ["measure", "report", "compare", "layers", "coefficient"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -538,17 +544,19 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "measure": (["measure", CKPT, *STUDY], "relative_flatness"),
     "compare": (["compare", CKPT, *STUDY], "val/relative_flatness"),
     "layers": (["layers", CKPT, *STUDY], "body"),
+    "report": (["report", CKPT, *STUDY, "--out", "«page»"], "The page is "),
     "coefficient": (["coefficient", *SEARCH, "--epochs", "2", "--seeds", "1", "--lowest", "1"], "Suggested: λ ="),
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs_in_a_terminal(
-    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch
+    command: str, checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
     argv, expected = COMMANDS[command]
-    code, shown = in_a_terminal([checkpoints[6] if value == CKPT else value for value in argv], monkeypatch)
+    places = {CKPT: checkpoints[6], "«page»": str(tmp_path / "page.html")}
+    code, shown = in_a_terminal([places.get(value, value) for value in argv], monkeypatch)
     assert code == 0, shown
     assert expected in shown
 

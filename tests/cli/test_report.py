@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -49,12 +50,20 @@ def test_checkpoints_stand_side_by_side_on_one_page(
     assert text.count("<section>") == 2
     assert "times flatter than" in text
     assert "https://" not in text
+
+    def forward(model: Any, batch: Any) -> Any:
+        return model.head(model.features(batch[0]))
+
     for path, one in zip(checkpoints, found["checkpoints"], strict=True):
         net = study.Net.load_from_checkpoint(path)
         data = study.Data()
         data.setup("fit")
-        net.forward = lambda inputs, net=net: net.head(net.features(inputs))  # type: ignore[method-assign]
-        own = measure(net, data.val_dataloader(), layer="head")
+        own = measure(
+            net,
+            data.val_dataloader(),
+            layer="head",
+            forward=forward,
+        )
         assert one["relative_flatness"] == pytest.approx(own.relative_flatness, rel=1e-6)
         assert one["mean_loss"] == pytest.approx(own.mean_loss, rel=1e-6)
         assert one["samples"] == own.samples
