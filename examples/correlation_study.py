@@ -52,7 +52,7 @@ CLASSES = 10
 CHECK = 5  # steps between two looks at the training loss
 FACTOR = 5.0  # rescaled by a factor between 1/5 and 5, uniform in its logarithm
 PUBLISHED = 0.91  # relative flatness, Pearson: LeNet5 on CIFAR10, Petzka et al. 2021
-VERSIONS = {"as trained": ("#2b83c6", "o"), "layers rescaled": ("#e0701a", "s"), "neurons rescaled": ("#8a5bb5", "D")}
+VERSIONS = {"as trained": ("#2b83c6", "o"), "layers rescaled": ("#e0701a", "s"), "neurons rescaled": ("#6a3d9a", "D")}
 GAPS = {"loss": "test loss − training loss", "accuracy": "training accuracy − test accuracy"}
 MEASURES = {  # of the last layer, if not said otherwise
     "relative_flatness": "κ",
@@ -323,7 +323,7 @@ def draw_networks(
     figure = new_figure(13, 7.5)
     grid = figure.subplots(len(VERSIONS), len(shown), sharex="col", sharey=True)
     noise = np.array([setting.label_noise for setting in settings])
-    colours = ("#2b83c6", "#e0701a", "#8a5bb5", GREY)
+    colours = ("#2b83c6", "#e0701a", "#6a3d9a", GREY)
     for row, version in zip(grid, VERSIONS, strict=True):
         for axis, name in zip(row, shown, strict=True):
             for level, colour, marker in zip(sorted(set(noise)), itertools.cycle(colours), itertools.cycle("osD^")):

@@ -41,7 +41,7 @@ OTHERS = ("digits 8 and 9", "pixels shuffled", "other data set")
 KINDS = (*OTHERS, *(f"turned by {angle:g}°" for angle in TURNS), *(f"noise of {noise:g}" for noise in NOISES))
 SCORES = {  # larger: more foreign
     "κ": "#e0701a",
-    "κ, ‖φ‖ = 1": "#8a5bb5",
+    "κ, ‖φ‖ = 1": "#6a3d9a",
     "κ, layer before": "#b8860b",
     "1 − max softmax": "#2b83c6",
     "entropy": "#1b9e77",

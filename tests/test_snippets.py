@@ -17,9 +17,10 @@ README = ROOT / "README.md"
 PAGES = [README, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if "```python" in page.read_text())]
 
 
-def shown_below(text: str, end: int) -> str | None:
-    """Return the output that stands below a block, with nothing but commands and a sentence between them."""
-    match = re.match(r"\s*(?:```sh\n.*?```\s*)?(?:[^`#\n][^`\n]*\n\s*)?```text\n(.*?)```", text[end:], re.DOTALL)
+def shown_below(text: str, end: int, *, program: bool) -> str | None:
+    """Return the output that stands below a block; below a program, commands and a sentence may lie between."""
+    between = r"(?:```sh\n[^`]*```\s*)?(?:[^`#\n][^`\n]*\n\s*)?" if program else ""
+    match = re.match(rf"\s*{between}```text\n(.*?)```", text[end:], re.DOTALL)
     return match and match[1]
 
 
@@ -56,7 +57,7 @@ def test_every_snippet(
         for example in examples:
             capsys.readouterr()
             evaluate(example, files)
-            shown = shown_below(text, example.region.end)
+            shown = shown_below(text, example.region.end, program=example.parsed.startswith("# "))
             if shown is not None:
                 words, numbers = words_and_numbers(capsys.readouterr().out)
                 expected, like = words_and_numbers(shown)

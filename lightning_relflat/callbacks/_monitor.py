@@ -288,15 +288,22 @@ class Monitor(Callback):
             behind = f"/dataloader_idx_{loader}" if loaders > 1 else ""
             for label, value in self.end_epoch(stage, loader, behind).items():
                 shown = bool(getattr(self, "prog_bar", False)) and label in IN_BAR
-                name = _Name(named(stage, label, self.name) + behind)
+                name = named(stage, label, self.name) + behind
                 # The size is told, because Lightning would look for one in a batch that it may not have.
-                self._module.log(name, value, prog_bar=shown, batch_size=1, add_dataloader_idx=False)
+                options: dict[str, Any] = {"prog_bar": shown, "batch_size": 1, "add_dataloader_idx": False}
+                try:
+                    self._module.log(name, value, **options)
+                except Exception as error:  # both Lightnings have a class of their own
+                    if not behind or type(error).__name__ != "MisconfigurationException":
+                        raise
+                    self._module.log(_Name(name), value, **options)
 
 
 class _Name(str):
     """A name of a value that may end as Lightning's own for one of several loaders do.
 
-    Lightning 2.4 refuses such a name, also where it is told to add no number of its own.
+    Lightning 2.4 refuses such a name, also where it is told to add no number of its own. Later ones take a plain
+    string, which can be loaded again by whoever saves what was logged.
     """
 
     __slots__ = ()

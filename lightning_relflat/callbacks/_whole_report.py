@@ -141,7 +141,11 @@ class WholeReport(Monitor):
         if self.loss is None:
             taken = LossTaken(name, "model", f"The loss is that of the {_STEPS[stage]} step.")
         else:
-            how = "" if self._verified else " No step has shown that it is the one trained with."
+            how = {
+                True: "",
+                False: f" The {_STEPS[stage]} step shows another loss.",
+                None: " No step has shown that it is the one trained with.",
+            }[self._verified]
             taken = LossTaken(name, "named", f"The loss is {name} of the layer's outputs, as you named it.{how}")
         self.reports[f"{stage}{behind}"] = self._collectors[stage, loader].report(taken)
         return {}

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning_relflat._style import INK, new_figure, styled
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -29,8 +31,12 @@ def plot_reports(reports: Mapping[str, Report]) -> Figure:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("A plot of a report needs matplotlib. Install it with `pip install matplotlib`.")
-    from matplotlib.figure import Figure
+    with styled():
+        return _plot(reports)
 
+
+def _plot(reports: Mapping[str, Report]) -> Figure:
+    """Draw within our style."""
     panels = [
         panel
         for panel in (
@@ -41,7 +47,7 @@ def plot_reports(reports: Mapping[str, Report]) -> Figure:
         if panel is not None
     ] or [_heads(reports)]
     height = max(len(names) for _, names, _ in panels) * 0.24 * max(1.0, 0.6 * len(reports)) + 1.3
-    figure = Figure(figsize=(4.6 * len(panels), min(max(2.4, height), 14)), layout="constrained")
+    figure = new_figure(4.6 * len(panels), min(max(2.4, height), 14))
     for axes, (title, names, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(axes, title, names, series)
     if len(reports) > 1 and panels[0][2].keys() == reports.keys():
@@ -91,8 +97,7 @@ def _draw(axes: Any, title: str, names: list[str], series: _Series) -> None:
         rows = [row + (place - (len(series) - 1) / 2) * height for row in range(len(names))]
         errors = widths if any(widths) else None
         axes.barh(rows, values, height=height * 0.9, xerr=errors, label=name, error_kw={"elinewidth": 1, "capsize": 2})
-    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_title(title, fontsize="medium", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set_title(title, loc="left")
+    axes.axvline(0, color=INK, linewidth=0.8)

@@ -176,10 +176,8 @@ def _of_layers(report: Report) -> list[str]:
         share = (sharpest.relative_flatness or 0.0) / total if total > 0 else math.nan
         part = f", {percent(share)} of the sum over all layers" if 0 <= share <= 1 else ""
         kappa = shown(sharpest.relative_flatness, sharpest.error)
-        found.append(
-            f"Of {len(known)} layers measured the sharpest is {which} (κ {kappa}{part}); κ of the head is smaller than "
-            f"that of {smaller} of the {len(others)} other{'s' if len(others) > 1 else ''}."
-        )
+        of_others = "" if len(others) == 1 else f"; {smaller} of the {len(others)} others are sharper than the head"
+        found.append(f"Of {len(known)} layers measured the sharpest is {which} (κ {kappa}{part}){of_others}.")
     reasons: dict[str, list[str]] = {}
     for layer in absent:
         reasons.setdefault(layer.reason or "", []).append(repr(layer.name))

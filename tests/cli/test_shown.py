@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -28,6 +28,7 @@ part = st.text("ab.", min_size=1, max_size=3).filter(lambda text: text not in ("
 paths = st.lists(st.lists(part, min_size=1, max_size=4).map("/".join), min_size=1, max_size=5, unique=True)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(paths)
 def test_no_two_labels_are_the_same(places: list[str]) -> None:
     found = labels(places, [{"epoch": 1}] * len(places))
@@ -66,6 +67,7 @@ def lines_of(sheet: Sheet, width: int) -> list[str]:
 cell = st.text("abc -", min_size=0, max_size=12).map(str.strip)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data(), st.integers(1, 6), st.integers(0, 4), st.integers(40, 90), st.booleans())
 def test_tables_fit_and_break_nothing(data: st.DataObject, columns: int, rows: int, width: int, words: bool) -> None:
     sheet = Sheet("title", [data.draw(cell) for _ in range(columns)], words=words)
