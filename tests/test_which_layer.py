@@ -63,7 +63,7 @@ def test_differences_are_of_the_same_seed(which_layer: ModuleType) -> None:
         which_layer.compare(runs([0, 2, 1], [11, 93, 52]), plain)
 
 
-@pytest.mark.parametrize("regime", ["few samples", "wrong labels"])
+@pytest.mark.parametrize("regime", ["few samples", "wrong labels", "clean data"])
 def test_split(networks: ModuleType, regime: Any) -> None:
     x, y = networks.read("digits")
     data, other = (networks.split("digits", regime, seed) for seed in (3, 1001))
@@ -138,13 +138,13 @@ def test_layers_of_the_networks(which_layer: ModuleType, networks: ModuleType, n
     if network.before:
         assert weighted[0] == network.before
         assert layers[networks.FIXED] == layers["late layer"]
-    found = {key: method for key, (method, _) in which_layer.methods(name).items()}
+    found = {key: method for key, (method, _) in which_layer.methods(name, "wrong labels").items()}
     assert {key.removeprefix("FAM, ") for key in found if key.startswith("FAM")} <= set(layers)
     assert [key for key, method in found.items() if method.before] == (
         [f"FAM, {networks.FIXED}"] if network.before else []
     )
     assert found["SAM every 10th step"].every == 10
-    assert {len(settings) for settings in which_layer.CANDIDATES.values()} == {4}
+    assert {len(settings) for settings in which_layer.CANDIDATES.values()} == {5}
 
 
 def mlp() -> nn.Sequential:
@@ -308,7 +308,7 @@ def test_all_start_alike_and_see_the_same(which_layer: ModuleType, monkeypatch: 
 
     monkeypatch.setattr(which_layer, "Training", Watched)
     network = which_layer.NETWORKS["cnn"]
-    ways = {"plain": (which_layer.Method("plain"), [("", 0.0)]), **which_layer.methods("cnn")}
+    ways = {"plain": (which_layer.Method("plain"), [("", 0.0)]), **which_layer.methods("cnn", "wrong labels")}
     losses = {}
     for key, (method, candidates) in ways.items():
         torch.rand(len(key))  # whatever was drawn before
@@ -342,7 +342,7 @@ def test_judged_as_defined(which_layer: ModuleType) -> None:
 
 
 def test_chooses_by_validation_on_seeds_of_its_own(which_layer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracies = {0.1: [90, 10], 0.2: [80, 70], 0.4: [70, 99], 0.8: [10, 99]}
+    accuracies = {0.05: [60, 99], 0.1: [90, 10], 0.2: [80, 70], 0.4: [70, 99], 0.8: [10, 99]}
     asked = []
 
     def train(network: Any, regime: Any, method: Any, setting: Any, steps: int, seed: int, parts: Any) -> Any:
@@ -352,23 +352,27 @@ def test_chooses_by_validation_on_seeds_of_its_own(which_layer: ModuleType, monk
 
     monkeypatch.setattr(which_layer, "train", train)
     candidates = which_layer.CANDIDATES["SAM"]
-    chosen, tried = which_layer.choose("network", "regime", "method", candidates, 7, 2)
+    chosen, tried = which_layer.choose("network", "regime", "method", candidates, 7, 2, [])
     assert chosen == ("ρ", 0.2)  # the better on average of the two that were best with the first seed
     assert [run["setting"] for run in tried] == [*candidates, ("ρ", 0.1), ("ρ", 0.2)]
     assert asked == [
         *((value, 1000, ("val",)) for value in accuracies),
         *((value, 1001, ("val",)) for value in (0.1, 0.2)),
     ]
+    asked.clear()  # what was tried is not tried again, also where it was read from a file
+    before = json.loads(json.dumps([run for run in tried if run["setting"] != ("ρ", 0.05)]))
+    assert which_layer.choose("network", "regime", "method", candidates, 7, 2, before) == (chosen, tried)
+    assert asked == [(0.05, 1000, ("val",))]
 
 
 def test_of_equal_accuracy_the_smaller_loss_is_chosen(which_layer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = {0.1: 3.0, 0.2: math.nan, 0.4: 2.0, 0.8: 4.0}
+    losses = {0.05: 3.5, 0.1: 3.0, 0.2: math.nan, 0.4: 2.0, 0.8: 4.0}
     monkeypatch.setattr(
         which_layer,
         "train",
         lambda *args, parts: {"val accuracy (%)": 50.0, "val loss": losses[args[3][1]], "seed": args[5]},
     )
-    assert which_layer.choose("", "", "", which_layer.CANDIDATES["SAM"], 7, 2)[0] == ("ρ", 0.4)
+    assert which_layer.choose("", "", "", which_layer.CANDIDATES["SAM"], 7, 2, [])[0] == ("ρ", 0.4)
 
 
 def test_steps_are_timed_in_turns(which_layer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +403,7 @@ def test_steps_are_timed_in_turns(which_layer: ModuleType, monkeypatch: pytest.M
 def test_equal_time_is_by_the_measured_ratio(
     which_layer: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    costs = dict.fromkeys(which_layer.methods("encoder"), 1.0) | {"FAM, linear before": 1.5, "SAM": 2.0}
+    costs = dict.fromkeys(which_layer.methods("encoder", "few samples"), 1.0) | {"FAM, linear before": 1.5, "SAM": 2.0}
     monkeypatch.setattr(which_layer, "step_costs", lambda network, batch, *_: costs if batch else costs | {"SAM": 1.6})
     steps = []
 
@@ -410,7 +414,7 @@ def test_equal_time_is_by_the_measured_ratio(
 
     monkeypatch.setattr(which_layer, "train", train)
     study = which_layer.Study(tmp_path, 2, 1)
-    study.compare("encoder", "few samples", 300)
+    study.compare("encoder", "few samples", 300, slow=True)
     study.cost("encoder", 1)
     study.compare_by_time("encoder", "few samples")
     cell = study.results["cells"]["encoder, few samples"]["budgets"]
@@ -433,11 +437,17 @@ def test_equal_time_is_by_the_measured_ratio(
     monkeypatch.setattr(which_layer, "train", refuse)  # what is there is not done again
     written = (tmp_path / "which_layer.json").read_text(encoding="utf-8")
     again = which_layer.Study(tmp_path, 2, 1, json.loads(written))
-    again.compare("encoder", "few samples", 300)
+    again.compare("encoder", "few samples", 300, slow=True)
     again.compare_by_time("encoder", "few samples")
-    assert again.results["cells"] == json.loads(written)["cells"]
-    with pytest.raises(SystemExit, match="have the settings"):
-        which_layer.Study(tmp_path, 3, 1, json.loads(written))
+    assert json.loads(json.dumps(again.results["cells"])) == json.loads(written)["cells"]
+    monkeypatch.setattr(which_layer, "train", train)
+    steps.clear()
+    more = which_layer.Study(tmp_path, 3, 1, json.loads(written))  # with one more seed, that alone is trained with
+    more.compare("encoder", "few samples", 300, slow=True)
+    assert len(steps) == 1 + len(cell["steps"])
+    assert [run["seed"] for run in more.results["cells"]["encoder, few samples"]["plain"]] == [0, 1, 2]
+    with pytest.raises(SystemExit, match="trained for 200 steps"):
+        more.compare("encoder", "few samples", 200, slow=True)
 
 
 @pytest.mark.slow
