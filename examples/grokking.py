@@ -180,7 +180,7 @@ def read_curves(folder: Path) -> Curves:
     with (folder / "metrics.csv").open(newline="") as log:
         rows = list(csv.DictReader(log))
     names = {
-        f"{part} {quantity}": f"val/{quantity}/dataloader_idx_{number}"
+        f"{part} {quantity}": f"val{'_' if '/' in quantity else '/'}{quantity}/dataloader_idx_{number}"
         for quantity in QUANTITIES
         for number, part in enumerate(PARTS)
     }

@@ -46,7 +46,7 @@ def kind_of(criterion: object) -> Kind | None:
     return next((kind for of_kind, kind in _KINDS.items() if isinstance(criterion, of_kind)), None)
 
 
-def say(outputs: Tensor, target: Any, kind: Kind | None, ignore_index: int = -100) -> Said:
+def say(outputs: Tensor, target: Any, kind: Kind | None, ignore_index: int = -100, count: int | None = None) -> Said:
     """Say what samples are and what they are taken for, where each has one row of outputs. Nothing waits for a device.
 
     Args:
@@ -54,13 +54,17 @@ def say(outputs: Tensor, target: Any, kind: Kind | None, ignore_index: int = -10
         target: what the criterion took as its target, or anything else, which says nothing.
         kind: what the criterion makes of the outputs.
         ignore_index: the target of samples that have no label.
+        count: how many samples there are; as many as rows of outputs if left out. To be told where there may be no
+            outputs, because the layer's weight went into ``linear_cross_entropy``, whose value stands in their place.
 
     Returns:
         What is said.
     """
-    count = len(outputs)
+    count = len(outputs) if count is None else count
     labels = predictions = torch.full((count,), torch.nan, dtype=torch.float64, device=outputs.device)
     given = target if isinstance(target, Tensor) and target.ndim > 0 and len(target) == count else None
+    if outputs.ndim == 0 or len(outputs) != count:
+        return Said(labels, predictions)
     if kind == "softmax" and outputs.ndim == 2 and outputs.shape[1] > 1:
         if given is not None and given.shape == outputs.shape and given.is_floating_point():
             labels = given.argmax(dim=1)

@@ -137,7 +137,7 @@ class SharpestMonitor(OneLayerMonitor):
                 )
             # The copy is put into the device's queue; made on the device at once, the host would wait for it.
             on_device = torch.tensor(indices).to(parts.device, non_blocking=True)
-            said = self._said(step, found, kind)
+            said = self._said(step, found, kind, len(parts))
             self.num_classes = said.num_classes
             self._metric(step.stage, self._loader).update(parts, on_device, said.labels, said.predictions)
 
@@ -161,7 +161,7 @@ class SharpestMonitor(OneLayerMonitor):
             ]
         return {}
 
-    def _said(self, step: Step, found: Measurable, kind: Kind | None) -> Said:
+    def _said(self, step: Step, found: Measurable, kind: Kind | None, count: int) -> Said:
         """Return what is said of the samples of a batch."""
         [record] = found.records
         criterion, target = found.called or (None, None)
@@ -170,7 +170,7 @@ class SharpestMonitor(OneLayerMonitor):
             with contextlib.suppress(ValueError):
                 target = find_target(step.batch, self.target)
         with torch.no_grad():
-            return say(record.outputs.detach(), target, kind, getattr(criterion, "ignore_index", -100))
+            return say(record.outputs.detach(), target, kind, getattr(criterion, "ignore_index", -100), count)
 
     def _parts(self, found: Measurable) -> tuple[Tensor, Kind | None]:
         """Return the parts of the samples of a batch, and what the loss makes of the outputs."""

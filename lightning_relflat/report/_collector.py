@@ -257,7 +257,7 @@ class Collector:
         numbers = range(self._first, self._first + samples) if seen.indices is None else seen.indices
         criterion, target = called or (None, None)
         outputs = record.outputs.detach()
-        said = say(outputs, target, kind_of_criterion(criterion), getattr(criterion, "ignore_index", -100))
+        said = say(outputs, target, kind_of_criterion(criterion), getattr(criterion, "ignore_index", -100), samples)
         self._of_labels = said.num_classes is not None
         self._parts.update(parts, torch.tensor(list(numbers), device=parts.device), said.labels, said.predictions)
         self._pictures.add(parts, list(numbers), seen.inputs)
