@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -65,6 +66,16 @@ def nothing_leaks() -> Iterator[None]:
     left = [thread for thread in set(threading.enumerate()) - threads if thread.is_alive() and not thread.daemon]
     assert not left, f"threads left: {left}"
     assert not (torch.distributed.is_available() and torch.distributed.is_initialized()), "process group left"
+
+
+@pytest.fixture(autouse=True)
+def what_is_said_stays() -> Iterator[None]:
+    """Give loggers their levels back: studies and benchmarks, run within a test, make Lightning quieter."""
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if "lightning" in name]
+    levels = [(logger, logger.level) for logger in loggers]
+    yield
+    for logger, level in levels:
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -50,11 +50,3 @@ def test_after_an_import_of_the_callbacks(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1:] == [BUILT], done.stderr
     printed = run(tmp_path, "import lightning_relflat.callbacks", "--print_config").stdout
     assert "class_path: lightning_relflat.FAM\n" in printed  # what is written down is found without that import, too
-
-
-@pytest.mark.slow
-def test_a_name_that_was_not_imported_is_not_known(tmp_path: Path) -> None:
-    """So that the import above is needed: the package alone imports no Trainer."""
-    done = run(tmp_path, "import lightning_relflat")
-    assert done.returncode == 2
-    assert "FAM" in done.stderr
