@@ -73,4 +73,4 @@ def test_the_test_command_is_where_ci_looks_for_it() -> None:
     block, end, _ = rest.partition("<!-- end -->")
     assert end
     [command] = [line for line in block.splitlines() if line.startswith("pip ")]
-    assert command.endswith("pytest -n 3")
+    assert command.endswith("pytest -n 2")
