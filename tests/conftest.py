@@ -21,6 +21,8 @@ import torch
 from lightning_relflat._layer_hook import LayerHook
 from tests.watching import forget_graphs, graphs_compiled
 
+LOGGERS = (logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if "lightning" in name)
+LEVELS = [(logger, logger.level) for logger in LOGGERS]
 # Files whose tests share what takes long: one worker runs the whole of each.
 TOGETHER = {
     "tests/functional/test_layer_flatness.py",
@@ -69,12 +71,9 @@ def nothing_leaks() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def what_is_said_stays() -> Iterator[None]:
-    """Give loggers their levels back: studies and benchmarks, run within a test, make Lightning quieter."""
-    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if "lightning" in name]
-    levels = [(logger, logger.level) for logger in loggers]
-    yield
-    for logger, level in levels:
+def as_loud_as_before() -> None:
+    """Give loggers their levels back: studies and benchmarks, run within tests and their fixtures, lower them."""
+    for logger, level in LEVELS:
         logger.setLevel(level)
 
 
