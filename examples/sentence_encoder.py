@@ -18,7 +18,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import random
 import re
 import statistics
@@ -34,7 +33,7 @@ import lightning as L
 import numpy as np
 import torch
 import transformers
-from experiment import GREY, check_seeds, interval, lighten, new_figure, prepare
+from experiment import GREY, check_seeds, interval, lighten, new_figure, prepare, write_results
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -493,7 +492,7 @@ def main(
 
     def write(**more: Any) -> None:
         written.update(more)
-        (folder / "sentence_encoder.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+        write_results(written, folder / "sentence_encoder.json", indent=1)
 
     for name, experiment in experiments.items():
         for place, layer in LAYERS.items():

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 import extras  # noqa: F401  # names what is missing
 import torch
-from experiment import check_seeds, interval, new_figure, prepare
+from experiment import check_seeds, interval, new_figure, prepare, write_results
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from matplotlib import colormaps
@@ -333,8 +333,7 @@ class Study:
     def _write(self, words: str) -> None:
         """Write what there is, and say what is new."""
         self.results["seconds"] = time.perf_counter() - self._start
-        text = json.dumps(self.results, indent=1, ensure_ascii=False)
-        (self.folder / "which_layer.json").write_text(text + "\n", encoding="utf-8")
+        write_results(self.results, self.folder / "which_layer.json", indent=1)
         self.console.print(f"{self.results['seconds']:6.0f} s  {words}", highlight=False)
 
 
