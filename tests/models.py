@@ -176,14 +176,15 @@ class ConvNet(Net):
 class OwnLoRA(nn.Module):
     """As one writes it oneself."""
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Linear, scale: float = 0.5) -> None:
         super().__init__()
+        self.scale = scale
         self.base_layer = base_layer.requires_grad_(False)
         self.down = nn.Linear(base_layer.in_features, 2, bias=False)
         self.up = nn.Linear(2, base_layer.out_features, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        outputs: Tensor = self.base_layer(features) + 0.5 * self.up(self.down(features))
+        outputs: Tensor = self.base_layer(features) + self.scale * self.up(self.down(features))
         return outputs
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
-from tests.models import Batch, Resumable
+from tests.models import Batch, OwnLoRA, Resumable
 from tests.together.cover import Case
 from tests.watching import compile_part
 
@@ -37,18 +37,6 @@ def batches_of(case: Case, rank: int = 0, world: int = 1, *, seed: int = 1) -> l
             target = (F.one_hot(target, CLASSES) + torch.randn(size * world, CLASSES, generator=generator)).to(dtype)
         batches.append([inputs.to(dtype)[rank::world], target[rank::world]])
     return batches
-
-
-class LoRA(nn.Module):
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
-        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base_layer.out_features, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        outputs: Tensor = self.base_layer(features) + self.up(self.down(features))
-        return outputs
 
 
 class Reshaped(nn.Module):
@@ -214,4 +202,4 @@ def _layer(kind: str, outputs: int) -> nn.Module:
         nn.init.normal_(layer.weight, std=0.5)
         return layer
     linear = nn.Linear(WIDTH, outputs)
-    return LoRA(linear) if kind == "lora" else linear
+    return OwnLoRA(linear, scale=1) if kind == "lora" else linear

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.nn import functional as F
 
-from tests.models import Batch
+from tests.models import Batch, OwnLoRA
 from tests.together.cover import Case
 from tests.together.nets import BATCHES, CLIP, EPOCHS, VALIDATION, Net, batches_of, is_due, make_optimizer
 
@@ -27,8 +27,8 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 def matrix_of(layer: Any) -> Tensor:
     """Return what the layer computes with, as a matrix (d, m)."""
-    if type(layer).__name__ == "LoRA":
-        return layer.base_layer.weight + layer.up.weight @ layer.down.weight
+    if isinstance(layer, OwnLoRA):
+        return layer.base_layer.weight + layer.scale * layer.up.weight @ layer.down.weight
     if hasattr(layer, "lora_A"):
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         return layer.base_layer.weight + layer.scaling["default"] * product
