@@ -7,11 +7,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from lightning_relflat._batch import Target as Target
-from lightning_relflat._batch import check_key as check_key
-from lightning_relflat._batch import find_target as find_target
-from lightning_relflat._shown import show as show
-from lightning_relflat._shown import show_call
+from lightning_relflat._shown import show, show_call
 
 Trainer: TypeAlias = "lightning.pytorch.Trainer | pytorch_lightning.Trainer"
 LightningModule: TypeAlias = "lightning.pytorch.LightningModule | pytorch_lightning.LightningModule"

@@ -8,9 +8,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_relflat._batch import Target, find_target
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._shown import show
-from lightning_relflat.callbacks._base import LightningModule, Target, find_target
+from lightning_relflat.callbacks._base import LightningModule
 from lightning_relflat.callbacks._claim import has_value, refuse_calls, refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._refusals import another_loss, did_not_run_in, no_loss_shown

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, check_key, check_layer
+from lightning_relflat._batch import Target, check_key
+from lightning_relflat.callbacks._base import LightningModule, Trainer, check_layer
 from lightning_relflat.callbacks._layer_meter import LayerMeter
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import Monitor

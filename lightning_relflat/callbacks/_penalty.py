@@ -9,8 +9,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_relflat._batch import find_target
 from lightning_relflat._head_calls import shares_of_calls
-from lightning_relflat.callbacks._base import LightningModule, Trainer, find_target, labelled, loggers_are_due
+from lightning_relflat.callbacks._base import LightningModule, Trainer, labelled, loggers_are_due
 from lightning_relflat.callbacks._claim import flatness_of_criterion, refuse_false_claim, refuse_layer
 from lightning_relflat.callbacks._refusals import (
     Finite,

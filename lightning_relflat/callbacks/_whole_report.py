@@ -8,17 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat._batch import Target, check_key, find_target
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._sharded import staying_whole
-from lightning_relflat.callbacks._base import (
-    LightningModule,
-    Target,
-    Trainer,
-    check_key,
-    check_layer,
-    find_target,
-    show,
-)
+from lightning_relflat._shown import show
+from lightning_relflat.callbacks._base import LightningModule, Trainer, check_layer
 from lightning_relflat.callbacks._claim import has_value, refuse_layer
 from lightning_relflat.callbacks._monitor import Monitor
 from lightning_relflat.callbacks._step import Stage, Step, the_loss

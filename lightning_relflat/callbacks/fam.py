@@ -8,11 +8,11 @@ from typing import Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_relflat._batch import check_key
 from lightning_relflat.callbacks._base import (
     Callback,
     LightningModule,
     Trainer,
-    check_key,
     check_layer,
     check_name,
     refuse_collisions,

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, labelled
+from lightning_relflat._batch import Target
+from lightning_relflat.callbacks._base import LightningModule, Trainer, labelled
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._one_layer import OneLayerMonitor
 from lightning_relflat.callbacks._report import Part, Reports, check_parts

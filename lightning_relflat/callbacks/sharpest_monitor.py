@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
+from lightning_relflat._batch import Target, find_target
 from lightning_relflat._labels import Said, kind_of, say
-from lightning_relflat.callbacks._base import LightningModule, Target, Trainer, find_target
+from lightning_relflat.callbacks._base import LightningModule, Trainer
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import computed
 from lightning_relflat.callbacks._one_layer import OneLayerMonitor

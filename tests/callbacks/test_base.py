@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_relflat import FAM
+from lightning_relflat._batch import check_key, find_target
 from lightning_relflat._shown import show_call
-from lightning_relflat.callbacks._base import (
-    Callback,
-    check_key,
-    check_name,
-    find_target,
-    labelled,
-    refuse_collisions,
-)
+from lightning_relflat.callbacks._base import Callback, check_name, labelled, refuse_collisions
 
 LABELS = torch.tensor([3, 1, 2])
 Pair = namedtuple("Pair", ["inputs", "labels"])  # as collate functions make them

@@ -280,7 +280,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     ],
 )
 def test_messages_say_what_the_batch_is(batch: Any, found: str) -> None:
-    from lightning_relflat.callbacks._base import find_target
+    from lightning_relflat._batch import find_target
 
     with pytest.raises(ValueError, match=f"which is {found}, but got 5"):
         find_target(batch, 5)
