@@ -23,7 +23,16 @@ PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 TORCH = ["torch==2.13.0"]
 VISION = ["torch==2.14.1", "torchvision==0.29.1"]
 # What the tests of the package import, without what the studies, the documents and the comparisons take.
-TOOLS = ["hypothesis", "matplotlib", "packaging", "pytest", "pytest-timeout", "pytest-xdist", "scikit-learn"]
+TOOLS = [
+    "hypothesis",
+    "matplotlib",
+    "packaging",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "scikit-learn",
+    "tensorboard",
+]
 MODELS = ["transformers==4.46.*", "peft==0.14.*"]  # later ones ask for a later PyTorch
 # The tests of the package that take neither a compiler nor several processes.
 PATHS = ["tests/functional", "tests/metrics", "tests/callbacks", "tests/test_layer_tap.py", "tests/test_claims.py"]

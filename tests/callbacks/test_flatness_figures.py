@@ -163,7 +163,7 @@ def _wandb_records(path: Path) -> Iterator[Any]:
         whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            record = wandb_internal_pb2.Record()
             record.ParseFromString(whole)
             whole = b""
             yield record

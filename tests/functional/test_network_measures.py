@@ -416,8 +416,11 @@ def test_what_may_be_an_ordinary_target_counts() -> None:
     net = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
     inputs = torch.randn(4, 3).double()
     degrees = torch.tensor([-100, 3, -100, 7])
-    for loss, target in ((nn.MSELoss(reduction="none"), degrees), (lambda z, y: (z - y).square(), degrees.double())):
-        slopes = 2 * (net(inputs) - degrees) * net(inputs)
+    outputs = net(inputs)
+    for loss, target, slopes in (
+        (nn.PoissonNLLLoss(reduction="none"), degrees, (outputs.exp() - degrees) * outputs),
+        (lambda z, y: (z - y).square(), degrees.double(), 2 * (outputs - degrees) * outputs),
+    ):
         assert fisher_rao_norm(net, loss, [(inputs, target)]).item() == pytest.approx(
             slopes.square().mean().sqrt().item(), rel=1e-12
         )

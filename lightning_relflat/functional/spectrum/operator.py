@@ -181,7 +181,7 @@ def joint_extent(sizes: Tensor, curvatures: Tensor) -> Extent:
 
 def _power_of_two(value: Tensor) -> Tensor:
     """Return the power of two next above a number, to divide by without rounding; 1 for zero."""
-    exponent = torch.frexp(value).exponent
+    exponent = torch.frexp(value).exponent.to(value.dtype)  # of integers, PyTorch 2.4 makes a power in float32
     return torch.ldexp(torch.ones_like(value), exponent).where(value > 0, 1.0)
 
 
