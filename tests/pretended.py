@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_iter, tree_map
 
 ROOT = Path(__file__).parents[1]
 NAME = "pretended"
@@ -100,6 +99,17 @@ def _dress(value: Tensor, onto: Tensor | None = None) -> Tensor:
     return onto
 
 
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Return arguments of an operation, and those in its lists."""
+    for value in values:
+        yield from value if isinstance(value, list | tuple) else (value,)
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Return an argument, or a list of them, changed; PyTorch's own way of doing so takes as long as all the rest."""
+    return [change(one) for one in value] if isinstance(value, list | tuple) else change(value)
+
+
 def _as_tensor(value: object, argument: Any) -> object:
     """Return a number as the tensor that an operation takes it for."""
     takes = isinstance(argument.type, torch.TensorType)
@@ -109,7 +119,7 @@ def _as_tensor(value: object, argument: Any) -> object:
 def _any(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand for every operation of the device."""
     name, schema = op.overloadpacket.__name__, op._schema
-    tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+    tensors = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
     away = [value for value in tensors if not _is_here(value)]
     if name in ("_copy_from", "_copy_from_and_resize", "copy_"):
         source, to = (args[1], args[0]) if name == "copy_" else args[:2]
@@ -128,7 +138,8 @@ def _any(op: Any, *args: Any, **kwargs: Any) -> Any:
     elif any(value.ndim for value in away):  # a scalar of the host may stand beside
         raise RuntimeError(f"Expected all tensors to be on the same device, but {op} got some of the host.")
     given = [_as_tensor(value, argument) for value, argument in zip(args, schema.arguments, strict=False)]
-    found = _OTHERWISE.get(name, op)(*tree_map(_host, given), **tree_map(_host, kwargs))
+    options = {key: _mapped(_host, value) for key, value in kwargs.items()}
+    found = _OTHERWISE.get(name, op)(*(_mapped(_host, value) for value in given), **options)
     if len(schema.returns) == 0:
         return None
     several = len(schema.returns) > 1
@@ -142,7 +153,7 @@ def _any(op: Any, *args: Any, **kwargs: Any) -> Any:
                 _dress(result, target)
             results.append(target)
         else:
-            results.append(tree_map(lambda value: _dress(value) if isinstance(value, Tensor) else value, result))
+            results.append(_mapped(lambda value: _dress(value) if isinstance(value, Tensor) else value, result))
     return tuple(results) if several else results[0]
 
 

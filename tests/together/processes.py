@@ -15,7 +15,7 @@ from tests.processes import fit_in_processes
 from tests.together.cover import Case
 from tests.together.fitting import Verdict, judge, quietly
 
-AT_ONCE = 10  # cases that one set of processes judges
+AT_ONCE = 20  # cases that one set of processes judges
 
 
 def judge_in_processes(cases: Sequence[Case], world: int) -> Iterator[tuple[Case, Verdict]]:
