@@ -5,7 +5,7 @@
     python examples/which_layer.py --help
 
 Four small networks learn few samples, samples of which 40 % have a wrong label until they know these by heart, and
-more samples with right labels. Every method trains from the same initial weights with the same batches. Each has five
+more samples with right labels. Every method trains from the same initial weights with the same batches. Each has six
 candidate settings, chosen on validation data whose labels are as wrong as those of the training data. What is reported
 are the differences to plain training with the same seed: with as many steps, and with as many as fit into plain
 training's time.
@@ -44,12 +44,12 @@ NETWORKS_IN_ORDER: tuple[Name, ...] = ("cnn", "encoder", "resnet", "vit")
 REGIMES_IN_ORDER: tuple[Regime, ...] = ("wrong labels", "few samples", "clean data")
 PLAIN: Setting = ("", 0.0)
 CANDIDATES: dict[str, list[Setting]] = {
-    "FAM": [("λ", 0.01), ("λ", 0.03), ("λ", 0.1), ("c", 0.1), ("c", 0.3)],
-    "SAM": [("ρ", value) for value in (0.05, 0.1, 0.2, 0.4, 0.8)],
-    "momentum-SAM": [("ρ", value) for value in (0.3, 1.0, 2.0, 4.0, 8.0)],
-    "SAM every 10th step": [("ρ", value) for value in (0.2, 0.4, 0.8, 1.6, 3.2)],
-    "weight decay": [("decay", value) for value in (0.3, 1.0, 3.0, 10.0, 30.0)],
-    "fewer steps": [("share", value) for value in (0.05, 0.1, 0.2, 0.4, 0.7)],
+    "FAM": [("λ", 0.003), ("λ", 0.01), ("λ", 0.03), ("λ", 0.1), ("c", 0.1), ("c", 0.3)],
+    "SAM": [("ρ", value) for value in (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)],
+    "momentum-SAM": [("ρ", value) for value in (0.1, 0.3, 1.0, 2.0, 4.0, 8.0)],
+    "SAM every 10th step": [("ρ", value) for value in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)],
+    "weight decay": [("decay", value) for value in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)],
+    "fewer steps": [("share", value) for value in (0.05, 0.1, 0.2, 0.4, 0.7, 0.85)],
 }
 SAMS = ("SAM", "momentum-SAM", "SAM every 10th step")
 OTHERS = (*SAMS, "weight decay", "fewer steps")
@@ -60,25 +60,13 @@ BUDGETS = {
     "large": "equal time, steps of 20 ms",
     "small": "equal time, these small steps",
 }
-SLOW = {  # tried with wrong labels alone, because their steps take so long
-    "cnn": ("all layers",),
-    "resnet": ("first layer", "two layers", "all layers"),
-    "vit": ("late layer", "first layer", "two layers", "all layers"),
-}
 MEASURES = ("test accuracy (%)", "test loss")
 LR, TUNING = 0.003, 1000  # the learning rate of all; the first seed to choose settings with
 
 
-def methods(name: str, regime: Regime, slow: bool = True) -> dict[str, tuple[Method, list[Setting]]]:
-    """Return every way to train a network, with its candidate settings.
-
-    Args:
-        name: the network's.
-        regime: what it learns from.
-        slow: with those whose steps take long, if they are tried with these data at all.
-    """
+def methods(name: str) -> dict[str, tuple[Method, list[Setting]]]:
+    """Return every way to train a network, with its candidate settings."""
     network = NETWORKS[name]
-    left_out = () if slow and regime == "wrong labels" else SLOW.get(name, ())
     found = {
         f"FAM, {role}": (
             Method(
@@ -89,7 +77,7 @@ def methods(name: str, regime: Regime, slow: bool = True) -> dict[str, tuple[Met
             CANDIDATES["FAM"],
         )
         for role in ROLES
-        if role in network.layers and role not in left_out
+        if role in network.layers
     }
     others = {
         "SAM": Method("SAM"),
@@ -259,7 +247,7 @@ class Study:
 
     def cost(self, name: Name, rounds: int) -> None:
         """Measure what steps of a network cost."""
-        names = {key: method for key, (method, _) in methods(name, "wrong labels").items()}
+        names = {key: method for key, (method, _) in methods(name).items()}
         for kind in ("SAM every 10th step", "weight decay", "fewer steps"):
             del names[kind]
         self.results["costs"][name] = {
@@ -268,15 +256,8 @@ class Study:
         }
         self._write(f"{name}: {self.results['costs'][name]}")
 
-    def compare(self, name: Name, regime: Regime, steps: int, slow: bool) -> None:
-        """Train a network in all ways on the same data, as far as that has not been done.
-
-        Args:
-            name: the network's.
-            regime: what it learns from.
-            steps: how many steps to train.
-            slow: by the methods whose steps take long, too.
-        """
+    def compare(self, name: Name, regime: Regime, steps: int) -> None:
+        """Train a network in all ways on the same data, as far as that has not been done."""
         network = NETWORKS[name]
         empty: Outcome = {"network": name, "regime": regime, "steps": steps, "plain": []}
         cell = self.results["cells"].setdefault(f"{name}, {regime}", empty)
@@ -286,7 +267,7 @@ class Study:
         cell["plain"] = plain
         equal_steps = cell.setdefault("budgets", {budget: {} for budget in BUDGETS})["steps"]
         self._write(f"{name}, {regime}: plain {_mean(plain, 'test accuracy (%)'):.2f}")
-        for key, (method, candidates) in methods(name, regime, slow).items():
+        for key, (method, candidates) in methods(name).items():
             before = equal_steps.get(key, {"setting": None, "runs": [], "tried": []})
             setting, tried = choose(network, regime, method, candidates, steps, self.tuning_seeds, before["tried"])
             same = before["setting"] is not None and tuple(before["setting"]) == setting
@@ -303,7 +284,7 @@ class Study:
 
     def compare_by_time(self, name: Name, regime: Regime) -> None:
         """Train it once more for as long as plain training takes, with the layer and settings chosen before."""
-        cell, ways = self.results["cells"][f"{name}, {regime}"], methods(name, regime)
+        cell, ways = self.results["cells"][f"{name}, {regime}"], methods(name)
         best = max(
             (key for key in cell["budgets"]["steps"] if key.startswith("FAM")),
             key=lambda key: cell["budgets"]["steps"][key]["validation accuracy (%)"],
@@ -456,8 +437,8 @@ def main(
     before = json.loads(Path(go_on).read_text(encoding="utf-8")) if go_on else None
     study = Study(folder, seeds, tuning_seeds, before)
     cells = [(name, regime) for regime in regimes for name in networks]
-    for slow, (name, regime) in itertools.product((False, True), cells):
-        study.compare(name, regime, steps or NETWORKS[name].steps[regime], slow)
+    for name, regime in cells:
+        study.compare(name, regime, steps or NETWORKS[name].steps[regime])
         draw(study.results, folder / "which_layer.png")
     for name, regime in cells:
         if name not in study.results["costs"]:
