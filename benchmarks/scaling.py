@@ -242,12 +242,13 @@ def fit(kind: str, world: int, steps: int) -> dict[str, Any]:
 
 
 def spawn(work: Callable[..., None], world: int, *arguments: object) -> dict[str, Any]:
-    """Run processes and return what the first wrote."""
+    """Run processes and return what the first wrote. They are forked from one that has only imported what is slow."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["lightning.pytorch", "lightning_relflat.metrics"])
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             Path(folder, "port").write_text(str(listener.getsockname()[1]))
-        multiprocessing.spawn(work, (world, folder, *arguments), world)  # type: ignore[attr-defined]
+        multiprocessing.start_processes(work, (world, folder, *arguments), world, start_method="forkserver")  # type: ignore[attr-defined]
         found: dict[str, Any] = json.loads(Path(folder, "found").read_text())
     return found
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_relflat import SharpestMonitor
+from lightning_relflat import FlatnessFigures, FlatnessMonitor, SharpestMonitor
 from lightning_relflat.callbacks.sharpest_monitor import SharpSample
-from tests.callbacks import sharpest_in_processes
-from tests.models import Batch, Net, make_loader, make_trainer
+from tests.models import Batch, Net, make_batches, make_loader, make_trainer
 from tests.oracles import kappa_of_layer
-from tests.processes import run
+from tests.processes import fit_in_processes
 
 SIZES = [5, 4, 3]
 LOSSES: dict[str, Any] = {
@@ -118,14 +119,38 @@ def test_looks_in_its_epochs_alone(stages: Any, every: int, expected: list[int])
     assert set(callback.samples) == set(stages)
 
 
+def _validate(folder: str, world: int) -> None:
+    """Find the sharpest samples on a number of processes, and draw."""
+    torch.manual_seed(0)
+    net = Net().double()
+    callback = SharpestMonitor(5)
+    trainer = make_trainer(
+        precision="64-true",
+        callbacks=[callback, FlatnessMonitor(report=["classes"]), FlatnessFigures()],
+        devices=world,
+        strategy=DDPStrategy(process_group_backend="gloo") if world > 1 else "auto",
+        default_root_dir=folder,
+    )
+    # Lightning gives every process a share, and repeats samples to make the shares even.
+    loader = DataLoader(TensorDataset(*make_batches([11])[0]), batch_size=2)
+    trainer.validate(net, loader, verbose=False)
+    found = callback.samples["val"]
+    path = Path(folder) / f"{world}-{trainer.global_rank}.pt"
+    torch.save(([sample.index for sample in found], [sample.part for sample in found]), path)
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.ddp
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_of_several_processes(tmp_path: Path, world: int) -> None:
     with pytest.warns(UserWarning, match="pictures"):
-        sharpest_in_processes.main(str(tmp_path), 1)
+        _validate(str(tmp_path), 1)
     for picture in tmp_path.rglob("*.png"):
         picture.unlink()
-    run(tmp_path, ["tests.callbacks.sharpest_in_processes", str(tmp_path), str(world)])
+    fit_in_processes(partial(_validate, str(tmp_path), world), world)
     indices, parts = torch.load(tmp_path / "1-0.pt")
     for rank in range(world):
         found, values = torch.load(tmp_path / f"{world}-{rank}.pt")
