@@ -93,6 +93,7 @@ def gradients_in_graph(loss: Tensor, outputs: Sequence[Tensor], *, allow_unused:
             "Expected argument `loss` to depend on the features or outputs, but got one that does not have them in "
             "its graph."
         )
+    _refuse_once_differentiable([gradient for gradient in gradients if gradient is not None], connected)
     return gradients
 
 
@@ -283,7 +284,7 @@ def _check_custom(node: Any, grad_inputs: Sequence[Any], grad_outputs: Sequence[
         )
 
 
-def refuse_once_differentiable(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def _refuse_once_differentiable(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """Raise if a backward pass on the way was marked as differentiable once.
 
     Args:

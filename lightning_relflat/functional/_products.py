@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._graph import naming_the_cause, refuse_once_differentiable
+from lightning_relflat.functional._graph import naming_the_cause
 
 
 def hessian_products(
@@ -28,7 +28,6 @@ def hessian_products(
     curved = [k for k, root in enumerate(roots) if root.requires_grad]
     if not curved:
         return [torch.zeros_like(tensor, dtype=dtype) for tensor in inputs]
-    refuse_once_differentiable([roots[k] for k in curved], inputs)
     scale = _scale_for([*roots, *inputs], directions)
     with naming_the_cause():
         products = torch.autograd.grad(
