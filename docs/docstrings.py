@@ -86,6 +86,7 @@ def to_markdown(text: str) -> str:
         r"^( *)\.\. math::(.*)\n\n?((?:\1    .*(?:\n|$)|\n(?=\1    ))*)\n*", _formula, text, flags=re.MULTILINE
     )
     text = re.sub(r"^(=+(?: +=+)+)\n((?:.+\n)+)\1$", _table, text, flags=re.MULTILINE)
+    text = text.replace("‖_", "‖\\_")  # the index of a norm, which else begins an emphasis
     return text.replace("``", "`").replace("\\|", "|") if "```" not in text else text
 
 

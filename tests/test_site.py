@@ -180,6 +180,7 @@ def test_examples_are_code_and_formulas_are_formulas(reference: dict[str, Page])
         code = "\n".join(page.code.get(name, []))
         assert [line.strip() for line in code.splitlines() if line.startswith((">>> ", "... "))] == lines, name
         assert page.tags[name].count("div.formula") == text.count(".. math::"), name
+        assert page.prose[name].count("‖_") == text.count("‖_"), name  # no emphasis from there to the next index
 
 
 @pytest.mark.slow
