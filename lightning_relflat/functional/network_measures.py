@@ -326,7 +326,7 @@ def pac_bayes_flatness(
         draws: how many perturbations to average.
         steps: how often the interval is halved, at most.
         seed: where the noise comes from. PyTorch's own random streams are left alone.
-        ignore_index: the class index of positions that count as no samples.
+        ignore_index: the class index of positions that count as no samples; PyTorch's -100 if left out.
 
     Returns:
         1/σ², a float64 scalar.

@@ -202,11 +202,12 @@ class PACBayesFlatness(SummedMetric):
     Source: as for :func:`~lightning_relflat.functional.pac_bayes_flatness`.
 
     Args:
-        sigmas: the standard deviations, rising; a batch takes ``draws`` forward passes for each.
+        sigmas: the standard deviations, rising; 2⁻⁵ to 2 in steps of √2 if left out. A batch takes ``draws`` forward
+            passes for each.
         drop: how much accuracy is lost at σ.
         draws: how many perturbations to average.
         seed: where the noise comes from.
-        ignore_index: the class index of positions that count as no samples.
+        ignore_index: the class index of positions that count as no samples; PyTorch's -100 if left out.
         kwargs: the arguments of :class:`torchmetrics.Metric`.
 
     Raises:
