@@ -77,7 +77,7 @@ def largest_eigenvalue(
         reduction: ``"mean"``, ``"sum"``, or ``None`` for the criterion's own, which must be one of them.
         class_dim: as for :func:`relative_flatness`.
         tolerance: the largest error, relative to the eigenvalue.
-        max_iterations: the most products to take.
+        max_iterations: the most products to take; 10,000 if left out.
         seed: of the random start.
         sync: whether the batches of all processes of the default process group count, each having its own, in any
             number. Then all processes must call, all get the value for the union, and the seed must be the same. One
