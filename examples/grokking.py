@@ -154,7 +154,7 @@ def train(
     every: int,
     folder: Path,
 ) -> float:
-    """Train a network, an epoch of `every` steps and a validation at a time, and return how many seconds of the processor it took."""
+    """Train a network, an epoch of `every` steps and a validation at a time, and return seconds of the processor."""
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
