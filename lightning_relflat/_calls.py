@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from lightning_relflat.curvature import copied
 
@@ -204,6 +206,17 @@ _ARGUMENTS: dict[_Function, tuple[str, ...]] = {
 }
 
 
+def _place() -> tuple[int, int]:
+    """Return which thread this is, and how many function modes are entered in it."""
+    return threading.get_ident(), len(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def _push_all(modes: list[Any]) -> None:
+    """Enter modes again that were left one after the other."""
+    for mode in reversed(modes):
+        _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
 class CriterionCalls(TorchFunctionMode):
     """Sees the calls of PyTorch's criteria while it is entered, under inference mode too.
 
@@ -212,12 +225,47 @@ class CriterionCalls(TorchFunctionMode):
 
     Attributes:
         calls: the calls, in their order.
+        at_once: whether :meth:`following` begins with a step, and not only with what leaves a layer in it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[CriterionCall] = []
+        self.at_once = False
         self._derived: dict[int, Derived] = {}
+        self._place: tuple[int, int] | None = None  # where to be entered
+        self._entered = False
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow a step: from the first tensor on that leaves a layer, unless it is to be at once.
+
+        Before it nothing is watched. So PyTorch's layers take the ways that they take only then, such as the fused one
+        of ``nn.TransformerEncoderLayer`` in evaluation: it is faster, and its numbers differ in rounding.
+        """
+        if self.at_once:
+            with self:
+                yield
+            return
+        self._place = _place()
+        try:
+            yield
+        finally:
+            self._place = None
+            if self._entered:
+                above = []
+                while (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
+                    above.append(mode)
+                _push_all(above)
+                self._entered = False
+
+    def _begin(self) -> None:
+        """Be entered where :meth:`following` was, beneath what the step itself has entered since and will leave."""
+        thread, modes = _place()
+        if self._place is not None and thread == self._place[0] and not self._entered:  # each thread has its own modes
+            above = [_pop_mode() for _ in range(modes - self._place[1])]  # type: ignore[no-untyped-call]
+            _push_all([*above, self])
+            self._entered = True
 
     def track(self, outputs: Tensor, *, whole: bool = False) -> None:
         """Take notice of what left a layer.
@@ -226,6 +274,7 @@ class CriterionCalls(TorchFunctionMode):
             outputs: the tensor that the step goes on with.
             whole: whether they are a criterion's result already, as of a head that went into ``linear_cross_entropy``.
         """
+        self._begin()
         derived = self._derived.setdefault(id(outputs), Derived(outputs, outputs))
         if whole:
             self.calls.append(CriterionCall(_itself, (), {}, outputs, derived))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from lightning_relflat import FlatnessMonitor, LayersMonitor, SharpestMonitor
@@ -260,3 +261,74 @@ def test_the_sanity_check_leaves_no_trace_in_the_values(way: str, layer: str, lo
         values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
     assert values[0] == values[1]
     assert {"train/relative_flatness", "val/relative_flatness"} <= set(values[0])
+
+
+class Encoded(Net):
+    """Has an encoder of PyTorch's before its head, which takes a fused way in evaluation if no function is watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.seen: list[Tensor] = []
+
+    def features(self, inputs: Tensor) -> Tensor:
+        tokens = super().features(inputs)[:, None] * torch.arange(1, 8)[:, None]
+        features: Tensor = self.block(tokens).mean(dim=1)
+        return features
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        outputs = self(batch[0])
+        self.seen.append(outputs)
+        return self.criterion(outputs, batch[1])
+
+
+def test_layers_take_the_way_in_evaluation_that_they_take_without_a_monitor() -> None:
+    net = Encoded().double()
+
+    def outputs(*callbacks: Any) -> Tensor:
+        net.seen.clear()
+        make_trainer(precision="64-true", callbacks=list(callbacks)).validate(
+            net, make_loader([40, 30, 20]), verbose=False
+        )
+        return torch.cat(net.seen)
+
+    expected = outputs()
+    assert torch.equal(outputs(FlatnessMonitor("head", loss="cross_entropy")), expected)
+    for monitor in (FlatnessMonitor(), SharpestMonitor(3)):  # whose first batch shows the layer, and has a graph
+        assert torch.equal(outputs(monitor)[40:], expected[40:])
+    with Watched():
+        assert not torch.equal(outputs()[40:], expected[40:])  # there is something to see
+
+
+class Watched(TorchFunctionMode):
+    """Somebody else's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Within(Shows):
+    """Runs its layers within modes of its own, and computes the loss outside, or the other way round."""
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        with Watched() if self.way == "layers" else contextlib.nullcontext(), torch.device("cpu"):
+            outputs = self(batch[0])
+        with Watched() if self.way == "loss" else contextlib.nullcontext():
+            return self.criterion(outputs, batch[1])
+
+
+def modes() -> list[Any]:
+    return torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("way", ["layers", "loss"])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, Watched])
+def test_a_step_may_have_function_modes_of_its_own(way: str, around: Any) -> None:
+    net = Within(way).double()
+    with around():
+        before = modes()
+        [found] = make_trainer(precision="64-true", callbacks=[FlatnessMonitor()]).validate(
+            net, make_loader(SIZES), verbose=False
+        )
+        assert modes() == before
+    assert found == {"val/relative_flatness": pytest.approx(truth(net, "head", make_batches(SIZES)), rel=1e-6)}
