@@ -225,25 +225,23 @@ class CriterionCalls(TorchFunctionMode):
 
     Attributes:
         calls: the calls, in their order.
-        at_once: whether :meth:`following` begins with a step, and not only with what leaves a layer in it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[CriterionCall] = []
-        self.at_once = False
         self._derived: dict[int, Derived] = {}
         self._place: tuple[int, int] | None = None  # where to be entered
         self._entered = False
 
     @contextmanager
-    def following(self) -> Iterator[None]:
-        """Follow a step: from the first tensor on that leaves a layer, unless it is to be at once.
+    def following(self, *, at_once: bool) -> Iterator[None]:
+        """Follow a step: from its beginning, or from the first tensor on that leaves a layer.
 
-        Before it nothing is watched. So PyTorch's layers take the ways that they take only then, such as the fused one
-        of ``nn.TransformerEncoderLayer`` in evaluation: it is faster, and its numbers differ in rounding.
+        Before that nothing is watched. So PyTorch's layers take the ways that they take only then, as the fused one of
+        ``nn.TransformerEncoderLayer`` in evaluation: it is faster, and its numbers differ in rounding.
         """
-        if self.at_once:
+        if at_once:
             with self:
                 yield
             return
@@ -261,8 +259,10 @@ class CriterionCalls(TorchFunctionMode):
 
     def _begin(self) -> None:
         """Be entered where :meth:`following` was, beneath what the step itself has entered since and will leave."""
+        if self._place is None or self._entered:
+            return
         thread, modes = _place()
-        if self._place is not None and thread == self._place[0] and not self._entered:  # each thread has its own modes
+        if thread == self._place[0]:  # each has modes of its own
             above = [_pop_mode() for _ in range(modes - self._place[1])]  # type: ignore[no-untyped-call]
             _push_all([*above, self])
             self._entered = True

@@ -187,7 +187,7 @@ class StepWatcher:
             if step.graph is not None:
                 args, kwargs = stack.enter_context(_in_graph(step, args, kwargs))
             args = self._note_batch(step, args, kwargs)
-            with step.calls.following() if step.calls else nullcontext():
+            with step.calls.following(at_once=step.graph == "step") if step.calls else nullcontext():
                 output = step.output = call(*args, **kwargs)
             for listener in self.listeners:
                 listener.evaluated(step)

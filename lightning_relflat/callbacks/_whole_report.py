@@ -100,7 +100,6 @@ class WholeReport(Monitor):
         self._step = step
         step.graph = "step"
         step.calls = step.calls or CriterionCalls()
-        step.calls.at_once = True
         self._running = self._collectors[step.stage, self._loader]
         self._running.start(step.calls)
 

@@ -131,7 +131,6 @@ class LayersMonitor(Monitor):
         self._step = step
         step.graph = "step"
         step.calls = step.calls or CriterionCalls()
-        step.calls.at_once = True
         for tap in self._taps.values():
             tap.start()
         self._behind.forget()
