@@ -97,3 +97,21 @@ def _kind(batch: Any) -> str:
     if isinstance(batch, Sequence):
         return f"a {kind} of {len(batch)}"
     return f"a {kind}"
+
+
+def copied(value: Any) -> Any:
+    """Copy the tensors in something, so that they are ordinary ones.
+
+    Args:
+        value: a tensor, or containers of tensors and other things.
+
+    Returns:
+        The same, with copies that are in no graph.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple | list):
+        return type(value)(*map(copied, value)) if hasattr(value, "_fields") else type(value)(map(copied, value))
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return value

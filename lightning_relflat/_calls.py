@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from lightning_relflat.curvature import copied
+from lightning_relflat._batch import copied
 
 _Function: TypeAlias = Callable[..., Any]
 

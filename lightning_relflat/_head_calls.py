@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_relflat._behind import FORMS
 from lightning_relflat._layer_hook import LayerRecord
+from lightning_relflat._written_out import FORMS
 from lightning_relflat.functional._called_batch import CalledBatch, read_batch
-from lightning_relflat.functional._checks import compute_dtype, full_precision, plain
-from lightning_relflat.functional._graph import is_transformed
+from lightning_relflat.functional._checks import compute_dtype, full_precision, is_transformed, plain
 from lightning_relflat.functional._recognised import factors_of
 from lightning_relflat.functional._scale import size_of
 from lightning_relflat.functional.large_head import traces_of_features, weighted_trace_of_features

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
-from lightning_relflat.functional._recognised import Kind
+from lightning_relflat.functional._criterion_nodes import Kind
 
 _KINDS: dict[type[nn.Module], Kind] = {
     nn.CrossEntropyLoss: "softmax",

@@ -26,9 +26,8 @@ from lightning_relflat.functional._checks import ordinary, sum_of
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
-from lightning_relflat.functional._weights import class_path, has_matrix
 from lightning_relflat.functional.layer_flatness import flatness_of_layers
-from lightning_relflat.linear_layers import find_layer, linear_layers, listed
+from lightning_relflat.linear_layers import candidates
 
 __all__ = ["LayerRecord", "LayerTap", "did_not_run"]
 
@@ -98,7 +97,7 @@ class LayerTap:
         behind: Behind | None = None,
     ) -> None:
         self._module = weakref.ref(module)
-        self._candidates = _find_layers(module, layer)
+        self._candidates = candidates(module, layer)
         self.copies = copies
         self.stays = stays
         self.through_loss = through_loss
@@ -463,22 +462,6 @@ def _within_fabric() -> Iterator[None]:
     fabrics: list[Any] = [module for module in modules if hasattr(module, "_in_fabric_backward")]
     with holding(fabrics, "_in_fabric_backward", True):
         yield
-
-
-def _find_layers(module: nn.Module, name: str | None) -> dict[str, nn.Module]:
-    if name is not None:
-        return {name: find_layer(module, name)}
-    linear = linear_layers(module)
-    candidates: dict[str, nn.Module] = {}
-    for found, child in linear.items():
-        if has_matrix(child) and child not in candidates.values():
-            candidates[found] = child
-    if not candidates:
-        raise ValueError(
-            f"Expected argument `layer` to name a layer of {class_path(module)}, because it has no nn.Linear, but got "
-            f"None. Layers that can be named: {listed(linear)}."
-        )
-    return candidates
 
 
 def _ran_without_gradients(tap: LayerTap) -> str:

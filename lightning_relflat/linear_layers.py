@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_relflat.functional._weights import class_path, is_adapted, is_linear_layer
+from lightning_relflat.functional._weights import class_path, has_matrix, is_adapted, is_linear_layer
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -45,6 +45,34 @@ def find_layer(module: nn.Module, name: str) -> nn.Module:
         "Expected argument `layer` to name a linear or convolution layer of "
         f"{class_path(module)}, one of {listed(linear)}, but got {found}."
     )
+
+
+def candidates(module: nn.Module, name: str | None) -> dict[str, nn.Module]:
+    """Return the layer of a name, or all those that may turn out to be the last linear one.
+
+    Args:
+        module: the model.
+        name: as for :func:`find_layer`, or ``None`` for the linear layers, each under its first name.
+
+    Returns:
+        The layers by name.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if name is not None:
+        return {name: find_layer(module, name)}
+    linear = linear_layers(module)
+    found: dict[str, nn.Module] = {}
+    for path, child in linear.items():
+        if has_matrix(child) and child not in found.values():
+            found[path] = child
+    if not found:
+        raise ValueError(
+            f"Expected argument `layer` to name a layer of {class_path(module)}, because it has no nn.Linear, but got "
+            f"None. Layers that can be named: {listed(linear)}."
+        )
+    return found
 
 
 def listed(layers: dict[str, nn.Module]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_relflat.claims import Criterion
-from lightning_relflat.curvature import Probes, sums_of_callable, sums_of_criterion, sums_of_loss
+from lightning_relflat.curvature_sums import Probes, sums_of_callable, sums_of_criterion, sums_of_loss
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.layer_tap import LayerRecord, LayerTap
 

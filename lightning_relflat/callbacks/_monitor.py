@@ -21,7 +21,7 @@ from lightning_relflat.callbacks._base import (
 )
 from lightning_relflat.callbacks._step import Stage, Step, StepWatcher
 from lightning_relflat.functional._checks import check_count
-from lightning_relflat.functional._graph import NAME_IT
+from lightning_relflat.functional._second_derivatives import NAME_IT
 
 # One number of each monitor: a bar has no room for standard errors.
 IN_BAR = ("relative_flatness", "flatness/network")

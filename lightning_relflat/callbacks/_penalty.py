@@ -24,7 +24,7 @@ from lightning_relflat.callbacks._refusals import (
 from lightning_relflat.callbacks._step import Step
 from lightning_relflat.callbacks.coefficients import Coefficients
 from lightning_relflat.claims import Claim, value_of_callable
-from lightning_relflat.functional._graph import foresee
+from lightning_relflat.functional._second_derivatives import foresee
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.layer_flatness import probe_seed
 from lightning_relflat.layer_tap import LayerRecord, LayerTap

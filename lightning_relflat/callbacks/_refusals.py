@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_relflat.callbacks._base import Trainer
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.max_norm import MaxNorm
-from lightning_relflat.functional._graph import is_open
+from lightning_relflat.functional._checks import is_open
 from lightning_relflat.layer_tap import LayerRecord, LayerTap, did_not_run
 
 _TAKEN = (

@@ -13,7 +13,8 @@ from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._one_layer import OneLayerMonitor
 from lightning_relflat.callbacks._report import Part, Reports, check_parts
 from lightning_relflat.callbacks._step import Stage, Step
-from lightning_relflat.curvature import Loss, Probes, of_one_batch
+from lightning_relflat.curvature import Loss
+from lightning_relflat.curvature_sums import Probes, of_one_batch
 from lightning_relflat.functional._checks import check_count, check_flag
 from lightning_relflat.metrics.flatness_sums import FlatnessSums
 

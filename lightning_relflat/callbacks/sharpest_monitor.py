@@ -21,7 +21,7 @@ from lightning_relflat.callbacks._one_layer import OneLayerMonitor
 from lightning_relflat.callbacks._step import Stage, Step
 from lightning_relflat.curvature import Loss, exact_parts, recognise_passes
 from lightning_relflat.functional._checks import check_count
-from lightning_relflat.functional._recognised import Kind
+from lightning_relflat.functional._criterion_nodes import Kind
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.relative_flatness import relative_flatness
 from lightning_relflat.metrics.sharpest_samples import SharpestParts

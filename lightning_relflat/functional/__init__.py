@@ -1,6 +1,6 @@
 """Pure functions over tensors. Needs torch alone."""
 
-from lightning_relflat.functional._graph import declare_linear
+from lightning_relflat.functional._second_derivatives import declare_linear
 from lightning_relflat.functional.feature_laplacian import feature_laplacian
 from lightning_relflat.functional.feature_robustness import (
     RobustnessEstimate,

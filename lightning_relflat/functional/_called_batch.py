@@ -14,11 +14,11 @@ from lightning_relflat.functional._checks import (
     check_floating,
     compute_dtype,
     full_precision,
+    is_open,
     plain,
     said,
     shape_of,
 )
-from lightning_relflat.functional._graph import is_open
 
 Target: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
 

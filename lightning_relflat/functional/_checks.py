@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # What a message prints of a value: how many entries, how many characters.
 _MANY = 8
@@ -144,3 +145,35 @@ def said(value: object, depth: int = 2) -> str:
 def shape_of(value: Tensor | Sequence[int]) -> str:
     """Return a shape as messages print it: ``(3, 4)``."""
     return str(tuple(value.shape if isinstance(value, Tensor) else value))
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Return whether something other than eager reverse mode differentiates or traces, or a tensor is distributed.
+
+    Args:
+        tensors: the tensors to be worked with.
+
+    Returns:
+        Whether it is so.
+    """
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return True
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def is_open(*tensors: Tensor) -> bool:
+    """Return whether numbers may be looked at without a wait: on a CPU, and outside of tracing and transforms.
+
+    Args:
+        tensors: the tensors whose numbers are to be looked at.
+
+    Returns:
+        Whether they may.
+    """
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return False
+    return not is_transformed(*tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._graph import is_open
+from lightning_relflat.functional._checks import is_open
 
 
 def class_indices(target: Tensor, num_classes: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

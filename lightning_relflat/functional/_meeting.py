@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._graph import naming_the_cause, reaches
+from lightning_relflat.functional._graph import reaches
 from lightning_relflat.functional._linear_map import ConvolutionUse
+from lightning_relflat.functional._second_derivatives import naming_the_cause
 
 
 class Rows(Protocol):

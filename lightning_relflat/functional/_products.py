@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._graph import naming_the_cause
+from lightning_relflat.functional._second_derivatives import naming_the_cause
 
 
 def hessian_products(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_relflat.functional._graph import is_open
+from lightning_relflat.functional._checks import is_open
 
 # The squares and products of such numbers, and the sums of these, are far from the ends of float32.
 _LOW, HIGH = 2.0**-20, 2.0**20

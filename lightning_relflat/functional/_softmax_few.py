@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from lightning_relflat.functional._checks import full_precision
-from lightning_relflat.functional._graph import is_open
+from lightning_relflat.functional._checks import full_precision, is_open
 from lightning_relflat.functional._scale import size_of, times_squared_lengths
 
 # With so few outputs, and so few classes or fewer than samples and features, distances between rows of W are fastest.

@@ -16,9 +16,9 @@ from lightning_relflat.functional._checks import (
     full_precision,
     shape_of,
 )
-from lightning_relflat.functional._graph import gradients_in_graph
 from lightning_relflat.functional._meeting import look
 from lightning_relflat.functional._products import hessian_products
+from lightning_relflat.functional._second_derivatives import gradients_in_graph
 
 
 def feature_laplacian(

@@ -18,10 +18,10 @@ from lightning_relflat.functional._checks import (
     shape_of,
 )
 from lightning_relflat.functional._families import Family, joint_parts
-from lightning_relflat.functional._graph import gradients_in_graph
 from lightning_relflat.functional._linear_map import LayerUse, LinearUse, as_use
 from lightning_relflat.functional._meeting import Looker, look
 from lightning_relflat.functional._probes import Measure
+from lightning_relflat.functional._second_derivatives import gradients_in_graph
 from lightning_relflat.functional._weights import layer_weight
 
 

@@ -15,9 +15,9 @@ from lightning_relflat.functional._checks import (
     check_floating,
     compute_dtype,
     full_precision,
+    is_transformed,
     shape_of,
 )
-from lightning_relflat.functional._graph import is_transformed
 from lightning_relflat.functional._probes import Measure
 from lightning_relflat.functional._scale import balanced, size_of, times_squared_lengths
 from lightning_relflat.functional._softmax_few import are_few, few_parts

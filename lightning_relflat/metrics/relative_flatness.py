@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_relflat.curvature import Loss, Probes, read_loss, sums_of_callable, sums_of_criterion
+from lightning_relflat.curvature import Loss, read_loss
+from lightning_relflat.curvature_sums import Probes, sums_of_callable, sums_of_criterion
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.metrics.flatness_sums import FlatnessSums
 

@@ -13,7 +13,8 @@ from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._labels import class_names as find_class_names
 from lightning_relflat._labels import kind_of as kind_of_criterion
 from lightning_relflat._labels import say
-from lightning_relflat.curvature import Probes, exact_parts, recognise_passes, sums_of_criterion, sums_of_loss
+from lightning_relflat.curvature import exact_parts, recognise_passes
+from lightning_relflat.curvature_sums import Probes, sums_of_criterion, sums_of_loss
 from lightning_relflat.functional._checks import check_count, shape_of
 from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional._weights import class_path, has_matrix

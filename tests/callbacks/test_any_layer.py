@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_relflat import FAM
 from lightning_relflat.functional import declare_linear
-from lightning_relflat.functional._graph import _refuse_norms
+from lightning_relflat.functional._second_derivatives import _refuse_norms
 from lightning_relflat.layer_tap import LayerTap
 from tests.by_hand import assert_same_weights, assert_untouched
 from tests.models import Batch, make_trainer

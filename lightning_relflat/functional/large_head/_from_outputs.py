@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from lightning_relflat.functional._checks import full_precision
-from lightning_relflat.functional._graph import is_transformed
+from lightning_relflat.functional._checks import full_precision, is_transformed
 from lightning_relflat.functional._scale import centered
 from lightning_relflat.functional._softmax_few import are_few, half_squared_distances
 from lightning_relflat.functional.large_head._tiles import Rows, Traces
