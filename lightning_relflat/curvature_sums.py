@@ -44,7 +44,7 @@ class Probes:
     Attributes:
         batches: numbers the probes.
         before: how many batches there were since sums began.
-        exact: whether the last loss was recognised.
+        parts: the parts of the rows in the last loss's κ, for each pass, where that was recognised.
 
     Raises:
         ValueError: if ``probes`` is no integer of at least 2 nor ``None``, or ``seed`` none of at least 0.
@@ -58,8 +58,13 @@ class Probes:
         self.seed = check_count("seed", seed, at_least=0)
         self.batches = self.before = 0
         self.looker = Looker()
-        self.exact = False
+        self.parts: list[Tensor] | None = None
         self.trying = Trying()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the last loss was recognised."""
+        return self.parts is not None
 
     @property
     def flat(self) -> bool:
@@ -134,11 +139,12 @@ def sums_of_loss(
     if not any(record.outputs.numel() for record in records):  # a process may have a batch of no samples
         return loss.new_zeros(4, dtype=torch.float64)
     recognised = probes.trying.recognise(loss, records)
-    probes.exact = recognised is not None
     if recognised is not None:
         with torch.no_grad():
-            kappa = sum_of([part.sum(dtype=torch.float64) for part in exact_parts(recognised, records)])
+            probes.parts = exact_parts(recognised, records)
+            kappa = sum_of([part.sum(dtype=torch.float64) for part in probes.parts])
         return exactly(kappa * recognised.total, recognised.total)
+    probes.parts = None
     features = records[0].features
     uses = [as_use(record.layer, record.features, record.outputs, record.weight) for record in records]
     with (behind or Behind()).curvature():

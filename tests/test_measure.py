@@ -337,6 +337,7 @@ def test_layers_without_a_value_are_named_with_the_reason() -> None:
         (torch.randn(6, 1), torch.randint(0, 2, (6,)), "does not follow"),
         (torch.randn(6, 3, 3), torch.randint(0, 3, (6, 3)), "dimension 1 or 2"),
         (torch.randn(6, 3), "text", "does not follow"),
+        (torch.randn(0, 3), torch.randint(0, 3, (0,)), "does not follow"),
     ],
 )
 def test_where_there_is_doubt_no_loss_is_inferred(outputs: Tensor, target: Any, words: str) -> None:
@@ -391,6 +392,26 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     inputs[8] = torch.nan
     with pytest.raises(FloatingPointError, match="finite number, but got nan for batch 1, counted from 0"):
         measure(net(), batches(inputs, target))
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_batch_of_no_samples_says_nothing(mean: bool, place: int) -> None:
+    inputs, target = data()
+    loss: Any = nn.CrossEntropyLoss(reduction="sum")
+    if mean:
+
+        def loss(z: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(z, y, reduction="sum") / max(1, len(y))
+
+    given = batches(inputs, target)
+    expected = measure(net(), given, loss=loss)
+    given.insert(place, (inputs[:0], target[:0]))
+    found = measure(net(), given, loss=loss)
+    assert found.relative_flatness == pytest.approx(expected.relative_flatness, rel=1e-12)
+    assert (found.samples, found.mean_loss) == (expected.samples, pytest.approx(expected.mean_loss, rel=1e-12))
+    assert found.sharpest == expected.sharpest
+    assert found.sharpest
 
 
 def test_what_holds_for_some_batches_alone_is_not_told() -> None:

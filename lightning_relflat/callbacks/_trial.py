@@ -131,7 +131,7 @@ class Trial:
         trainer: Any = fresh("trainer", self._trainer, memo)
         if self._max_epochs is not None:
             trainer.fit_loop.max_epochs = self._max_epochs
-        fams = [] if candidate == 0 else [with_coefficient(self._fam, candidate)]
+        fams = [] if candidate == 0 else [self._fam.with_coefficient(candidate)]
         place = len(trainer.callbacks) if self._place is None else self._place
         trainer.callbacks[place : place + 1] = fams
         watcher = Watcher(self._package, self.monitor, tell)
@@ -172,20 +172,3 @@ def fresh(name: str, thing: Any, memo: dict[int, Any] | None = None) -> Any:
         raise RuntimeError(
             f"find_coefficient: `{name}` cannot be copied for each run ({type(error).__name__}: {error}); {advice}."
         ) from error
-
-
-def with_coefficient(fam: FAM, coefficient: Candidate) -> FAM:
-    """Return a copy of a penalty with another coefficient.
-
-    Args:
-        fam: the penalty.
-        coefficient: λ.
-
-    Returns:
-        The copy.
-    """
-    other = copy.deepcopy(fam)
-    # A class of the user's may be made otherwise.
-    made = FAM(coefficient=coefficient, every_n_steps=fam.every_n_steps, start_epoch=fam.start_epoch)
-    other.coefficient, other._coefficients = made.coefficient, made._coefficients
-    return other

@@ -86,7 +86,16 @@ class Coefficients:
         Raises:
             ValueError: if the policy gives no finite number.
         """
-        value = check_number("coefficient_at", policy(epoch=epoch, step=self._steps))
+        try:
+            value = check_number("coefficient_at", policy(epoch=epoch, step=self._steps))
+        except (TypeError, ValueError) as error:
+            if self._rule is None:
+                raise
+            raise ValueError(
+                "Expected `coefficient_at` to return a factor where `coefficient` is 'auto', which is no number to "
+                f"reckon with, but got {type(error).__name__}: {error} Take "
+                "`super().coefficient_at(epoch=epoch, step=step)` in place of `self.coefficient`."
+            ) from error
         self.now = value if self._steps % self._every_n_steps == 0 else 0.0
         self.step = self._steps
         self._begun = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -146,9 +147,7 @@ class FAM(Callback):
         self.shared_probes = check_shared_probes("shared_probes", shared_probes, known, self.measure)
         self.normalize_features = check_flag("normalize_features", normalize_features)
         self.name = check_name(name)
-        self._coefficients = Coefficients(
-            self.every_n_steps, self.start_epoch, Automatic if self.coefficient == "auto" else None
-        )
+        self._begin_anew()
         self._penalty: Penalty | None = None  # of the fit that runs
         self._module: LightningModule | None = None
         self._penalised: str | None = None
@@ -179,6 +178,33 @@ class FAM(Callback):
             return 0.0
         value = 1.0 if self.coefficient == "auto" else self.coefficient
         return value * min(1.0, (step + 1) / (self.warmup_steps or 1))
+
+    def with_coefficient(self, coefficient: float | Literal["auto"]) -> FAM:
+        """Return a copy with another coefficient, which has not trained.
+
+        Args:
+            coefficient: λ.
+
+        Returns:
+            The copy, of the same class.
+
+        Raises:
+            ValueError: if it is neither a finite number nor ``"auto"``.
+
+        Examples:
+            >>> from lightning_relflat import FAM
+            >>> FAM("head", warmup_steps=10).with_coefficient(0.1)
+            FAM(layer='head', coefficient=0.1, warmup_steps=10)
+        """
+        other = copy.deepcopy(self)
+        other.coefficient = check_coefficient(coefficient)
+        other._begin_anew()
+        return other
+
+    def _begin_anew(self) -> None:
+        self._coefficients = Coefficients(
+            self.every_n_steps, self.start_epoch, Automatic if self.coefficient == "auto" else None
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layer, and listen to the module's steps."""

@@ -13,7 +13,6 @@ from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._labels import class_names as find_class_names
 from lightning_relflat._labels import kind_of as kind_of_criterion
 from lightning_relflat._labels import say
-from lightning_relflat.curvature import exact_parts, recognise_passes
 from lightning_relflat.curvature_sums import Probes, sums_of_criterion, sums_of_loss
 from lightning_relflat.functional._checks import check_count, shape_of
 from lightning_relflat.functional._graph import depends
@@ -144,6 +143,8 @@ class Collector:
         head = self.listening.take_head(loss)
         if not head:
             raise RuntimeError(self._no_head(ran))
+        if not any(record.outputs.numel() for record in head):
+            return  # a batch of no samples
         device = loss.device
         for metric in (self._layers.metric, self._head, self._totals, *([self._parts] if self._parts else [])):
             metric.to(device)
@@ -170,7 +171,7 @@ class Collector:
                 "What κ is made of is not told, because the loss is no criterion with a closed form of the outputs of "
                 f"layer {tap.name!r}."
             )
-        self._add_samples(loss, head, called, seen, samples)
+        self._add_samples(head, sums[1], called, seen, samples)
         self._first += samples
 
     # How a batch is read.
@@ -231,11 +232,10 @@ class Collector:
             predicted = head.outputs.detach().argmax(dim=-1)
             self._of_classes.update(predicted, target, target != criterion.ignore_index)
 
-    def _add_samples(self, loss: Tensor, head: Sequence[LayerRecord], called: Any, seen: Seen, samples: int) -> None:
+    def _add_samples(self, head: Sequence[LayerRecord], total: Tensor, called: Any, seen: Seen, samples: int) -> None:
         if self._parts is None:
             return
-        recognised = recognise_passes(loss, head)
-        if recognised is None or len(head) != 1 or head[0].call is not None:
+        if self._probes.parts is None or len(head) != 1 or head[0].call is not None:
             self._parts = None
             self._notes["samples"] = (
                 "No sample has a part of its own in κ that could be told: the loss is no criterion with a closed form "
@@ -250,10 +250,9 @@ class Collector:
                 f"shape {shape_of(record.features)} for {samples} samples, so that it is not known which row is whose."
             )
             return
-        with torch.no_grad():
-            [parts] = exact_parts(recognised, head)
+        [parts] = self._probes.parts
         if self.mean:
-            parts = parts * recognised.total
+            parts = parts * total
         parts = parts.double().reshape(samples, -1).sum(dim=1)
         numbers = range(self._first, self._first + samples) if seen.indices is None else seen.indices
         criterion, target = called or (None, None)

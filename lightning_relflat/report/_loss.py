@@ -95,7 +95,7 @@ def infer_loss(outputs: Tensor, target: Any) -> tuple[str, str]:
         ValueError: if there is doubt.
     """
     got = f"outputs of shape {shape_of(outputs)} and a target of {_what(target)}"
-    if not isinstance(target, Tensor) or not outputs.is_floating_point():
+    if not isinstance(target, Tensor) or not outputs.is_floating_point() or not outputs.numel():
         raise _doubt(f"which does not follow from {got}")
     if not target.is_floating_point():
         fits = target.dtype is not torch.bool and not target.is_complex() and bool(_class_dims(outputs, target))

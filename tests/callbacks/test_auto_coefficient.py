@@ -133,6 +133,33 @@ def test_a_policy_is_a_factor() -> None:
     assert {-0.006, 0.006} < {round(value, 9) for value in coefficients}
 
 
+class OfANumber(FAM):
+    def coefficient_at(self, *, epoch: int, step: int) -> float:
+        assert self.coefficient != 0
+        return self.coefficient * (2 if epoch else 0.5)  # type: ignore[operator]
+
+
+def test_a_policy_that_reckons_with_a_number_is_told_what_to_take() -> None:
+    net, _ = twins(lr=0.1)
+    before = net.head.weight.clone()
+    with pytest.raises(ValueError, match=r"'auto'.*no number.*super\(\).coefficient_at"):
+        fit(net, OfANumber("head", "auto"), make_batches([7]))
+    assert torch.equal(net.head.weight, before)
+    assert fit(net, OfANumber("head", 0.2), make_batches([7, 4]), max_epochs=2) == [0.1, 0.1, 0.4, 0.4]
+
+
+def test_a_copy_with_another_coefficient_is_of_the_same_class_and_begins_anew() -> None:
+    fam = Twofold("head", "auto", warmup_steps=4)
+    fit(twins(lr=0.1)[0], fam, make_batches([7, 4]))
+    state = fam.state_dict()
+    other, third = fam.with_coefficient(0.5), fam.with_coefficient("auto")
+    assert (type(other), other.coefficient, other.state_dict()) == (Twofold, 0.5, {"steps": 0})
+    assert (third.coefficient, third.state_dict()) == ("auto", {"steps": 0, "sizes": []})
+    assert (fam.coefficient, fam.state_dict()) == ("auto", state)
+    with pytest.raises(ValueError, match="`coefficient` to be a finite number or 'auto', but got nan"):
+        fam.with_coefficient(float("nan"))
+
+
 def test_with_probes_it_is_the_same_rule() -> None:
     net, twin = twins(lr=0.1, criterion=focal)
     batches = make_batches(SIZES)
