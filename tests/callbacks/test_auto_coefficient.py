@@ -136,7 +136,7 @@ def test_a_policy_is_a_factor() -> None:
 class OfANumber(FAM):
     def coefficient_at(self, *, epoch: int, step: int) -> float:
         assert self.coefficient != 0
-        return self.coefficient * (2 if epoch else 0.5)  # type: ignore[operator]
+        return self.coefficient * (2 if epoch else 0.5)  # type: ignore[operator,return-value]
 
 
 def test_a_policy_that_reckons_with_a_number_is_told_what_to_take() -> None:
