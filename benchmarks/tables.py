@@ -21,6 +21,32 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 PARTS = ("median", "lower", "upper")
+# What the rows of the tables are.
+WAYS = {
+    "plain": "the network as it is, without any of the following.",
+    "FAM, unnamed loss": "`FAM()` on the last layer. The loss is a cross-entropy, and recognised.",
+    "FAM, named loss": 'the same with `loss="cross_entropy"`.',
+    "FAM, probe": "the same where the loss is not recognised, so that κ is estimated with one random probe.",
+    "FAM, every 10th step": "a named loss with `every_n_steps=10`: the mean over all steps.",
+    "FAM, hidden layer": (
+        "one probe through what lies behind the layer: the linear layer before the last of the perceptron, the MLP and "
+        "the CNN; the second linear layer of the ViT's fourth block of six; a convolution in the middle of the "
+        "ResNet-18, with batch normalisation behind it."
+    ),
+    "FlatnessMonitor": "κ of the last layer in each training step, and nothing else.",
+    "SAM": "two forward and two backward passes, as the package `pytorch_optimizer` does it.",
+    "published FAM": "the algorithm of the FAM paper, which makes the whole Hessian of the last layer's weight.",
+}
+FORMS = {
+    "plain": "linear layer, cross-entropy, backward pass.",
+    "exact": "λκ of the step's loss besides, as `FAM()` adds it.",
+    "shared probes": "the same with `shared_probes=8`.",
+    "chunked": "`linear_cross_entropy` of PyTorch with its default options, which never makes all outputs.",
+    "chunked, exact; chunked, shared probes": "the same with λκ as `FAM` adds it.",
+    "textbook": "Σ_i c_i ‖φ_i‖² (Σ_s p_s ‖w_s‖² − ‖Σ_s p_s w_s‖²), differentiated by autograd.",
+    "centred": "the same about the most probable row of W, so that float32 keeps its digits.",
+    "from loss": "κ from the loss tensor, with one probe for every token.",
+}
 GRADIENTS = {"ResNet-18": 11.2e6, "a model of 1 billion parameters": 1e9, "a model of 7 billion parameters": 7e9}
 
 
@@ -36,6 +62,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def legend(rows: dict[str, str]) -> str:
+    """Say what the rows of a table are."""
+    return "".join(f"- {name}: {words}\n" for name, words in rows.items())
 
 
 def times(found: dict[str, float]) -> str:
@@ -77,7 +108,7 @@ def training() -> str:
             peak = entry.get("peak_mib")
             ratio = f" ({peak / plain:.3f})" if isinstance(peak, float) and isinstance(plain, float) else ""
             rows.append([name, times(entry["ratio"]), str(entry["ratio"]["runs"]), mebibytes(peak) + ratio])
-        head = ("contender", "time / plain: median (quartiles)", "steps", "peak memory of its process (/ plain)")
+        head = ("way to train", "time / plain: median (quartiles)", "steps", "peak memory of its process (/ plain)")
         text += f"\n**{case}**, a plain step takes {contenders['plain']['seconds']:.3g} s\n\n{table(head, rows)}"
     cases = [case for case in results if case != "machine"]
     if cases:
@@ -103,7 +134,7 @@ def training() -> str:
         plt.close(figure)
         text += "\n![Time of a training step over the plain step](images/costs_training_step.png)\n"
         text += overhead({case: results[case] for case in cases})
-    return where(results) + text
+    return f"{where(results)}\n{legend(WAYS)}{text}"
 
 
 def overhead(cases: dict[str, dict[str, Any]]) -> str:
@@ -293,7 +324,7 @@ def heads() -> str:
             rows.append([name, time, f"{found['peak_mib']:,.0f} MiB ({found['peak_ratio']:.2f})"])
         text += table(["form", "time / plain head: median (quartiles)", "peak memory (/ plain)"], rows) + "\n"
     return (
-        f"What the forms are is said there, what was tried in benchmarks/NOTES.md.\n\n{text}"
+        f"What was tried is in benchmarks/NOTES.md. The forms:\n\n{legend(FORMS)}\n{text}"
         if text
         else "Not measured yet.\n"
     )
@@ -312,6 +343,8 @@ def main() -> None:
     if on_gpu:
         sections["On a GPU"] = ("gpu", gpu_tables.section(on_gpu, table, times))
     text = "# What it costs\n\nWritten by `python benchmarks/tables.py` from the results in `benchmarks/*.json`.\n"
+    if not on_gpu:
+        text += "All of it was measured on CPUs. Nothing has been measured on a GPU: `python benchmarks/gpu.py` does.\n"
     for title, (name, section) in sections.items():
         text += f"\n## {title}\n\n`python benchmarks/{name}.py` measures it again. {section}"
     (DOCS / "costs.md").write_text(text)
