@@ -53,7 +53,7 @@ CANDIDATES: dict[str, list[Setting]] = {
 }
 SAMS = ("SAM", "momentum-SAM", "SAM every 10th step")
 OTHERS = (*SAMS, "weight decay", "fewer steps")
-ROLES = ("head", "linear before", "late layer", FIXED, "first layer", "two layers", "all layers")
+ROLES = ("head", "linear before", "late layer", FIXED, "first layer", "two layers", "four layers")
 BEST = "best FAM"  # the layer that validation data chose
 BUDGETS = {
     "steps": "equal steps",
