@@ -29,6 +29,8 @@ _ORDERS = {"TransposeBackward0", "PermuteBackward0", "TBackward0"}
 _PARTS = {"SliceBackward0", "SelectBackward0", "IndexBackward0"}
 # What may lie between the outputs and a criterion of their numbers, one by one; PyTorch's own have their target apart.
 SHIFTS = {"SubBackward0", "AddBackward0", "RsubBackward1", "NegBackward0", "ExpandBackward0"}
+# Of those, what leaves σ(z)(1 − σ(z)) as it is.
+EVEN = {"NegBackward0", "ExpandBackward0"}
 VIEWS = RESHAPES | _ORDERS | _PARTS
 
 

@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 
 from lightning_relflat.functional._criterion_nodes import (
     CRITERIA,
+    EVEN,
     RESHAPES,
     SHIFTS,
     SUMS,
@@ -129,7 +130,10 @@ class Plan:
             if self.kind == "softmax":
                 after, before = self._shape(node, number), self._shape(below, below_number)
                 class_dim = class_dim_before(node, class_dim, after, before)
-            elif node.name() not in VIEWS | SHIFTS or getattr(node, "_saved_alpha", 1) != 1:
+            elif (
+                node.name() not in VIEWS | (EVEN if self.kind == "sigmoid" else SHIFTS)
+                or getattr(node, "_saved_alpha", 1) != 1
+            ):
                 raise Unknown
             elif node.name() in ("NegBackward0", "RsubBackward1") or (node.name() == "SubBackward0" and place == 1):
                 self.turns.add(node)

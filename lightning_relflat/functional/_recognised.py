@@ -237,8 +237,9 @@ class _Sends:
         return sent.to(old.dtype), *(None for _ in grad_inputs[1:])
 
 
-def _turned(grad_inputs: Any, grad_outputs: Any) -> _Gradients:
-    return tuple(grad_outputs[0] if value is not None else None for value in grad_inputs)
+def _turned(grad_inputs: Any, _: Any) -> _Gradients:
+    """Send on what an operation has turned as if it had not; it has summed over what it had spread, too."""
+    return tuple(None if value is None else -value for value in grad_inputs)
 
 
 def _total(plan: Plan, shares: Sequence[Tensor]) -> Tensor:

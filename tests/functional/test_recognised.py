@@ -52,8 +52,15 @@ KNOWN: dict[str, LossOfOutputs] = {
     "squares": lambda z: (T - z).pow(2).sum(1).mean(),
     "turned squares": lambda z: (-(z - T)).square().mean(),
     "every pair": lambda z: ((z[:, None] - T[None]) ** 2).mean(),
+    "every pair, turned": lambda z: ((T[None] - z[:, None]) ** 2).mean(),
+    "turned and spread": lambda z: (T[:, None] - z).square().sum(),
+    "one output for several numbers": lambda z: F.mse_loss(T - z[:, :1], torch.zeros_like(T)),
     "binary": lambda z: F.binary_cross_entropy_with_logits(z, T.sigmoid(), pos_weight=W, weight=W),
     "binary of one output": lambda z: F.binary_cross_entropy_with_logits(z[:, 0], (Y > 1).double(), reduction="sum"),
+    "binary, turned": lambda z: F.binary_cross_entropy_with_logits(-z, T.sigmoid(), pos_weight=W),
+    "binary of rows in all pairs": lambda z: F.binary_cross_entropy_with_logits(
+        z[:, None].expand(4, 4, D), T[None].expand(4, 4, D).sigmoid()
+    ),
     "huber": lambda z: F.huber_loss(z, T, delta=0.7),
     "smooth l1": lambda z: F.smooth_l1_loss(z, T, beta=0.5, reduction="sum"),
 }
@@ -66,6 +73,12 @@ UNKNOWN: dict[str, LossOfOutputs] = {
     "fewer classes": lambda z: F.cross_entropy(z[:, :3], torch.zeros(4).long()),
     "samples as classes": lambda z: F.cross_entropy(z[:, :4].t(), torch.arange(4)),
     "rows cut anew": lambda z: F.cross_entropy(z.reshape(D, 4), torch.arange(4).repeat(2)[:D]),
+    "binary of shifted outputs": lambda z: F.binary_cross_entropy_with_logits(z + 1, T.sigmoid()),
+    "binary of outputs and a prior": lambda z: F.binary_cross_entropy_with_logits(z + W, T.sigmoid()),
+    "binary with a margin": lambda z: F.binary_cross_entropy_with_logits(z - 2 * T.sigmoid(), T.sigmoid()),
+    "binary of the complement": lambda z: F.binary_cross_entropy_with_logits(1 - z, T.sigmoid()),
+    "cut points": lambda z: F.binary_cross_entropy_with_logits(z[:, :1] + W, T.sigmoid()),
+    "shifted scores": lambda z: F.cross_entropy(z + W, Y),
     "a target of the outputs": lambda z: F.mse_loss(z, z.flip(0)),
     "two softmaxes": lambda z: F.kl_div(F.log_softmax(z, 1), F.softmax(z.flip(0), 1), reduction="sum"),
     "a third power": lambda z: (z - T).pow(3).mean(),
