@@ -17,7 +17,9 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_relflat.functional._graph import nodes_between, walk
 
 
-def gradients_in_graph(loss: Tensor, outputs: Sequence[Tensor], *, allow_unused: bool) -> list[Tensor | None]:
+def gradients_in_graph(
+    loss: Tensor, outputs: Sequence[Tensor], *, allow_unused: bool
+) -> tuple[list[Tensor | None], set[Node]]:
     """Differentiate a loss with respect to what left a layer, so that it can be differentiated once more.
 
     Args:
@@ -26,7 +28,7 @@ def gradients_in_graph(loss: Tensor, outputs: Sequence[Tensor], *, allow_unused:
         allow_unused: whether the loss may be independent of some of them.
 
     Returns:
-        The gradients, ``None`` where the loss is independent.
+        The gradients, ``None`` where the loss is independent; and the operations between the outputs and the loss.
 
     Raises:
         ValueError: if it is independent and must not be.
@@ -45,7 +47,7 @@ def gradients_in_graph(loss: Tensor, outputs: Sequence[Tensor], *, allow_unused:
             "its graph."
         )
     _refuse_once_differentiable([gradient for gradient in gradients if gradient is not None], connected)
-    return gradients
+    return gradients, between
 
 
 def foresee(loss: Tensor, outputs: Sequence[Tensor]) -> None:

@@ -80,7 +80,8 @@ def feature_laplacian(
         )
     dtype = compute_dtype(features)
     with full_precision(loss):
-        gradients = [g for g in gradients_in_graph(loss, [features], allow_unused=False) if g is not None]
+        found, _ = gradients_in_graph(loss, [features], allow_unused=False)
+        gradients = [gradient for gradient in found if gradient is not None]
         if not all(look(gradients, [_Samples(features, features, tuple(range(sample_dims)))]).rows[0]):
             raise ValueError(
                 "Expected argument `loss` to keep the samples of `features` apart, but got one in which they meet. "

@@ -168,7 +168,7 @@ def flatness_of_layers(
     check_scalar_in_graph(loss)
     flat = list(chain.from_iterable(layers))
     with full_precision(loss), ordinary():
-        found = gradients_in_graph(loss, [use.outputs for use in flat], allow_unused=allow_unused)
+        found, between = gradients_in_graph(loss, [use.outputs for use in flat], allow_unused=allow_unused)
         families, places = [], []
         remaining = iter(range(len(flat)))
         for number, uses in enumerate(layers):
@@ -176,7 +176,9 @@ def flatness_of_layers(
             if mine:
                 gradients = [gradient for k in mine if (gradient := found[k]) is not None]
                 used = [flat[k] for k in mine]
-                apart = look(gradients, used) if lookers is None else lookers[number].apart(mode, gradients, used)
+                apart = (
+                    look(gradients, used) if lookers is None else lookers[number].apart(mode, gradients, used, between)
+                )
                 if apart.chained and not through_hessian:
                     raise ValueError(
                         "Expected argument `through_hessian` to be True where a layer's features come from its own "

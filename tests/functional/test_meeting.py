@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_relflat.functional import layer_use
+from lightning_relflat.functional._graph import nodes_between
 from lightning_relflat.functional._meeting import Apart, Looker, look
 from lightning_relflat.functional.layer_flatness import flatness_of_layers
 from tests.functional.cases import seeded
@@ -184,6 +185,56 @@ def test_samples_that_begin_to_meet_in_a_later_batch_are_seen(curved: bool) -> N
         assert found is not None
         expected = kappa_of_layer(layer, lambda margin=margin: ranked(layer(x), margin))  # type: ignore[misc]
         assert_equal(found.sum(), expected)
+
+
+def in_pairs(z: Tensor) -> Tensor:
+    return (z @ z.mT).logsumexp(1).sum()
+
+
+def mixed(z: Tensor, order: Tensor) -> Tensor:
+    return rows_only(0.6 * z + 0.4 * z[order])
+
+
+STAY, MOVE = torch.arange(6), torch.tensor([0, 2, 1, 3, 4, 5])
+LATER: dict[str, list[Loss]] = {
+    "a term that begins later": [rows_only, rows_only, lambda z: rows_only(z) + in_pairs(z)],
+    "two losses in turns": [rows_only, in_pairs, rows_only, in_pairs],
+    "mixup in some batches": [rows_only, lambda z: mixed(z, MOVE), rows_only],
+    "mixup whose rows all stay in place at first": [lambda z: mixed(z, STAY), *[lambda z: mixed(z, MOVE)] * 12],
+    "rolled by nothing at first": [
+        lambda z: rows_only(z + z.roll(0, 0)),
+        *[lambda z: rows_only(z + z.roll(3, 0))] * 12,
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_rows_that_begin_to_meet_within_an_epoch_are_seen(name: str) -> None:
+    """The shapes of a batch do not say which loss it has."""
+    layer, x, looker = nn.Linear(3, 2), torch.randn(6, 3), Looker()
+    wrong = []
+    for loss in LATER[name]:
+        outputs = layer(x)
+        [[found]] = flatness_of_layers(loss(outputs), [[layer_use(layer, x, outputs)]], lookers=[looker], probes=None)
+        assert found is not None
+        expected = kappa_of_layer(layer, lambda loss=loss: loss(layer(x)))  # type: ignore[misc]
+        wrong.append(not torch.isclose(found.sum(), expected, rtol=1e-9))
+    # Two rows that change places lie in different halves every other time.
+    assert not any(wrong[6:] if "at first" in name else wrong)
+
+
+def test_a_random_half_is_looked_at_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    looker, counts = Looker(), []
+    for _ in range(70):
+        z = torch.randn(6, 3).requires_grad_()
+        loss = mixed(z, STAY)
+        gradients = torch.autograd.grad(loss, z, create_graph=True)
+        with gradients_taken(monkeypatch) as calls:
+            assert looker.apart(None, gradients, [Rows(z, (0,))], nodes_between(loss, [z])).rows == ((True,),)
+        counts.append(len(calls))
+    assert counts[0] == 1 + 3
+    assert sum(counts[1:17]) == 16
+    assert sum(counts[17:]) == 2  # the 32nd and the 64th
 
 
 def test_a_loss_without_curvature_is_seen() -> None:
