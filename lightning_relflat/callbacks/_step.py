@@ -112,6 +112,7 @@ class StepWatcher:
 
     def __init__(self, module: LightningModule) -> None:
         self.listeners: list[Listener] = []
+        self._module = module
         self._running: Step | None = None
         self._automatic = module.automatic_optimization
         self._patches = [MethodPatch(module, name, _Watched(self, stage)) for name, stage in _STAGES.items()]
@@ -163,7 +164,10 @@ class StepWatcher:
         Returns:
             What the step returns; in automatic optimization with the listeners' terms in the loss.
         """
-        if self._running is not None:  # a step that calls another, as many a validation step does
+        # A step may call another, as many a validation step does; and a hook or callback may call one, which is of no
+        # batch of the loop's. Lightning notes which of its hooks runs.
+        hook = getattr(self._module, "_current_fx_name", None)
+        if self._running is not None or (hook is not None and _STAGES.get(hook) != stage):
             return call(*args, **kwargs)
         step = self._running = Step(stage)
         begun: list[Listener] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,6 +134,48 @@ class FromIterator(Still):
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+class Looks(Callback):
+    """Calls a step of the module on a batch of its own, from one of its hooks."""
+
+    def __init__(self, hook: str, step: str, batch: Batch) -> None:
+        def look(trainer: Any, module: Any, *_: Any, **__: Any) -> None:
+            if not trainer.sanity_checking:
+                self.seen += 1
+                getattr(module, step)(batch, 0)
+
+        self.seen = 0
+        setattr(self, hook, look)
+
+
+class Validated(Still):
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        *("on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"),
+        *("on_validation_batch_start", "on_validation_batch_end", "on_validation_epoch_end"),
+    ],
+)
+def test_a_step_that_a_callback_calls_is_of_no_batch(hook: str, step: str, first: bool) -> None:
+    net, others = Validated().double(), make_batches([7])[0]
+    looks, monitor, fam = Looks(hook, step, others), FlatnessMonitor("head", probes=None), FAM("head", 0.1)
+    trainer = make_trainer(
+        precision="64-true", max_epochs=2, callbacks=[looks, monitor, fam] if first else [monitor, fam, looks]
+    )
+    trainer.fit(net, make_loader(SIZES), make_loader(SIZES[:2]))
+    assert looks.seen > 1
+    found = trainer.callback_metrics
+    assert float(found["train/relative_flatness"]) == pytest.approx(of(net, make_batches(SIZES)), rel=1e-9)
+    assert float(found["val/relative_flatness"]) == pytest.approx(of(net, make_batches(SIZES[:2])), rel=1e-9)
+    last = make_batches(SIZES)[-1]
+    assert float(fam.newest["penalty"]) == pytest.approx(0.1 * of(net, [last]), rel=1e-9)
+
+
 @pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument")
 def test_batches_from_an_iterator() -> None:
     net = FromIterator().double()
