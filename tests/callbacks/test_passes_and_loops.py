@@ -133,7 +133,6 @@ class FromIterator(Still):
         self.loss(batch)
 
 
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 class Looks(Callback):
     """Calls a step of the module on a batch of its own, from one of its hooks."""
 
@@ -147,11 +146,6 @@ class Looks(Callback):
         setattr(self, hook, look)
 
 
-class Validated(Still):
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)
-
-
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
 @pytest.mark.parametrize(
@@ -162,7 +156,7 @@ class Validated(Still):
     ],
 )
 def test_a_step_that_a_callback_calls_is_of_no_batch(hook: str, step: str, first: bool) -> None:
-    net, others = Validated().double(), make_batches([7])[0]
+    net, others = Still().double(), make_batches([7])[0]
     looks, monitor, fam = Looks(hook, step, others), FlatnessMonitor("head", probes=None), FAM("head", 0.1)
     trainer = make_trainer(
         precision="64-true", max_epochs=2, callbacks=[looks, monitor, fam] if first else [monitor, fam, looks]
@@ -176,6 +170,7 @@ def test_a_step_that_a_callback_calls_is_of_no_batch(hook: str, step: str, first
     assert float(fam.newest["penalty"]) == pytest.approx(0.1 * of(net, [last]), rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 @pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument")
 def test_batches_from_an_iterator() -> None:
     net = FromIterator().double()
