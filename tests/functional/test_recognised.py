@@ -122,6 +122,23 @@ def test_what_is_not_known_is_not_recognised(name: str) -> None:
     assert found_in(UNKNOWN[name], z) is None
 
 
+# What may be done with the outputs before a criterion sees them.
+BEFORE: dict[str, LossOfOutputs] = {
+    "turned": lambda z: -z,
+    "shifted": lambda z: z + W,
+    "shifted by rows": lambda z: z - T,
+    "complement": lambda z: W - z,
+    "one output, spread": lambda z: z[:, 1:2] + W,
+    "one row, spread": lambda z: z[2:3].expand(4, D),
+    "one row, turned and spread": lambda z: T - z[2:3],
+    "rows in another order": lambda z: z[torch.tensor([2, 0, 2, 1])],
+    "outputs in another order": lambda z: z.flip(1),
+    "turned round and back": lambda z: z.mT.contiguous().mT.reshape(2, 2, D).flatten(0, 1),
+    "scaled": lambda z: 1.5 * z,
+    "centred": lambda z: z - z.mean(0),
+    "some put to a number": lambda z: z.masked_fill(T > 0.5, -1.0),
+    "bent": lambda z: z.tanh(),
+}
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -136,16 +153,37 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@given(st.lists(st.sampled_from(sorted(KNOWN)), min_size=2, max_size=3), st.lists(st.sampled_from(sorted(OPERATIONS))))
-@settings(max_examples=60, deadline=None)
-def test_whatever_is_made_of_criteria_is_right_or_not_recognised(names: list[str], operations: list[str]) -> None:
+@given(
+    st.lists(st.sampled_from(sorted(BEFORE)), max_size=2),
+    st.lists(st.sampled_from(sorted(KNOWN)), min_size=2, max_size=3),
+    st.lists(st.sampled_from(sorted(OPERATIONS))),
+)
+@settings(max_examples=120, deadline=None)
+def test_whatever_is_made_of_criteria_is_right_or_not_recognised(
+    before: list[str], names: list[str], operations: list[str]
+) -> None:
     def loss(z: Tensor) -> Tensor:
+        for change in before:
+            z = BEFORE[change](z)
         value, *others = (KNOWN[name](z) for name in names)
         for number, operation in enumerate(operations[:3]):
             value = OPERATIONS[operation](value, others[number % len(others)])
         return value
 
     z = torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    recognised = found_in(loss, z)
+    if recognised is not None:
+        truth: Any = hessian(lambda flat: loss(flat.view(4, D)), z.flatten())
+        torch.testing.assert_close(dense(recognised, z), truth, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("change", BEFORE)
+def test_a_criterion_of_changed_outputs_is_right_or_not_recognised(name: str, change: str) -> None:
+    def loss(z: Tensor) -> Tensor:
+        return KNOWN[name](BEFORE[change](z))
+
+    z = torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     recognised = found_in(loss, z)
     if recognised is not None:
         truth: Any = hessian(lambda flat: loss(flat.view(4, D)), z.flatten())
