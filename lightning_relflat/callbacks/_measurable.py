@@ -31,7 +31,7 @@ class Measurable:
     called: tuple[Criterion, Any] | None
 
     def sums(self, probes: Probes, tap: LayerTap, *, training: bool) -> Tensor | None:
-        """Return the sums of κ, as :mod:`lightning_relflat.curvature` has them.
+        """Return the sums of κ, as :mod:`lightning_relflat.curvature_sums` has them.
 
         Args:
             probes: for what has no closed form.
