@@ -15,8 +15,8 @@ class FlatnessSums(SummedMetric):
     """κ over a data set and its standard error, over all processes.
 
     As input to ``update`` the metric takes ``sums`` (:class:`~torch.Tensor`), the four numbers of a batch that
-    :mod:`lightning_relflat.curvature_sums` returns: t κ, t, the variance of the first and the squares of its terms, where t
-    is what the batch weighs.
+    :mod:`lightning_relflat.curvature_sums` returns: t κ, t, the variance of the first and the squares of its terms,
+    where t is what the batch weighs.
 
     Args:
         mean: whether batches are averaged by their weights, or added.
