@@ -18,6 +18,7 @@ from lightning_relflat.callbacks._refusals import another_loss, did_not_run_in, 
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.claims import Claim
 from lightning_relflat.curvature import Loss, read_loss
+from lightning_relflat.functional._checks import is_open
 from lightning_relflat.layer_tap import LayerRecord, LayerTap
 from lightning_relflat.linear_layers import describe
 
@@ -50,6 +51,8 @@ class LayerMeter:
         self._ran: set[Stage] = set()
         # Whether the loss of a stage and loader is the result of a criterion of the outputs, once that is known.
         self._plain: dict[tuple[Stage, int], bool] = {}
+        # Where that cannot be trusted: something changes outputs or losses in place and is not seen to do it.
+        self._doubted: set[tuple[Stage, int]] = set()
         self._open: list[LayerRecord] = []  # of the step that runs: passes that no loss has depended on yet
         self._age: int | None = None  # of the weights with which the step's passes were computed
 
@@ -112,7 +115,7 @@ class LayerMeter:
         if step.stage != "train":
             step.calls = self._tap.calls = step.calls or CriterionCalls()
             # A loss that is a criterion of the outputs is seen without a graph; any other needs one.
-            plain = self._plain.get((step.stage, loader), self._is_sane())
+            plain = self._plain.get((step.stage, loader), self._is_sane()) and (step.stage, loader) not in self._doubted
             if self.claim is None and not plain:
                 step.graph = step.graph or "layer"
                 self._tap.opens = True
@@ -191,7 +194,7 @@ class LayerMeter:
             return Measurable(None, records, (self.claim.criterion, target))
         if self.tap.pending:
             self._ran.add(step.stage)
-        found, sees = self._in_graph(step) if self.tap.opens else self._called(step)
+        found, sees = self._in_graph(step, loader) if self.tap.opens else self._called(step, loader)
         if found is not None:
             self._settle()
         if sees is not None:
@@ -200,14 +203,23 @@ class LayerMeter:
             self._plain[step.stage, loader] = sees
         return found
 
-    def _called(self, step: Step) -> tuple[Measurable | None, bool | None]:
+    def doubt(self, stage: Stage, loader: int) -> None:
+        """Take the steps of a stage and loader in a graph from now on, whatever they seem to be.
+
+        Args:
+            stage: the stage.
+            loader: the loader.
+        """
+        self._doubted.add((stage, loader))
+
+    def _called(self, step: Step, loader: int) -> tuple[Measurable | None, bool | None]:
         """Return what the one criterion says that a step has called for its loss, and whether it is the loss."""
         assert step.calls is not None
         for losses in step.losses():
             if not losses:
                 continue
             calls = [call for call in step.calls.calls if any(call.result is loss for loss in losses)]
-            source = calls[0].source if len(calls) == len(losses) == 1 else None
+            source = calls[0].source if len(calls) == len(losses) == 1 and not calls[0].written else None
             records = [] if source is None else self.tap.take_those([source.origin])
             if not records:
                 return None, False  # another loss, for which it takes a graph
@@ -217,10 +229,15 @@ class LayerMeter:
                 record = replace(
                     record, features=record.features.clone(), weight=record.weight.clone(), outputs=outputs
                 )
-            return Measurable(calls[0].again(outputs), [record], calls[0].as_criterion()), True
+            value = calls[0].again(outputs)
+            holds = _has_value(value, losses[0])
+            if holds is False:
+                self.doubt(step.stage, loader)
+                return None, False
+            return Measurable(value, [record], calls[0].as_criterion(), holds if holds is not True else None), True
         return None, None  # no loss at all
 
-    def _in_graph(self, step: Step) -> tuple[Measurable | None, bool | None]:
+    def _in_graph(self, step: Step, loader: int) -> tuple[Measurable | None, bool | None]:
         """Return what a step says that has run in a graph, and whether it could be seen without one."""
         assert step.calls is not None
         loss, several = the_loss(step, self.tap.peek())
@@ -233,10 +250,15 @@ class LayerMeter:
             for call in step.calls.calls
             if call.result is loss and call.source is not None and self.tap.went_on_with(call.source.origin)
         ]
-        one = len(calls) == len(records) == 1
+        one = len(calls) == len(records) == 1 and not calls[0].written and (step.stage, loader) not in self._doubted
+        holds = _has_value(calls[0].again(records[0].outputs.detach()), loss) if one else True
+        if holds is False:
+            one = False
+            self.doubt(step.stage, loader)
         first = next(losses for losses in step.losses() if losses)
         seen = one and len(first) == 1 and first[0] is loss
-        return Measurable(loss, records, calls[0].as_criterion() if one else None), seen
+        called = calls[0].as_criterion() if one else None
+        return Measurable(loss, records, called, holds if isinstance(holds, Tensor) else None), seen
 
     def _is_sane(self) -> bool:
         assert self.module is not None
@@ -285,5 +307,17 @@ class LayerMeter:
         self.layer = self.name = None
         self.missed = 0
         self.ambiguous = self._compared = False
-        self._stepped, self._ran, self._plain = set(), set(), {}
+        self._stepped, self._ran, self._plain, self._doubted = set(), set(), {}, set()
         self._open, self._age = [], None
+
+
+def _has_value(value: Tensor, loss: Tensor) -> Tensor | bool:
+    """Return whether a criterion, called again, has the value that a step shows; a tensor where to look means a wait.
+
+    It has not if what the criterion was given, or what it returned, has been written to by something that no function
+    mode sees. They may differ by the rounding of their types.
+    """
+    value, loss = value.detach().reshape(()), loss.detach().reshape(())
+    eps = max(torch.finfo(one.dtype).eps for one in (value, loss))
+    holds = torch.isclose(value.to(loss), loss, rtol=max(1e-4, 4 * eps), atol=0.0, equal_nan=True)
+    return bool(holds) if is_open(value, loss) else holds

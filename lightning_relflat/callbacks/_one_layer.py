@@ -123,6 +123,22 @@ class OneLayerMonitor(Monitor):
         """Stop listening."""
         self._meter.end()
 
+    def doubt(self, stage: Stage, loader: int) -> None:
+        """Say that an epoch has no value, because in a batch the loss was not the criterion that the step has called.
+
+        Args:
+            stage: its stage.
+            loader: its data loader.
+        """
+        self._meter.doubt(stage, loader)
+        self.say(
+            f"doubted in {stage}",
+            f"nothing was measured over {stage} data in this epoch, because in a batch the loss that the step showed "
+            "had another value than the criterion that it had called: something changed the outputs, the target or the "
+            "loss in place, which could not be seen. From now on these steps run in a graph, which shows the loss as "
+            "it is; or use operations that are not in place.",
+        )
+
     def say_missing(self, stage: Stage, *, absent: bool) -> None:
         """Say what was not measured in an epoch.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -195,6 +196,9 @@ class FlatnessMonitor(OneLayerMonitor):
         metric = self._metric(stage, loader)
         totals = metric.totals()
         _, weight, variance, _ = totals.tolist()
+        if math.isnan(weight):
+            self.doubt(stage, loader)
+            return {}
         self.say_missing(stage, absent=weight == 0)
         if weight == 0:
             return {}
