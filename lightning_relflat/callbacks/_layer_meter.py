@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -45,8 +46,9 @@ class LayerMeter:
         self.listens = False
         self.layer: nn.Module | None = None  # once it is known
         self.name: str | None = None
-        self.missed = 0  # batches whose loss was another than those before
-        self.ambiguous = self._compared = False
+        # Batches of a stage and loader whose loss was another than those before, or not shown.
+        self.missed: Counter[tuple[Stage, int]] = Counter()
+        self.ambiguous = self.closed = self._compared = False
         self._stepped: set[Stage] = set()  # stages with a step that was listened to, and with one in which it ran
         self._ran: set[Stage] = set()
         # Whether the loss of a stage and loader is the result of a criterion of the outputs, once that is known.
@@ -192,14 +194,15 @@ class LayerMeter:
                 holds = has_value(self.claim, step, records[0], target)
                 self._compared, self.claim.verified = holds is not None, holds is True
             return Measurable(None, records, (self.claim.criterion, target))
-        if self.tap.pending:
+        ran = self.tap.pending
+        if ran:
             self._ran.add(step.stage)
         found, sees = self._in_graph(step, loader) if self.tap.opens else self._called(step, loader)
         if found is not None:
             self._settle()
+        elif ran and not self._is_sane():
+            self.missed[step.stage, loader] += 1
         if sees is not None:
-            if not sees and not self.tap.opens and not self._is_sane():
-                self.missed += 1
             self._plain[step.stage, loader] = sees
         return found
 
@@ -240,6 +243,13 @@ class LayerMeter:
     def _in_graph(self, step: Step, loader: int) -> tuple[Measurable | None, bool | None]:
         """Return what a step says that has run in a graph, and whether it could be seen without one."""
         assert step.calls is not None
+        self.closed |= step.closed and self.tap.pending
+        shown = next((losses for losses in step.losses() if losses), [])
+        if not any(loss.requires_grad for loss in shown):
+            # Computed where the step has switched gradients off, behind the layer or around both: as without a graph.
+            found, sees = self._called(step, loader)
+            if found is not None or (step.closed and shown):
+                return found, sees
         loss, several = the_loss(step, self.tap.peek())
         self.ambiguous |= several
         if loss is None:
@@ -255,8 +265,7 @@ class LayerMeter:
         if holds is False:
             one = False
             self.doubt(step.stage, loader)
-        first = next(losses for losses in step.losses() if losses)
-        seen = one and len(first) == 1 and first[0] is loss
+        seen = one and len(shown) == 1 and shown[0] is loss
         called = calls[0].as_criterion() if one else None
         return Measurable(loss, records, called, holds if isinstance(holds, Tensor) else None), seen
 
@@ -291,7 +300,7 @@ class LayerMeter:
             return None
         if stage != "train" and stage not in self._ran and self.module.trainer.state.fn != "fit":
             raise RuntimeError(f"{self._who!r}: {did_not_run_in(self.tap, f'any {stage} batch')}")
-        return no_loss_shown(self.tap, stage, ran=stage in self._ran, several=self.ambiguous)
+        return no_loss_shown(self.tap, stage, ran=stage in self._ran, several=self.ambiguous, closed=self.closed)
 
     def unverified(self) -> str | None:
         """Say outside of ``fit`` that nothing has shown the loss that was named; ``None`` if that is not so."""
@@ -305,8 +314,8 @@ class LayerMeter:
 
     def _forget_run(self) -> None:
         self.layer = self.name = None
-        self.missed = 0
-        self.ambiguous = self._compared = False
+        self.missed.clear()
+        self.ambiguous = self.closed = self._compared = False
         self._stepped, self._ran, self._plain, self._doubted = set(), set(), {}, set()
         self._open, self._age = [], None
 

@@ -139,15 +139,19 @@ class OneLayerMonitor(Monitor):
             "it is; or use operations that are not in place.",
         )
 
-    def say_missing(self, stage: Stage, *, absent: bool) -> None:
+    def say_missing(self, stage: Stage, loader: int, *, absent: bool) -> None:
         """Say what was not measured in an epoch.
 
         Args:
             stage: its stage.
+            loader: its data loader.
             absent: whether nothing was.
         """
-        count = self._meter.missed
-        if count:
-            self.say("missed", f"batches were left out ({count} so far): their loss was another than before.")
+        count = self._meter.missed[stage, loader]
         if absent:
             self.say(f"absent from {stage}", self._meter.absent(stage))
+        elif count:
+            self.say(
+                "missed",
+                f"batches of {stage} were left out ({count} so far): their loss was another than before, or not shown.",
+            )

@@ -17,6 +17,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_relflat._batch import size_of
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat.callbacks._base import LightningModule
 from lightning_relflat.callbacks._method_patch import MethodPatch
@@ -40,6 +41,7 @@ class Step:
         calls: the criteria that it has called; in validation and test, if a listener asks for it.
         graph: set by a listener that needs the step in a graph, which Lightning runs without gradients in validation
             and test: ``"layer"`` to have it begin where a tap of the listener opens it, ``"step"`` for all of it.
+        closed: whether gradients were off when the step returned, though a tap may have opened a graph in it.
     """
 
     stage: Stage
@@ -48,23 +50,41 @@ class Step:
     logged: list[tuple[str, Tensor]] = field(default_factory=list)
     calls: CriterionCalls | None = None
     graph: Literal["layer", "step"] | None = None
+    closed: bool = False
 
     @property
     def loss(self) -> Tensor | None:
-        """The loss among what it has returned, if there is one."""
-        found = self.output.get("loss") if isinstance(self.output, Mapping) else self.output
-        return found if isinstance(found, Tensor) and found.numel() == 1 else None
+        """The loss among what it has returned, if there is one: an entry of that name, or a bare scalar."""
+        named = isinstance(self.output, Mapping)
+        found = self.output.get("loss") if named else self.output
+        return found if isinstance(found, Tensor) and (found.ndim == 0 or (named and found.numel() == 1)) else None
 
     def losses(self) -> Iterator[list[Tensor]]:
         """Yield what may be the loss of a step in validation or test, the likelier before the rest.
 
+        Of a single sample, a bare number may be a prediction. Where the step returns one that it neither logs as a loss
+        nor has a criterion for, it is taken together with those: it is the loss if they are parts of it.
+
         Yields:
-            What it has returned; what it has logged as a loss; what the criteria that it has called have returned.
+            What it has returned; what it has logged as a loss; what the criteria that it has called have returned; a
+            bare tensor of one number with dimensions that it has returned for several samples.
         """
-        yield [] if self.loss is None else [self.loss]
-        logged = [value for name, value in self.logged if "loss" in name.lower() and value.numel() == 1]
-        yield list({id(value): value for value in logged}.values())
-        yield [call.result for call in self.calls.calls if call.result.ndim == 0] if self.calls else []
+        size = size_of(self.batch) or 0  # 0 if that is not known
+        bare = self.output if isinstance(self.output, Tensor) else None
+        logged = _each([value for name, value in self.logged if "loss" in name.lower() and value.numel() == 1])
+        called = [call.result for call in self.calls.calls if call.result.ndim == 0] if self.calls else []
+        if self.loss is not None:
+            doubtful = bare is not None and size == 1 and not any(self.loss is other for other in (*logged, *called))
+            yield _each([self.loss, *(logged or called)]) if doubtful else [self.loss]
+        yield logged
+        yield called
+        if bare is not None and bare.ndim and bare.numel() == 1 and size > 1:
+            yield [bare]
+
+
+def _each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return each tensor once."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def the_loss(step: Step, records: Sequence[LayerRecord]) -> tuple[Tensor | None, bool]:
@@ -189,6 +209,7 @@ class StepWatcher:
             args = self._note_batch(step, args, kwargs)
             with step.calls.following(at_once=step.graph == "step") if step.calls else nullcontext():
                 output = step.output = call(*args, **kwargs)
+            step.closed = not torch.is_grad_enabled()
             for listener in self.listeners:
                 listener.evaluated(step)
             return output if step.graph is None else _out_of_graph(output)

@@ -56,7 +56,7 @@ class Kappa(FlatnessMonitor):
     def __repr__(self) -> str:
         return "find_coefficient"  # whose user has made no monitor
 
-    def say_missing(self, stage: Stage, *, absent: bool) -> None:
+    def say_missing(self, stage: Stage, loader: int, *, absent: bool) -> None:
         """Remember why there is no κ, which is an error here."""
         if absent:
             self.why = self._meter.absent(stage)

@@ -199,7 +199,7 @@ class FlatnessMonitor(OneLayerMonitor):
         if math.isnan(weight):
             self.doubt(stage, loader)
             return {}
-        self.say_missing(stage, absent=weight == 0)
+        self.say_missing(stage, loader, absent=weight == 0)
         if weight == 0:
             return {}
         value, error = metric.values(totals)

@@ -154,7 +154,7 @@ class LayersMonitor(Monitor):
             self.say(
                 "no loss",
                 f"a step of {step.stage} shows {which} on the layers, so that it is left out. Return the loss from the "
-                "step, or log it.",
+                "step, or log it, and run the model outside of `torch.inference_mode()`.",
             )
             return
         uses, exact = [], {}

@@ -162,7 +162,7 @@ class SharpestMonitor(OneLayerMonitor):
         if any(index == _DOUBTED for _, index, *_ in rows):
             self.doubt(stage, loader)
             return {}
-        self.say_missing(stage, absent=not rows)
+        self.say_missing(stage, loader, absent=not rows)
         if rows:
             self.samples[f"{stage}{behind}"] = [
                 SharpSample(int(index), part, _number(label), _number(prediction))
