@@ -324,6 +324,10 @@ class CriterionCalls(TorchFunctionMode):
         if whole:
             self.calls.append(CriterionCall(_itself, (), {}, outputs, derived))
 
+    def tensors(self) -> list[Tensor]:
+        """Return what was followed, and what the criteria have returned."""
+        return [*(one.tensor for one in self._derived.values()), *(call.result for call in self.calls)]
+
     def __torch_function__(
         self, func: _Function, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

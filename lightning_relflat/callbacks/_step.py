@@ -8,6 +8,7 @@ strategy or read by a line search. A penalty that joins it there is respected by
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ class StepWatcher:
 
     def __init__(self, module: LightningModule) -> None:
         self.listeners: list[Listener] = []
+        self._module = weakref.ref(module)
         self._running: Step | None = None
         self._automatic = module.automatic_optimization
         self._patches = [MethodPatch(module, name, _Watched(self, stage)) for name, stage in _STAGES.items()]
@@ -206,6 +208,7 @@ class StepWatcher:
         with ExitStack() as stack:
             if step.graph is not None:
                 args, kwargs = stack.enter_context(_in_graph(step, args, kwargs))
+                stack.enter_context(_kept_without_graph(step, self._module()))
             args = self._note_batch(step, args, kwargs)
             with step.calls.following(at_once=step.graph == "step") if step.calls else nullcontext():
                 output = step.output = call(*args, **kwargs)
@@ -304,6 +307,33 @@ def _in_graph(
 
 def _out_of_graph(output: Any) -> Any:
     return apply_to_collection(output, Tensor, torch.detach)
+
+
+@contextmanager
+def _kept_without_graph(step: Step, module: LightningModule | None) -> Iterator[None]:
+    """Take out of the graph what a step keeps of itself, which has none where nobody opens one for it.
+
+    That is what it returns or logs, what left a layer, and sums of these in the module: buffers, and attributes of its
+    own. In place, so that those who keep it have it so; a view cannot be, and a leaf is somebody's parameter.
+    """
+    before = {id(tensor) for tensor in _held(module) if tensor.requires_grad}
+    try:
+        yield
+    finally:
+        kept = [value for _, value in step.logged]
+        apply_to_collection(step.output, Tensor, kept.append)
+        kept += [tensor for tensor in _held(module) if id(tensor) not in before]
+        kept += [] if step.calls is None else step.calls.tensors()
+        for tensor in kept:
+            if tensor.grad_fn is not None and not tensor._is_view():
+                tensor.detach_()
+
+
+def _held(module: LightningModule | None) -> Iterator[Tensor]:
+    """Yield the buffers of a module, and the tensors among its attributes."""
+    if module is not None:
+        yield from module.buffers()
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 class _Noting(Iterator[Any]):

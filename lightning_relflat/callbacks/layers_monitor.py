@@ -132,6 +132,7 @@ class LayersMonitor(Monitor):
         step.graph = "step"
         step.calls = step.calls or CriterionCalls()
         for tap in self._taps.values():
+            tap.calls = step.calls
             tap.start()
         self._behind.forget()
         self._within.enter_context(self._behind)
