@@ -253,6 +253,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def _single(value: Any) -> Any:
+    """Return something with each view in it as one that was made alone of what it is a view of."""
+    if isinstance(value, Tensor):
+        base = value._base if value._is_view() else None
+        return value if base is None else base.as_strided(value.size(), value.stride(), value.storage_offset())
+    if isinstance(value, dict):
+        return {key: _single(item) for key, item in value.items()}
+    return type(value)(map(_single, value)) if type(value) in (list, tuple) else value
+
+
 def _memory(tensor: Tensor) -> int | None:
     """Return where the numbers of a tensor lie, which its views share; ``None`` if it does not say."""
     with torch._C.DisableTorchFunction():
@@ -335,7 +345,13 @@ class CriterionCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist) and args[0].requires_grad:
             return func(args[0].detach(), *args[1:], **kwargs)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError as error:
+            # What `unbind`, `split` and the like return may be changed in place without a graph, and not within one.
+            if "returns multiple views" not in str(error):
+                raise
+            result = func(*_single(args), **_single(kwargs))
         if func in _CRITERIA:
             self._note(func, args, kwargs, result)
         elif self._derived or self.calls:

@@ -325,7 +325,7 @@ def _kept_without_graph(step: Step, module: LightningModule | None) -> Iterator[
         kept += [tensor for tensor in _held(module) if id(tensor) not in before]
         kept += [] if step.calls is None else step.calls.tensors()
         for tensor in kept:
-            if tensor.grad_fn is not None and not tensor._is_view():
+            if not tensor._is_view() and tensor.grad_fn is not None:
                 tensor.detach_()
 
 

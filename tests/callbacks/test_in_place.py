@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_relflat import FlatnessMonitor, SharpestMonitor
-from tests.models import Batch, Net, make_batches, make_loader, make_trainer
+from lightning_relflat import FlatnessMonitor, LayersMonitor, SharpestMonitor
+from tests.models import Batch, Net, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa_of_layer
 from tests.watching import as_on_a_device
 
@@ -197,3 +197,55 @@ def test_the_rounding_of_half_precision_is_no_change() -> None:
         warnings.filterwarnings("ignore", ".*does not have many workers")
         trainer.validate(net, make_loader(SIZES, dtype=torch.float32), verbose=False)
     assert "val/relative_flatness" in trainer.callback_metrics
+
+
+def by_rows(z: Tensor) -> None:
+    for row in z:
+        row -= row.max().detach() * torch.arange(3.0, dtype=z.dtype)
+
+
+def by_parts(z: Tensor) -> None:
+    first_part, second_part = z.chunk(2, dim=1)
+    second_part.mul_(3)
+    first_part.add_(2 * second_part)
+
+
+def in_parts(z: Tensor, y: Tensor) -> Tensor:
+    """Goes on with the parts and not with the whole."""
+    parts = list(z.split(1, dim=1))
+    parts[2].mul_(2)
+    F.relu(parts[0], inplace=True)
+    return focal(torch.cat([*parts[1:], parts[0]], dim=1), y)
+
+
+# Each with the same out of place, for the definition.
+PARTS: dict[str, tuple[Changed, Changed]] = {
+    "rows": (
+        first(by_rows),
+        lambda z, y: F.cross_entropy(z - z.max(dim=1, keepdim=True).values.detach() * torch.arange(3.0).to(z), y),
+    ),
+    "parts": (
+        first(by_parts),
+        lambda z, y: F.cross_entropy(torch.cat([z[:, :2] + 6 * z[:, 2:], 3 * z[:, 2:]], dim=1), y),
+    ),
+    "parts that go on": (
+        in_parts,
+        lambda z, y: focal(torch.stack([z[:, 1], 2 * z[:, 2], z[:, 0].relu()], dim=1), y),
+    ),
+}
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_may_be_changed_in_place_as_they_may_without_a_graph(name: str, inference_mode: bool) -> None:
+    in_place, out_of_place = PARTS[name]
+    net = Validating(in_place).double()
+    monitors = [FlatnessMonitor(probes=None, stages=("val",)), LayersMonitor("head", probes=3000)]
+    trainer = make_trainer(callbacks=monitors, inference_mode=inference_mode)
+    trainer.validate(net, make_loader(SIZES), verbose=False)
+    found = {label: float(value) for label, value in trainer.callback_metrics.items()}
+    expected = truth(net, out_of_place)
+    assert found["val/relative_flatness"] == pytest.approx(expected, rel=1e-9)
+    assert abs(found["val_flatness/network"] - expected) <= 5 * found["val_flatness/network_error"] + 1e-9
+    losses = [out_of_place(net(inputs), target) for inputs, target in make_batches(SIZES)]
+    assert found["val_loss"] == pytest.approx(float(torch.stack(losses).mean().detach()), rel=1e-12)
