@@ -12,6 +12,7 @@ from lightning_relflat.callbacks._base import LightningModule, Trainer, check_la
 from lightning_relflat.callbacks._layer_meter import LayerMeter
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import Monitor
+from lightning_relflat.callbacks._refusals import changed_unseen
 from lightning_relflat.callbacks._step import Stage, Step
 from lightning_relflat.curvature import Loss
 
@@ -131,13 +132,7 @@ class OneLayerMonitor(Monitor):
             loader: its data loader.
         """
         self._meter.doubt(stage, loader)
-        self.say(
-            f"doubted in {stage}",
-            f"nothing was measured over {stage} data in this epoch, because in a batch the loss that the step showed "
-            "had another value than the criterion that it had called: something changed the outputs, the target or the "
-            "loss in place, which could not be seen. From now on these steps run in a graph, which shows the loss as "
-            "it is; or use operations that are not in place.",
-        )
+        self.say(f"doubted in {stage}", changed_unseen(stage))
 
     def say_missing(self, stage: Stage, loader: int, *, absent: bool) -> None:
         """Say what was not measured in an epoch.

@@ -98,6 +98,23 @@ def no_loss_shown(tap: LayerTap, stage: Stage, *, ran: bool, several: bool, clos
     )
 
 
+def changed_unseen(stage: Stage) -> str:
+    """Say why an epoch has no value, because in a batch the loss was not the criterion that the step has called.
+
+    Args:
+        stage: the epoch's stage.
+
+    Returns:
+        The message.
+    """
+    return (
+        f"nothing was measured over {stage} data in this epoch, because in a batch the loss that the step showed had "
+        "another value than the criterion that it had called: something changed the outputs, the target or the loss in "
+        "place, which could not be seen. From now on these steps run in a graph, which shows the loss as it is; or use "
+        "operations that are not in place."
+    )
+
+
 def another_loss(tap: LayerTap, what: str = "penalise") -> str:
     """Return why a loss that does not depend on the layer gets no penalty, or no value.
 
