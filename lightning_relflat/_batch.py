@@ -1,4 +1,4 @@
-"""How a target is found in a batch. Needs torch alone."""
+"""How a target is found in a batch, and how many samples it has. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -75,6 +75,21 @@ def find_target(batch: Any, key: Target) -> Any:
                 "Where the loss needs no target for its curvature, pass target=None."
             ) from error
     return tuple(target) if isinstance(target, list) else target
+
+
+def size_of(batch: Any) -> int | None:
+    """Return how many samples a batch has: the first dimension of its first tensor.
+
+    Args:
+        batch: the batch, or a part of it.
+
+    Returns:
+        The number; ``None`` if it holds no tensor with dimensions.
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((size for entry in entries if (size := size_of(entry)) is not None), None)
 
 
 def _look_up(place: Any, key: int | str) -> Any:

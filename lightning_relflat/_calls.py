@@ -6,11 +6,12 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
@@ -34,7 +35,12 @@ _SAME = {
     *(torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute, torch.movedim),
     *(Tensor.movedim, Tensor.mT.__get__, Tensor.T.__get__, Tensor.swapaxes, Tensor.swapdims),  # type: ignore[attr-defined]
 }
-_WRITES = {Tensor.__setitem__}
+# Functions that write to what they are given first, besides those whose name ends in an underscore.
+_WRITES = {Tensor.__setitem__, Tensor.data.__set__}  # type: ignore[attr-defined]
+_WRITING_OPERATORS = {
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__", "__imod__", "__ipow__"),
+    *("__imatmul__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +68,7 @@ class CriterionCall:
         kwargs: its arguments by name.
         result: what it returned.
         source: its first argument, where that is what left the layer.
+        written: whether the result has been written to since, so that it is what it returned no more.
     """
 
     function: _Function
@@ -69,6 +76,7 @@ class CriterionCall:
     kwargs: dict[str, Any]
     result: Tensor
     source: Derived | None
+    written: bool = False
 
     def again(self, outputs: Tensor) -> Tensor:
         """Return the criterion of other outputs in its place, in their graph.
@@ -217,6 +225,53 @@ def _push_all(modes: list[Any]) -> None:
         _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
+def _written(func: _Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors that a function writes to."""
+    name = getattr(func, "__name__", "")
+    # Operators that are called as such, as those of kernels are: whatever one may write to, by what it declares.
+    names = func.overloads() if isinstance(func, OpOverloadPacket) else []  # type: ignore[no-untyped-call]
+    operators = [getattr(func, one) for one in names] or [func]
+    if any(isinstance(one, OpOverload) and one._schema.is_mutable for one in operators):
+        yield from _tensors((args, kwargs))
+        return
+    yield from _tensors(kwargs.get("out"))
+    if (
+        func in _WRITES
+        or name in _WRITING_OPERATORS
+        or (name.endswith("_") and not name.endswith("__"))
+        or kwargs.get("inplace") is True
+    ):
+        yield from _tensors(args[0] if args else next(iter(kwargs.values()), None))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in something."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _single(value: Any) -> Any:
+    """Return something with each view in it as one that was made alone of what it is a view of."""
+    if isinstance(value, Tensor):
+        base = value._base if value._is_view() else None
+        return value if base is None else base.as_strided(value.size(), value.stride(), value.storage_offset())
+    if isinstance(value, dict):
+        return {key: _single(item) for key, item in value.items()}
+    return type(value)(map(_single, value)) if type(value) in (list, tuple) else value
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Return where the numbers of a tensor lie, which its views share; ``None`` if it does not say."""
+    with torch._C.DisableTorchFunction():
+        try:
+            return tensor.untyped_storage().data_ptr()
+        except RuntimeError:  # of what is no ordinary tensor, as within a transform
+            return None
+
+
 class CriterionCalls(TorchFunctionMode):
     """Sees the calls of PyTorch's criteria while it is entered, under inference mode too.
 
@@ -279,6 +334,10 @@ class CriterionCalls(TorchFunctionMode):
         if whole:
             self.calls.append(CriterionCall(_itself, (), {}, outputs, derived))
 
+    def tensors(self) -> list[Tensor]:
+        """Return what was followed, and what the criteria have returned."""
+        return [*(one.tensor for one in self._derived.values()), *(call.result for call in self.calls)]
+
     def __torch_function__(
         self, func: _Function, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -286,11 +345,21 @@ class CriterionCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist) and args[0].requires_grad:
             return func(args[0].detach(), *args[1:], **kwargs)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError as error:
+            # What `unbind`, `split` and the like return may be changed in place without a graph, and not within one.
+            if "returns multiple views" not in str(error):
+                raise
+            result = func(*_single(args), **_single(kwargs))
         if func in _CRITERIA:
             self._note(func, args, kwargs, result)
-        elif self._derived and args:
-            self._follow(func, args, kwargs, result)
+        elif self._derived or self.calls:
+            written = list(_written(func, args, kwargs))
+            for tensor in written:
+                self._forget(tensor)
+            if args and not written:
+                self._follow(func, args, kwargs, result)
         return result
 
     def _note(self, func: _Function, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
@@ -301,15 +370,20 @@ class CriterionCalls(TorchFunctionMode):
 
     def _follow(self, func: _Function, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         source = self._derived.get(id(args[0]))
-        if source is None:
-            return
-        name = getattr(func, "__name__", "")
-        if func in _WRITES or (name.endswith("_") and not name.endswith("__")):
-            # Other views of it have changed, too.
-            self._derived = {key: one for key, one in self._derived.items() if one.origin is not source.origin}
-        elif func in _SAME and isinstance(result, Tensor) and not self._among((args[1:], kwargs)):
+        if source is not None and func in _SAME and isinstance(result, Tensor) and not self._among((args[1:], kwargs)):
             step = (func, tuple(args[1:]), dict(kwargs))
             self._derived[id(result)] = Derived(result, source.origin, (*source.steps, step))
+
+    def _forget(self, written: Tensor) -> None:
+        """Forget what shares its memory with a tensor that was written to, through whatever views."""
+        place = _memory(written)
+
+        def is_written(tensor: Tensor) -> bool:
+            own = _memory(tensor)
+            return own is None or place is None or own == place
+
+        self._derived = {key: one for key, one in self._derived.items() if not is_written(one.tensor)}
+        self.calls = [replace(call, written=True) if is_written(call.result) else call for call in self.calls]
 
     def _among(self, values: Any) -> bool:
         """Return whether what left the layer is among some arguments."""

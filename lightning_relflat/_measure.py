@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from lightning_relflat._batch import Target, check_key
+from lightning_relflat._batch import Target, check_key, size_of
 from lightning_relflat.curvature import Loss
 from lightning_relflat.functional._checks import check_flag, said
 from lightning_relflat.report._collector import Collector, Seen
-from lightning_relflat.report._forward import Forward, device_of, inputs_of, moved, size_of
+from lightning_relflat.report._forward import Forward, device_of, inputs_of, moved
 from lightning_relflat.report._loss import LossTaker
 from lightning_relflat.report._progress import Progress, telling
 from lightning_relflat.report._report import Report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from lightning_relflat.callbacks._refusals import another_loss, did_not_run_in, 
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.claims import Claim
 from lightning_relflat.curvature import Loss, read_loss
+from lightning_relflat.functional._checks import is_open
 from lightning_relflat.layer_tap import LayerRecord, LayerTap
 from lightning_relflat.linear_layers import describe
 
@@ -44,12 +46,15 @@ class LayerMeter:
         self.listens = False
         self.layer: nn.Module | None = None  # once it is known
         self.name: str | None = None
-        self.missed = 0  # batches whose loss was another than those before
-        self.ambiguous = self._compared = False
+        # Batches of a stage and loader whose loss was another than those before, or not shown.
+        self.missed: Counter[tuple[Stage, int]] = Counter()
+        self.ambiguous = self.closed = self._compared = False
         self._stepped: set[Stage] = set()  # stages with a step that was listened to, and with one in which it ran
         self._ran: set[Stage] = set()
         # Whether the loss of a stage and loader is the result of a criterion of the outputs, once that is known.
         self._plain: dict[tuple[Stage, int], bool] = {}
+        # Where that cannot be trusted: something changes outputs or losses in place and is not seen to do it.
+        self._doubted: set[tuple[Stage, int]] = set()
         self._open: list[LayerRecord] = []  # of the step that runs: passes that no loss has depended on yet
         self._age: int | None = None  # of the weights with which the step's passes were computed
 
@@ -112,7 +117,7 @@ class LayerMeter:
         if step.stage != "train":
             step.calls = self._tap.calls = step.calls or CriterionCalls()
             # A loss that is a criterion of the outputs is seen without a graph; any other needs one.
-            plain = self._plain.get((step.stage, loader), self._is_sane())
+            plain = self._plain.get((step.stage, loader), self._is_sane()) and (step.stage, loader) not in self._doubted
             if self.claim is None and not plain:
                 step.graph = step.graph or "layer"
                 self._tap.opens = True
@@ -189,25 +194,35 @@ class LayerMeter:
                 holds = has_value(self.claim, step, records[0], target)
                 self._compared, self.claim.verified = holds is not None, holds is True
             return Measurable(None, records, (self.claim.criterion, target))
-        if self.tap.pending:
+        ran = self.tap.pending
+        if ran:
             self._ran.add(step.stage)
-        found, sees = self._in_graph(step) if self.tap.opens else self._called(step)
+        found, sees = self._in_graph(step, loader) if self.tap.opens else self._called(step, loader)
         if found is not None:
             self._settle()
+        elif ran and not self._is_sane():
+            self.missed[step.stage, loader] += 1
         if sees is not None:
-            if not sees and not self.tap.opens and not self._is_sane():
-                self.missed += 1
             self._plain[step.stage, loader] = sees
         return found
 
-    def _called(self, step: Step) -> tuple[Measurable | None, bool | None]:
+    def doubt(self, stage: Stage, loader: int) -> None:
+        """Take the steps of a stage and loader in a graph from now on, whatever they seem to be.
+
+        Args:
+            stage: the stage.
+            loader: the loader.
+        """
+        self._doubted.add((stage, loader))
+
+    def _called(self, step: Step, loader: int) -> tuple[Measurable | None, bool | None]:
         """Return what the one criterion says that a step has called for its loss, and whether it is the loss."""
         assert step.calls is not None
         for losses in step.losses():
             if not losses:
                 continue
             calls = [call for call in step.calls.calls if any(call.result is loss for loss in losses)]
-            source = calls[0].source if len(calls) == len(losses) == 1 else None
+            source = calls[0].source if len(calls) == len(losses) == 1 and not calls[0].written else None
             records = [] if source is None else self.tap.take_those([source.origin])
             if not records:
                 return None, False  # another loss, for which it takes a graph
@@ -217,12 +232,24 @@ class LayerMeter:
                 record = replace(
                     record, features=record.features.clone(), weight=record.weight.clone(), outputs=outputs
                 )
-            return Measurable(calls[0].again(outputs), [record], calls[0].as_criterion()), True
+            value = calls[0].again(outputs)
+            holds = _has_value(value, losses[0])
+            if holds is False:
+                self.doubt(step.stage, loader)
+                return None, False
+            return Measurable(value, [record], calls[0].as_criterion(), holds if holds is not True else None), True
         return None, None  # no loss at all
 
-    def _in_graph(self, step: Step) -> tuple[Measurable | None, bool | None]:
+    def _in_graph(self, step: Step, loader: int) -> tuple[Measurable | None, bool | None]:
         """Return what a step says that has run in a graph, and whether it could be seen without one."""
         assert step.calls is not None
+        self.closed |= step.closed and self.tap.pending
+        shown = next((losses for losses in step.losses() if losses), [])
+        if not any(loss.requires_grad for loss in shown):
+            # Computed where the step has switched gradients off, behind the layer or around both: as without a graph.
+            found, sees = self._called(step, loader)
+            if found is not None or (step.closed and shown):
+                return found, sees
         loss, several = the_loss(step, self.tap.peek())
         self.ambiguous |= several
         if loss is None:
@@ -233,10 +260,14 @@ class LayerMeter:
             for call in step.calls.calls
             if call.result is loss and call.source is not None and self.tap.went_on_with(call.source.origin)
         ]
-        one = len(calls) == len(records) == 1
-        first = next(losses for losses in step.losses() if losses)
-        seen = one and len(first) == 1 and first[0] is loss
-        return Measurable(loss, records, calls[0].as_criterion() if one else None), seen
+        one = len(calls) == len(records) == 1 and not calls[0].written and (step.stage, loader) not in self._doubted
+        holds = _has_value(calls[0].again(records[0].outputs.detach()), loss) if one else True
+        if holds is False:
+            one = False
+            self.doubt(step.stage, loader)
+        seen = one and len(shown) == 1 and shown[0] is loss
+        called = calls[0].as_criterion() if one else None
+        return Measurable(loss, records, called, holds if isinstance(holds, Tensor) else None), seen
 
     def _is_sane(self) -> bool:
         assert self.module is not None
@@ -269,7 +300,7 @@ class LayerMeter:
             return None
         if stage != "train" and stage not in self._ran and self.module.trainer.state.fn != "fit":
             raise RuntimeError(f"{self._who!r}: {did_not_run_in(self.tap, f'any {stage} batch')}")
-        return no_loss_shown(self.tap, stage, ran=stage in self._ran, several=self.ambiguous)
+        return no_loss_shown(self.tap, stage, ran=stage in self._ran, several=self.ambiguous, closed=self.closed)
 
     def unverified(self) -> str | None:
         """Say outside of ``fit`` that nothing has shown the loss that was named; ``None`` if that is not so."""
@@ -283,7 +314,19 @@ class LayerMeter:
 
     def _forget_run(self) -> None:
         self.layer = self.name = None
-        self.missed = 0
-        self.ambiguous = self._compared = False
-        self._stepped, self._ran, self._plain = set(), set(), {}
+        self.missed.clear()
+        self.ambiguous = self.closed = self._compared = False
+        self._stepped, self._ran, self._plain, self._doubted = set(), set(), {}, set()
         self._open, self._age = [], None
+
+
+def _has_value(value: Tensor, loss: Tensor) -> Tensor | bool:
+    """Return whether a criterion, called again, has the value that a step shows; a tensor where to look means a wait.
+
+    It has not if what the criterion was given, or what it returned, has been written to by something that no function
+    mode sees. They may differ by the rounding of their types.
+    """
+    value, loss = value.detach().reshape(()), loss.detach().reshape(())
+    eps = max(torch.finfo(one.dtype).eps for one in (value, loss))
+    holds = torch.isclose(value.to(loss), loss, rtol=max(1e-4, 4 * eps), atol=0.0, equal_nan=True)
+    return bool(holds) if is_open(value, loss) else holds

@@ -24,11 +24,14 @@ class Measurable:
         records: the passes that it depends on.
         called: a criterion or callable of the records' outputs that is the loss, and its target; ``None`` if none is
             known.
+        holds: on a device, whether the criterion that the step has called still has the value of the loss that the step
+            shows; ``None`` where that is known already, or nothing rests on it.
     """
 
     loss: Tensor | None
     records: Sequence[LayerRecord]
     called: tuple[Criterion, Any] | None
+    holds: Tensor | None = None
 
     def sums(self, probes: Probes, tap: LayerTap, *, training: bool) -> Tensor | None:
         """Return the sums of κ, as :mod:`lightning_relflat.curvature_sums` has them.
@@ -39,11 +42,12 @@ class Measurable:
             training: whether the module was in training mode.
 
         Returns:
-            The sums; ``None`` if the loss does not depend on the layer.
+            The sums, all NaN if the loss is another than the criterion; ``None`` if it does not depend on the layer.
         """
         if self.loss is not None:
             with tap.staying_whole():
-                return sums_of_loss(self.loss, self.records, probes, behind=tap.behind, mode=training)
+                sums = sums_of_loss(self.loss, self.records, probes, behind=tap.behind, mode=training)
+            return sums if self.holds is None or sums is None else sums.where(self.holds, torch.nan)
         assert self.called is not None
         found, (criterion, target) = [], self.called
         for record in self.records:

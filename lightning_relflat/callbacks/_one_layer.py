@@ -12,6 +12,7 @@ from lightning_relflat.callbacks._base import LightningModule, Trainer, check_la
 from lightning_relflat.callbacks._layer_meter import LayerMeter
 from lightning_relflat.callbacks._measurable import Measurable
 from lightning_relflat.callbacks._monitor import Monitor
+from lightning_relflat.callbacks._refusals import changed_unseen
 from lightning_relflat.callbacks._step import Stage, Step
 from lightning_relflat.curvature import Loss
 
@@ -123,15 +124,29 @@ class OneLayerMonitor(Monitor):
         """Stop listening."""
         self._meter.end()
 
-    def say_missing(self, stage: Stage, *, absent: bool) -> None:
+    def doubt(self, stage: Stage, loader: int) -> None:
+        """Say that an epoch has no value, because in a batch the loss was not the criterion that the step has called.
+
+        Args:
+            stage: its stage.
+            loader: its data loader.
+        """
+        self._meter.doubt(stage, loader)
+        self.say(f"doubted in {stage}", changed_unseen(stage))
+
+    def say_missing(self, stage: Stage, loader: int, *, absent: bool) -> None:
         """Say what was not measured in an epoch.
 
         Args:
             stage: its stage.
+            loader: its data loader.
             absent: whether nothing was.
         """
-        count = self._meter.missed
-        if count:
-            self.say("missed", f"batches were left out ({count} so far): their loss was another than before.")
+        count = self._meter.missed[stage, loader]
         if absent:
             self.say(f"absent from {stage}", self._meter.absent(stage))
+        elif count:
+            self.say(
+                "missed",
+                f"batches of {stage} were left out ({count} so far): their loss was another than before, or not shown.",
+            )

@@ -65,7 +65,7 @@ def did_not_run_in(tap: LayerTap, where: str) -> str:
     )
 
 
-def no_loss_shown(tap: LayerTap, stage: Stage, *, ran: bool, several: bool) -> str:
+def no_loss_shown(tap: LayerTap, stage: Stage, *, ran: bool, several: bool, closed: bool) -> str:
     """Say why nothing was measured in an epoch.
 
     Args:
@@ -73,6 +73,7 @@ def no_loss_shown(tap: LayerTap, stage: Stage, *, ran: bool, several: bool) -> s
         stage: the epoch's stage.
         ran: whether the layer ran in it.
         several: whether there were several losses, of which none was the whole.
+        closed: whether a step that was to have a graph has switched gradients off behind the layer.
 
     Returns:
         The message.
@@ -83,9 +84,34 @@ def no_loss_shown(tap: LayerTap, stage: Stage, *, ran: bool, several: bool) -> s
         return did_not_run_in(tap, f"any {stage} batch")
     name = "any linear layer" if tap.name is None else f"layer {tap.name!r}"
     which = "several losses that depend" if several else "no loss that depends"
+    if closed and not several:
+        return (
+            f"no loss that depends on {name} was shown by the steps of {stage} with gradients, so that nothing was "
+            "measured there. If the step runs its model within `torch.no_grad()` or `torch.inference_mode()`, leave "
+            "these out: Lightning switches gradients off by itself, and the monitor needs them, unless the loss is one "
+            "of PyTorch's criteria of the layer's outputs. Else return the loss from the step or log it, or name it: "
+            "`loss=`."
+        )
     return (
         f"{which} on {name} {'were' if several else 'was'} shown by the steps of {stage}, so that nothing was measured "
         "there. Return the loss from the step or log it, or name it: `loss=`."
+    )
+
+
+def changed_unseen(stage: Stage) -> str:
+    """Say why an epoch has no value, because in a batch the loss was not the criterion that the step has called.
+
+    Args:
+        stage: the epoch's stage.
+
+    Returns:
+        The message.
+    """
+    return (
+        f"nothing was measured over {stage} data in this epoch, because in a batch the loss that the step showed had "
+        "another value than the criterion that it had called: something changed the outputs, the target or the loss in "
+        "place, which could not be seen. From now on these steps run in a graph, which shows the loss as it is; or use "
+        "operations that are not in place."
     )
 
 

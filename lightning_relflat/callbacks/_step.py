@@ -8,6 +8,7 @@ strategy or read by a line search. A penalty that joins it there is respected by
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_relflat._batch import size_of
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat.callbacks._base import LightningModule
 from lightning_relflat.callbacks._method_patch import MethodPatch
@@ -40,6 +42,7 @@ class Step:
         calls: the criteria that it has called; in validation and test, if a listener asks for it.
         graph: set by a listener that needs the step in a graph, which Lightning runs without gradients in validation
             and test: ``"layer"`` to have it begin where a tap of the listener opens it, ``"step"`` for all of it.
+        closed: whether gradients were off when the step returned, though a tap may have opened a graph in it.
     """
 
     stage: Stage
@@ -48,23 +51,41 @@ class Step:
     logged: list[tuple[str, Tensor]] = field(default_factory=list)
     calls: CriterionCalls | None = None
     graph: Literal["layer", "step"] | None = None
+    closed: bool = False
 
     @property
     def loss(self) -> Tensor | None:
-        """The loss among what it has returned, if there is one."""
-        found = self.output.get("loss") if isinstance(self.output, Mapping) else self.output
-        return found if isinstance(found, Tensor) and found.numel() == 1 else None
+        """The loss among what it has returned, if there is one: an entry of that name, or a bare scalar."""
+        named = isinstance(self.output, Mapping)
+        found = self.output.get("loss") if named else self.output
+        return found if isinstance(found, Tensor) and (found.ndim == 0 or (named and found.numel() == 1)) else None
 
     def losses(self) -> Iterator[list[Tensor]]:
         """Yield what may be the loss of a step in validation or test, the likelier before the rest.
 
+        Of a single sample, a bare number may be a prediction. Where the step returns one that it neither logs as a loss
+        nor has a criterion for, it is taken together with those: it is the loss if they are parts of it.
+
         Yields:
-            What it has returned; what it has logged as a loss; what the criteria that it has called have returned.
+            What it has returned; what it has logged as a loss; what the criteria that it has called have returned; a
+            bare tensor of one number with dimensions that it has returned for several samples.
         """
-        yield [] if self.loss is None else [self.loss]
-        logged = [value for name, value in self.logged if "loss" in name.lower() and value.numel() == 1]
-        yield list({id(value): value for value in logged}.values())
-        yield [call.result for call in self.calls.calls if call.result.ndim == 0] if self.calls else []
+        size = size_of(self.batch) or 0  # 0 if that is not known
+        bare = self.output if isinstance(self.output, Tensor) else None
+        logged = _each([value for name, value in self.logged if "loss" in name.lower() and value.numel() == 1])
+        called = [call.result for call in self.calls.calls if call.result.ndim == 0] if self.calls else []
+        if self.loss is not None:
+            doubtful = bare is not None and size == 1 and not any(self.loss is other for other in (*logged, *called))
+            yield _each([self.loss, *(logged or called)]) if doubtful else [self.loss]
+        yield logged
+        yield called
+        if bare is not None and bare.ndim and bare.numel() == 1 and size > 1:
+            yield [bare]
+
+
+def _each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return each tensor once."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def the_loss(step: Step, records: Sequence[LayerRecord]) -> tuple[Tensor | None, bool]:
@@ -112,7 +133,7 @@ class StepWatcher:
 
     def __init__(self, module: LightningModule) -> None:
         self.listeners: list[Listener] = []
-        self._module = module
+        self._module = weakref.ref(module)
         self._running: Step | None = None
         self._automatic = module.automatic_optimization
         self._patches = [MethodPatch(module, name, _Watched(self, stage)) for name, stage in _STAGES.items()]
@@ -166,7 +187,7 @@ class StepWatcher:
         """
         # A step may call another, as many a validation step does; and a hook or callback may call one, which is of no
         # batch of the loop's. Lightning notes which of its hooks runs.
-        hook = getattr(self._module, "_current_fx_name", None)
+        hook = getattr(self._module(), "_current_fx_name", None)
         if self._running is not None or (hook is not None and _STAGES.get(hook) != stage):
             return call(*args, **kwargs)
         step = self._running = Step(stage)
@@ -190,9 +211,11 @@ class StepWatcher:
         with ExitStack() as stack:
             if step.graph is not None:
                 args, kwargs = stack.enter_context(_in_graph(step, args, kwargs))
+                stack.enter_context(_kept_without_graph(step, self._module()))
             args = self._note_batch(step, args, kwargs)
             with step.calls.following(at_once=step.graph == "step") if step.calls else nullcontext():
                 output = step.output = call(*args, **kwargs)
+            step.closed = not torch.is_grad_enabled()
             for listener in self.listeners:
                 listener.evaluated(step)
             return output if step.graph is None else _out_of_graph(output)
@@ -287,6 +310,33 @@ def _in_graph(
 
 def _out_of_graph(output: Any) -> Any:
     return apply_to_collection(output, Tensor, torch.detach)
+
+
+@contextmanager
+def _kept_without_graph(step: Step, module: LightningModule | None) -> Iterator[None]:
+    """Take out of the graph what a step keeps of itself, which has none where nobody opens one for it.
+
+    That is what it returns or logs, what left a layer, and sums of these in the module: buffers, and attributes of its
+    own. In place, so that those who keep it have it so; a view cannot be, and a leaf is somebody's parameter.
+    """
+    before = {id(tensor) for tensor in _held(module) if tensor.requires_grad}
+    try:
+        yield
+    finally:
+        kept = [value for _, value in step.logged]
+        apply_to_collection(step.output, Tensor, kept.append)
+        kept += [tensor for tensor in _held(module) if id(tensor) not in before]
+        kept += [] if step.calls is None else step.calls.tensors()
+        for tensor in kept:
+            if not tensor._is_view() and tensor.grad_fn is not None:
+                tensor.detach_()
+
+
+def _held(module: LightningModule | None) -> Iterator[Tensor]:
+    """Yield the buffers of a module, and the tensors among its attributes."""
+    if module is not None:
+        yield from module.buffers()
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 class _Noting(Iterator[Any]):

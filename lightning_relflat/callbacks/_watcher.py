@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_relflat.callbacks._base import Callback, LightningModule, Trainer
+from lightning_relflat.callbacks._refusals import changed_unseen
 from lightning_relflat.callbacks._step import Stage
 from lightning_relflat.callbacks.fam import FAM
 from lightning_relflat.callbacks.flatness_figures import FlatnessFigures
@@ -56,7 +57,12 @@ class Kappa(FlatnessMonitor):
     def __repr__(self) -> str:
         return "find_coefficient"  # whose user has made no monitor
 
-    def say_missing(self, stage: Stage, *, absent: bool) -> None:
+    def doubt(self, stage: Stage, loader: int) -> None:
+        """Remember it likewise."""
+        super().doubt(stage, loader)
+        self.why = changed_unseen(stage)
+
+    def say_missing(self, stage: Stage, loader: int, *, absent: bool) -> None:
         """Remember why there is no κ, which is an error here."""
         if absent:
             self.why = self._meter.absent(stage)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_relflat._batch import Target, check_key, find_target
+from lightning_relflat._batch import Target, check_key, find_target, size_of
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._sharded import staying_whole
 from lightning_relflat._shown import show
@@ -21,7 +21,6 @@ from lightning_relflat.claims import Claim, value_of_callable
 from lightning_relflat.curvature import Loss, read_loss
 from lightning_relflat.functional.criteria import criterion_loss, has_closed_form
 from lightning_relflat.report import Collector, LossTaken, Report, Seen
-from lightning_relflat.report._forward import size_of
 
 _STEPS = {"val": "validation", "test": "test"}
 Which = tuple[Stage, int]
@@ -153,7 +152,7 @@ class WholeReport(Monitor):
                 which = "several losses that depend" if several else "no loss that depends"
                 raise RuntimeError(
                     f"a step of {step.stage} shows {which} on a linear layer, so that there is no report. Return the "
-                    "loss from the step, or log it."
+                    "loss from the step, or log it, and run the model outside of `torch.inference_mode()`."
                 )
             return loss, None
         tap = collector.listening.head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -195,7 +196,10 @@ class FlatnessMonitor(OneLayerMonitor):
         metric = self._metric(stage, loader)
         totals = metric.totals()
         _, weight, variance, _ = totals.tolist()
-        self.say_missing(stage, absent=weight == 0)
+        if math.isnan(weight):
+            self.doubt(stage, loader)
+            return {}
+        self.say_missing(stage, loader, absent=weight == 0)
         if weight == 0:
             return {}
         value, error = metric.values(totals)

@@ -132,6 +132,7 @@ class LayersMonitor(Monitor):
         step.graph = "step"
         step.calls = step.calls or CriterionCalls()
         for tap in self._taps.values():
+            tap.calls = step.calls
             tap.start()
         self._behind.forget()
         self._within.enter_context(self._behind)
@@ -154,7 +155,7 @@ class LayersMonitor(Monitor):
             self.say(
                 "no loss",
                 f"a step of {step.stage} shows {which} on the layers, so that it is left out. Return the loss from the "
-                "step, or log it.",
+                "step, or log it, and run the model outside of `torch.inference_mode()`.",
             )
             return
         uses, exact = [], {}

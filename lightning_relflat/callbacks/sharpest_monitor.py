@@ -26,6 +26,8 @@ from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.relative_flatness import relative_flatness
 from lightning_relflat.metrics.sharpest_samples import SharpestParts
 
+_DOUBTED = -1  # the number of samples whose loss was not the criterion that the step has called
+
 
 @dataclass(frozen=True)
 class SharpSample:
@@ -138,6 +140,9 @@ class SharpestMonitor(OneLayerMonitor):
                 )
             # The copy is put into the device's queue; made on the device at once, the host would wait for it.
             on_device = torch.tensor(indices).to(parts.device, non_blocking=True)
+            if found.holds is not None:  # what is doubted is the sharpest of all, so that it is told
+                parts = parts.where(found.holds, torch.inf)
+                on_device = on_device.where(found.holds, _DOUBTED)
             said = self._said(step, found, kind, len(parts))
             self.num_classes = said.num_classes
             self._metric(step.stage, self._loader).update(parts, on_device, said.labels, said.predictions)
@@ -154,7 +159,10 @@ class SharpestMonitor(OneLayerMonitor):
     def end_epoch(self, stage: Stage, loader: int, behind: str) -> Mapping[str, Tensor]:
         """Find the samples of all processes."""
         rows = computed(self._metric(stage, loader)).T.tolist()
-        self.say_missing(stage, absent=not rows)
+        if any(index == _DOUBTED for _, index, *_ in rows):
+            self.doubt(stage, loader)
+            return {}
+        self.say_missing(stage, loader, absent=not rows)
         if rows:
             self.samples[f"{stage}{behind}"] = [
                 SharpSample(int(index), part, _number(label), _number(prediction))

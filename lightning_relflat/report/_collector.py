@@ -201,7 +201,7 @@ class Collector:
             and tap.went_on_with(call.source.origin)
             and (call.result is loss or depends(loss, call.result))
         ]
-        return calls[0].as_criterion() if len(calls) == 1 else None
+        return calls[0].as_criterion() if len(calls) == 1 and not calls[0].written else None
 
     def _agrees(self, called: tuple[nn.Module, Any], head: LayerRecord, sums: Tensor) -> bool:
         """Return whether a criterion has the κ of the loss: then the loss is it, and no multiple of it."""

@@ -165,21 +165,6 @@ def outputs_in(output: Any) -> Tensor | None:
     return None
 
 
-def size_of(batch: Any) -> int | None:
-    """Return how many samples a batch has: the first dimension of its first tensor.
-
-    Args:
-        batch: the batch, or a part of it.
-
-    Returns:
-        The number; ``None`` if it holds no tensor with dimensions.
-    """
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else None
-    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((size for entry in entries if (size := size_of(entry)) is not None), None)
-
-
 def _named(model: nn.Module, batch: Mapping[Any, Any], target: Target) -> dict[str, Any]:
     """Return the entries of a batch with names that a model takes by these names."""
     parameters = inspect.signature(model.forward).parameters
