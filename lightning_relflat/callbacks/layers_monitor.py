@@ -117,6 +117,7 @@ class LayersMonitor(Monitor):
             tap.close()
         self._taps = {}
         self._within.close()
+        self._behind.forget()
 
     def begin(self, step: Step) -> None:
         """Listen to the layers, if the step counts.
