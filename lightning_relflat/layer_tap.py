@@ -47,7 +47,8 @@ class LayerTap:
         through_loss: whether κ is to be taken from the loss. Then, while the tap records, normalisations behind the
             layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
             attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
-            in ``start`` and left in ``stop``. It is left out from the second time on if it has found nothing to do.
+            in ``start`` and left in ``stop``. It is left out after 8 measured steps in a row in which it found nothing to
+            do, until the next :meth:`look_again`.
         stays: whether the layer's weight is neither changed nor freed between its pass and the backward pass, so that
             no copy of it is needed.
         measures: whether κ is only looked at and not trained with. Then what is written out leaves the loss and its
@@ -142,7 +143,7 @@ class LayerTap:
     @property
     def looks(self) -> bool:
         """Whether there may be anything to write out behind the layer."""
-        return self._own_behind is None or self._looking or self.opens
+        return self._own_behind is None or self._idle < _LOOKS or self.opens
 
     @property
     def pending(self) -> bool:
@@ -173,15 +174,15 @@ class LayerTap:
             hook.drop(self)
         self._hooks = []
         self._mode.close()
-        if self._own_behind is not None:
-            self._own_behind.forget()
+        self._end_step()
 
     def look_again(self) -> None:
         """Look anew, with the next step, for what there is to write out or is changed in place, and how rows meet."""
         for hook in self._own_hooks():
             hook.forget()
         self._sharded: list[Any] | None = None
-        self._looking = True  # whether it is not yet known if there is anything to write out
+        self._idle = 0  # how many measured steps in a row have had nothing to write out
+        self._measured = False  # whether κ was taken in the step
         self._trying = Trying()
         self._looker.look_again()
 
@@ -191,13 +192,17 @@ class LayerTap:
             self._sharded = sharded_groups(self._module())
         return holding(self._sharded, "reshard_after_backward", False) if self._sharded else nullcontext()
 
-    def has_measured(self, *, exact: bool) -> None:
-        """Take notice that κ was taken elsewhere, so that what need not be looked at is let be until the next look.
+    def has_measured(self) -> None:
+        """Take notice that κ was taken of a loss of the step, here or elsewhere."""
+        self._measured = True
 
-        Args:
-            exact: whether the loss was recognised.
-        """
-        self._looking = not exact and self.behind is not None and self.behind.rewrote
+    def _end_step(self) -> None:
+        """Count the steps in which nothing was written out, so that in the end it is no longer looked for."""
+        if self._own_behind is not None:
+            if self._measured:
+                self._idle = 0 if self._own_behind.rewrote else self._idle + 1
+            self._own_behind.forget()
+        self._measured = False
 
     def take(self, loss: Tensor | None = None) -> list[LayerRecord]:
         """Hand out what was recorded since the last time, in order, and forget it.
@@ -302,8 +307,7 @@ class LayerTap:
         kappa = self.flatness_of(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
         if kappa is None:
             raise ValueError(f"Expected argument `loss` to depend on layer {self.name!r}, but got one that does not.")
-        if self._own_behind is not None:  # a tap that listens to a whole loop begins anew with the next pass
-            self._own_behind.forget()
+        self._end_step()  # a tap that listens to a whole loop begins anew with the next pass
         return kappa
 
     def flatness_of(
@@ -357,8 +361,8 @@ class LayerTap:
                     "Expected the loss to be a cross-entropy of the layer's outputs where random probes are shared by "
                     "its rows, but got one that is not recognised as such. Leave out `shared_probes`, or name the loss."
                 )
+            self.has_measured()
             if recognised is not None:
-                self.has_measured(exact=True)
                 exact = exact_parts(
                     recognised,
                     mine,
@@ -370,10 +374,7 @@ class LayerTap:
                 return sum_of([part.sum() for part in exact])
             behind = self.behind
             with nullcontext() if behind is None else behind.curvature():
-                gated = False
-                if behind is not None:
-                    self._looking, gated = behind.rewrote, behind.gated
-                enter = behind.enter if behind is not None and gated else _as_it_is
+                enter = behind.enter if behind is not None and behind.gated else _as_it_is
                 uses = [
                     as_use(record.layer, enter(record.features), record.outputs, enter(record.weight))
                     for record in records
@@ -409,7 +410,7 @@ class LayerTap:
             found = plainly_exact(loss, records, **options)
         if found is not None:
             self.exact = True
-            self.has_measured(exact=True)
+            self.has_measured()
         return found
 
     def __enter__(self) -> LayerTap:
@@ -445,6 +446,11 @@ class LayerTap:
         self._hooks = [hook for hook in self._hooks if hook.layer() is layer]
         if self._own_behind is not None:
             self._own_behind.settle(layer)
+
+
+# A step may have one of several losses, as where batches of several tasks take turns, and one of them alone may go
+# through what is to be written out. To look for it costs each call of PyTorch in the step some microseconds.
+_LOOKS = 8
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
