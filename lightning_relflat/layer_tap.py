@@ -47,8 +47,8 @@ class LayerTap:
         through_loss: whether κ is to be taken from the loss. Then, while the tap records, normalisations behind the
             layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
             attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
-            in ``start`` and left in ``stop``. It is left out after 8 measured steps in a row in which it found nothing to
-            do, until the next :meth:`look_again`.
+            in ``start`` and left in ``stop``. It is left out after 8 measured steps in a row in which it found nothing
+            to do, until the next :meth:`look_again`.
         stays: whether the layer's weight is neither changed nor freed between its pass and the backward pass, so that
             no copy of it is needed.
         measures: whether κ is only looked at and not trained with. Then what is written out leaves the loss and its
@@ -98,7 +98,9 @@ class LayerTap:
         behind: Behind | None = None,
     ) -> None:
         self._module = weakref.ref(module)
+        self._asked = layer
         self._candidates = candidates(module, layer)
+        self._settled = layer is not None  # else by a loss
         self.copies = copies
         self.stays = stays
         self.through_loss = through_loss
@@ -116,6 +118,7 @@ class LayerTap:
         self._hooks: list[LayerHook] = []
         self._looker = Looker()
         self.look_again()
+        self._follows = False
 
     def __repr__(self) -> str:
         return show_call(self, module=self._module(), layer=self.name, behind=None)
@@ -153,6 +156,8 @@ class LayerTap:
     def attach(self) -> None:
         """Put the hooks on, without recording: what is compiled now has them when there is something to record."""
         self.stop()
+        if self._follows:
+            self._follow()
         self._hooks = self._own_hooks()
         for hook in self._hooks:
             hook.join(self)
@@ -177,7 +182,12 @@ class LayerTap:
         self._end_step()
 
     def look_again(self) -> None:
-        """Look anew, with the next step, for what there is to write out or is changed in place, and how rows meet."""
+        """Look anew, with the next step, for what there is to write out or is changed in place, and how rows meet.
+
+        And for the layer: its name may belong to another module by then, as where a head is exchanged for one with more
+        classes. A name that was given has to be there still; of one that was found and is gone another takes the place.
+        """
+        self._follows = True  # not yet: who is told first that an epoch begins may be told before what is exchanged
         for hook in self._own_hooks():
             hook.forget()
         self._sharded: list[Any] | None = None
@@ -226,12 +236,13 @@ class LayerTap:
             if missed and loss is None:
                 raise RuntimeError(f"There is nothing to hand out, because {_ran_without_gradients(self)}")
             return []
-        if len(self._candidates) > 1:
+        if not self._settled:
             last = next((record for record in reversed(records) if loss is None or record.is_in(loss)), None)
-            if last is None:
+            if last is not None:
+                self._settle(last.layer)
+            elif len(self._candidates) > 1:
                 self._records = records
                 return []
-            self._settle(last.layer)
         records = [record for record in records if record.layer is self.layer]
         for record in records:
             record.check_unwritten(self.name or "")
@@ -270,7 +281,7 @@ class LayerTap:
         ]
         if found:
             self._records, self._originals = [], []
-            if len(self._candidates) > 1:
+            if not self._settled:
                 self._settle(found[-1].layer)
         return [record for record in found if record.layer is self.layer]
 
@@ -438,7 +449,28 @@ class LayerTap:
     def _own_hooks(self) -> list[LayerHook]:
         return [LayerHook.of(candidate) for candidate in self._candidates.values()]
 
+    def _follow(self) -> None:
+        """Take the modules that have the names now."""
+        module, name = self._module(), self.name if self._settled else None
+        self._follows = False
+        if module is not None:
+            found = candidates(module, self._asked)
+            self._settled = name in found
+            self._candidates = {name: found[name]} if name is not None and name in found else found
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether another module has the layer's name by now, or none."""
+        module = self._module()
+        if module is None or self.name is None:
+            return False
+        try:
+            return candidates(module, self._asked).get(self.name) is not self.layer
+        except ValueError:
+            return True
+
     def _settle(self, layer: nn.Module) -> None:
+        self._settled = True
         self._candidates = {name: candidate for name, candidate in self._candidates.items() if candidate is layer}
         for hook in self._hooks:
             if hook.layer() is not layer:
@@ -488,4 +520,8 @@ def did_not_run(tap: LayerTap) -> str:
     Returns:
         The beginning of a message.
     """
+    if tap.exchanged:
+        return (
+            f"layer {tap.name!r} has been exchanged for another, which is followed after `look_again`, and did not run"
+        )
     return "no nn.Linear ran" if tap.name is None else f"layer {tap.name!r} did not run"
