@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat._around import WITHIN, depends_beside, refuse_gradients, refuse_transform
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._head_calls import leave, listen
@@ -23,6 +24,7 @@ from lightning_relflat._sharded import holding, sharded_groups
 from lightning_relflat._shown import show_call
 from lightning_relflat.curvature import Trying, exact_parts, plainly_exact
 from lightning_relflat.functional._checks import ordinary, sum_of
+from lightning_relflat.functional._graph import reaches
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
@@ -58,6 +60,7 @@ class LayerTap:
     Attributes:
         recording: whether the tap listens. Set it to pause.
         missed: whether the layer ran without gradients since records were handed out, of which nothing is kept.
+        transformed: whether it ran within a transform of ``torch.func`` since it was looked anew, of which neither is.
         opens: whether the graph begins at the layer, where gradients are switched on; for a step without any.
         calls: what is told of the outputs that a step goes on with, to follow them to a criterion.
         exact: whether the κ last taken is exact, because its loss was recognised.
@@ -115,6 +118,9 @@ class LayerTap:
         self._mode = ExitStack()
         self._records: list[LayerRecord] = []
         self._originals: list[Tensor] = []  # what the step went on with, while calls are followed
+        self._unseen: list[tuple[nn.Module, Tensor]] = []  # layers and outputs of passes that could not be recorded
+        self._seen: list[Tensor] = []  # outputs that were handed out since
+        self.transformed = False
         self._hooks: list[LayerHook] = []
         self._looker = Looker()
         self.look_again()
@@ -195,6 +201,7 @@ class LayerTap:
         self._measured = False  # whether κ was taken in the step
         self._trying = Trying()
         self._looker.look_again()
+        self.transformed = False
 
     def staying_whole(self) -> AbstractContextManager[None]:
         """Return a context in which fully sharded weights stay whole after a backward pass; see ``_sharded``."""
@@ -213,6 +220,7 @@ class LayerTap:
                 self._idle = 0 if self._own_behind.rewrote else self._idle + 1
             self._own_behind.forget()
         self._measured = False
+        self._unseen, self._seen = [], []
 
     def take(self, loss: Tensor | None = None) -> list[LayerRecord]:
         """Hand out what was recorded since the last time, in order, and forget it.
@@ -227,11 +235,14 @@ class LayerTap:
             The records; none if no layer ran.
 
         Raises:
-            RuntimeError: if the outputs of a record were changed in place since; without ``loss`` also if there are
-                none because the layer ran without gradients.
+            RuntimeError: if the outputs of a record were changed in place since, or the loss depends on the layer by
+                another way than its outputs too; without ``loss`` also if there are none because the layer ran without
+                gradients.
         """
         records, self._records = self._records, []
         missed, self.missed = self.missed, False
+        if loss is not None:
+            self._refuse_other_ways(loss, records)
         if not records:
             if missed and loss is None:
                 raise RuntimeError(f"There is nothing to hand out, because {_ran_without_gradients(self)}")
@@ -249,6 +260,34 @@ class LayerTap:
             if record.handed is not None and record.call is None:
                 LayerHook.of(record.layer).note(record)
         return records
+
+    def _refuse_other_ways(self, loss: Tensor, records: Sequence[LayerRecord]) -> None:
+        """Raise if a loss depends on a layer by another way than its outputs."""
+        unmarked = [hook.layer() for hook in self._hooks if hook.gradients.unmarked]
+        if self._unseen or unmarked:
+            self._seen += [record.outputs for record in records]
+        for hook in self._hooks:
+            frozen = hook.gradients.constant and any(
+                record.layer is hook.layer() and not record.weight.requires_grad for record in records
+            )
+            if frozen or hook.gradients.are_in(loss):
+                raise refuse_gradients(self._name_of(hook.layer()))
+        for layer in unmarked:
+            if layer is not None and depends_beside(loss, layer, [], self._seen):
+                raise refuse_gradients(self._name_of(layer))
+        # A weight that was moved by gradients of an earlier pass, as MAML does it, is not the one that is learned.
+        if len(records) > 1 and reaches([r.weight for r in records], [r.outputs for r in records]):
+            for record in records:
+                earlier = [other.outputs for other in records if other.layer is record.layer]
+                if reaches([record.weight], earlier) and record.is_in(loss):
+                    raise refuse_gradients(self._name_of(record.layer))
+        for layer in dict.fromkeys(layer for layer, _ in reversed(self._unseen)):
+            unseen = [outputs for other, outputs in self._unseen if other is layer and outputs.requires_grad]
+            if unseen and depends_beside(loss, layer, unseen, self._seen):
+                raise refuse_transform(self._name_of(layer))
+
+    def _name_of(self, layer: nn.Module | None) -> str:
+        return next(name for name, candidate in self._candidates.items() if candidate is layer)
 
     def peek(self) -> list[LayerRecord]:
         """Return what was recorded since the last time, in order, without forgetting it."""
@@ -446,6 +485,16 @@ class LayerTap:
             self.calls.track(self._originals[-1], whole=record.call is not None)
         self._records.append(record.copied() if self.copies else record)
 
+    def overlook(self, layer: nn.Module, outputs: Tensor) -> None:
+        """Take notice of a pass that cannot be recorded, within a transform of ``torch.func``.
+
+        Args:
+            layer: the layer.
+            outputs: what left it, outside of the transform.
+        """
+        self.transformed = True
+        self._unseen.append((layer, outputs))
+
     def _own_hooks(self) -> list[LayerHook]:
         return [LayerHook.of(candidate) for candidate in self._candidates.values()]
 
@@ -523,5 +572,9 @@ def did_not_run(tap: LayerTap) -> str:
     if tap.exchanged:
         return (
             f"layer {tap.name!r} has been exchanged for another, which is followed after `look_again`, and did not run"
+        )
+    if tap.transformed:
+        return (
+            f"{'each linear layer' if tap.name is None else f'layer {tap.name!r}'} {WITHIN}, and did not run elsewhere"
         )
     return "no nn.Linear ran" if tap.name is None else f"layer {tap.name!r} did not run"
