@@ -109,10 +109,10 @@ def refuse_gradients(name: str) -> RuntimeError:
     return RuntimeError(
         f"The loss is made of gradients that go through layer {name!r} (`create_graph=True`), as in a gradient "
         "penalty, forces of an energy, residuals of a differential equation or MAML. The layer's weight is in them by "
-        "another way than its outputs, so that the curvature at these is not all of it. Take κ of the loss without that part: in "
-        "manual optimization give the part a backward pass of its own, `part.backward()`, beside `manual_backward` of "
-        "the rest; or call `LayerTap.relative_flatness` with the rest in the step, in place of a callback. Gradients "
-        "that are only logged may stay; through a frozen layer with `create_graph=False`."
+        "another way than its outputs, so that the curvature at these is not all of it. Take κ of the loss without "
+        "that part: in manual optimization give the part a backward pass of its own, `part.backward()`, beside "
+        "`manual_backward` of the rest; or call `LayerTap.relative_flatness` with the rest in the step, in place of a "
+        "callback. Gradients that are only logged may stay; through a frozen layer with `create_graph=False`."
     )
 
 
