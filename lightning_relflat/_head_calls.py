@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_relflat._layer_hook import LayerRecord
+from lightning_relflat._layer_hook import LayerHook, LayerRecord
 from lightning_relflat._written_out import FORMS
 from lightning_relflat.functional._called_batch import CalledBatch, read_batch
-from lightning_relflat.functional._checks import compute_dtype, full_precision, is_transformed, plain
+from lightning_relflat.functional._checks import compute_dtype, full_precision, in_transform, plain, unwrapped
 from lightning_relflat.functional._recognised import factors_of
 from lightning_relflat.functional._scale import size_of
 from lightning_relflat.functional.large_head import traces_of_features, weighted_trace_of_features
@@ -160,6 +160,9 @@ class Listener(Protocol):
     def receive(self, record: LayerRecord) -> None:
         """Take in what was recorded."""
 
+    def overlook(self, layer: nn.Module, outputs: Tensor) -> None:
+        """Take notice of a pass that cannot be recorded."""
+
 
 # Who listens now. While anybody does, a function of ours stands in the place of PyTorch's, if there is one.
 _listeners: dict[Listener, None] = {}
@@ -194,9 +197,16 @@ def leave(tap: Listener) -> None:
 def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
     global _runs
     assert _original is not None
-    if _runs or is_transformed():
+    if _runs or torch.compiler.is_compiling():
         return _original(*args, **kwargs)
     given = dict(zip(("input", "linear_weight", "target"), args, strict=False)) | kwargs
+    if in_transform():
+        result = _original(*args, **kwargs)
+        for tap in _listeners:
+            layer = _whose(unwrapped(given["linear_weight"]), tap) if tap.recording else None
+            if layer is not None:
+                tap.overlook(layer, unwrapped(result))
+        return result
     taps = [tap for tap in _listeners if tap.recording and (tap.copies or tap.opens or torch.is_grad_enabled())]
     found = [(tap, layer) for tap in taps for layer in [_whose(given.get("linear_weight"), tap)] if layer is not None]
     # Taps on layers before the head see the call as any other; those on the head know what it is.
@@ -213,6 +223,8 @@ def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
         torch.set_grad_enabled(True)
         if not result.requires_grad:
             result = result.detach().requires_grad_()
+    for layer in {layer for tap, layer in found if not tap.copies}:
+        LayerHook.of(layer).gradients.watch(given["input"], result, given["linear_weight"])
     # What goes on is a copy, so that what is recorded is what was returned, whatever is done with it in place.
     handed = result.clone()
     call, layer = _read(given), found[0][1]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_relflat._around import Gradients
 from lightning_relflat._behind import Behind
 from lightning_relflat._shown import show_call
-from lightning_relflat.functional._checks import plain
+from lightning_relflat.functional._checks import in_transform, plain, unwrapped
 from lightning_relflat.functional._graph import depends
 from lightning_relflat.functional._weights import (
     adapted_weight,
@@ -128,6 +129,9 @@ class Listener(Protocol):
     def receive(self, record: LayerRecord) -> None:
         """Take in what a hook recorded."""
 
+    def overlook(self, layer: nn.Module, outputs: Tensor) -> None:
+        """Take notice of a pass that cannot be recorded."""
+
 
 class LayerHook:
     """The one forward hook on a layer, for all taps that listen to it; there while any of them records."""
@@ -147,6 +151,7 @@ class LayerHook:
         self._record_untraced = _untraced(self._record)
         self._handles: list[Any] = []
         self._computed: list[Tensor] = []
+        self.gradients = Gradients()
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerHook:
@@ -196,6 +201,11 @@ class LayerHook:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor
     ) -> Tensor | None:
         computed = self._computed.pop() if self._computed else None
+        if not torch.compiler.is_compiling() and in_transform():
+            for tap in self.taps:
+                if tap.recording:
+                    tap.overlook(layer, unwrapped(outputs))
+            return None
         graph = torch.is_grad_enabled()
         taps = [tap for tap in self.taps if tap.recording and (graph or tap.copies or tap.opens)]
         if not graph and not torch.compiler.is_compiling():
@@ -207,7 +217,7 @@ class LayerHook:
             torch.set_grad_enabled(True)
             if not outputs.requires_grad:
                 outputs = outputs.detach().requires_grad_()
-        features = plain(args[0] if args else next(iter(kwargs.values())))
+        features = args[0] if args else next(iter(kwargs.values()))
         record = self._record_untraced if any(map(_is_to_be_left_out, taps)) else self._record
         return record(layer, taps, features, outputs, computed)
 
@@ -215,6 +225,7 @@ class LayerHook:
         self, layer: nn.Module, taps: list[Listener], features: Tensor, outputs: Tensor, computed: Tensor | None
     ) -> Tensor | None:
         """Tell taps of a pass, and return what is to be handed on in the outputs' place."""
+        entered, features = features, plain(features)
         weight = self._weight(layer, features, outputs) if computed is None else computed
         if weight is None:
             if any(tap.name is None for tap in taps):
@@ -223,12 +234,14 @@ class LayerHook:
                 f"Expected argument `layer` to name a linear or convolution layer, but got {taps[0].name!r}, whose "
                 f"outputs are not x Wᵀ + b: a {class_path(layer)}."
             )
+        in_graph = any(not tap.copies for tap in taps)
+        if in_graph and not torch.compiler.is_compiling():
+            self.gradients.watch(entered, outputs, weight)
         for tap in taps:
             if tap.behind is not None and tap.looks and not torch.compiler.is_compiling():
                 outputs = tap.behind.begin(outputs, layer)
         version = None if outputs.is_inference() else outputs._version
         handed = None
-        in_graph = any(not tap.copies for tap in taps)
         # A second copy of very many outputs would be the largest thing in the step; changed in place, they are refused.
         copies = (self._copies is not False and not is_head_of_many(outputs, weight)) or any(tap.opens for tap in taps)
         if in_graph and copies and not torch.compiler.is_compiling():

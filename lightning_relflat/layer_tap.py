@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_relflat._around import WITHIN, depends_beside, refuse_gradients, refuse_transform
 from lightning_relflat._behind import Behind
 from lightning_relflat._calls import CriterionCalls
 from lightning_relflat._head_calls import leave, listen
@@ -23,6 +24,7 @@ from lightning_relflat._sharded import holding, sharded_groups
 from lightning_relflat._shown import show_call
 from lightning_relflat.curvature import Trying, exact_parts, plainly_exact
 from lightning_relflat.functional._checks import ordinary, sum_of
+from lightning_relflat.functional._graph import reaches
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.functional._meeting import Looker
 from lightning_relflat.functional._probes import Measure
@@ -47,7 +49,8 @@ class LayerTap:
         through_loss: whether κ is to be taken from the loss. Then, while the tap records, normalisations behind the
             layer are written out, because PyTorch's own derivatives of them are wrong in the third order, and fused
             attention is replaced by the kernel that can be differentiated twice: a function mode of PyTorch, entered
-            in ``start`` and left in ``stop``. It is left out from the second time on if it has found nothing to do.
+            in ``start`` and left in ``stop``. It is left out after 8 measured steps in a row in which it found nothing
+            to do, until the next :meth:`look_again`.
         stays: whether the layer's weight is neither changed nor freed between its pass and the backward pass, so that
             no copy of it is needed.
         measures: whether κ is only looked at and not trained with. Then what is written out leaves the loss and its
@@ -57,6 +60,7 @@ class LayerTap:
     Attributes:
         recording: whether the tap listens. Set it to pause.
         missed: whether the layer ran without gradients since records were handed out, of which nothing is kept.
+        transformed: whether it ran within a transform of ``torch.func`` since it was looked anew, of which neither is.
         opens: whether the graph begins at the layer, where gradients are switched on; for a step without any.
         calls: what is told of the outputs that a step goes on with, to follow them to a criterion.
         exact: whether the κ last taken is exact, because its loss was recognised.
@@ -97,7 +101,9 @@ class LayerTap:
         behind: Behind | None = None,
     ) -> None:
         self._module = weakref.ref(module)
+        self._asked = layer
         self._candidates = candidates(module, layer)
+        self._settled = layer is not None  # else by a loss
         self.copies = copies
         self.stays = stays
         self.through_loss = through_loss
@@ -112,9 +118,13 @@ class LayerTap:
         self._mode = ExitStack()
         self._records: list[LayerRecord] = []
         self._originals: list[Tensor] = []  # what the step went on with, while calls are followed
+        self._unseen: list[tuple[nn.Module, Tensor]] = []  # layers and outputs of passes that could not be recorded
+        self._seen: list[Tensor] = []  # outputs that were handed out since
+        self.transformed = False
         self._hooks: list[LayerHook] = []
         self._looker = Looker()
         self.look_again()
+        self._follows = False
 
     def __repr__(self) -> str:
         return show_call(self, module=self._module(), layer=self.name, behind=None)
@@ -142,7 +152,7 @@ class LayerTap:
     @property
     def looks(self) -> bool:
         """Whether there may be anything to write out behind the layer."""
-        return self._own_behind is None or self._looking or self.opens
+        return self._own_behind is None or self._idle < _LOOKS or self.opens
 
     @property
     def pending(self) -> bool:
@@ -152,6 +162,8 @@ class LayerTap:
     def attach(self) -> None:
         """Put the hooks on, without recording: what is compiled now has them when there is something to record."""
         self.stop()
+        if self._follows:
+            self._follow()
         self._hooks = self._own_hooks()
         for hook in self._hooks:
             hook.join(self)
@@ -173,17 +185,23 @@ class LayerTap:
             hook.drop(self)
         self._hooks = []
         self._mode.close()
-        if self._own_behind is not None:
-            self._own_behind.forget()
+        self._end_step()
 
     def look_again(self) -> None:
-        """Look anew, with the next step, for what there is to write out or is changed in place, and how rows meet."""
+        """Look anew, with the next step, for what there is to write out or is changed in place, and how rows meet.
+
+        And for the layer: its name may belong to another module by then, as where a head is exchanged for one with more
+        classes. A name that was given has to be there still; of one that was found and is gone another takes the place.
+        """
+        self._follows = True  # not yet: who is told first that an epoch begins may be told before what is exchanged
         for hook in self._own_hooks():
             hook.forget()
         self._sharded: list[Any] | None = None
-        self._looking = True  # whether it is not yet known if there is anything to write out
+        self._idle = 0  # how many measured steps in a row have had nothing to write out
+        self._measured = False  # whether κ was taken in the step
         self._trying = Trying()
         self._looker.look_again()
+        self.transformed = False
 
     def staying_whole(self) -> AbstractContextManager[None]:
         """Return a context in which fully sharded weights stay whole after a backward pass; see ``_sharded``."""
@@ -191,13 +209,18 @@ class LayerTap:
             self._sharded = sharded_groups(self._module())
         return holding(self._sharded, "reshard_after_backward", False) if self._sharded else nullcontext()
 
-    def has_measured(self, *, exact: bool) -> None:
-        """Take notice that κ was taken elsewhere, so that what need not be looked at is let be until the next look.
+    def has_measured(self) -> None:
+        """Take notice that κ was taken of a loss of the step, here or elsewhere."""
+        self._measured = True
 
-        Args:
-            exact: whether the loss was recognised.
-        """
-        self._looking = not exact and self.behind is not None and self.behind.rewrote
+    def _end_step(self) -> None:
+        """Count the steps in which nothing was written out, so that in the end it is no longer looked for."""
+        if self._own_behind is not None:
+            if self._measured:
+                self._idle = 0 if self._own_behind.rewrote else self._idle + 1
+            self._own_behind.forget()
+        self._measured = False
+        self._unseen, self._seen = [], []
 
     def take(self, loss: Tensor | None = None) -> list[LayerRecord]:
         """Hand out what was recorded since the last time, in order, and forget it.
@@ -212,27 +235,59 @@ class LayerTap:
             The records; none if no layer ran.
 
         Raises:
-            RuntimeError: if the outputs of a record were changed in place since; without ``loss`` also if there are
-                none because the layer ran without gradients.
+            RuntimeError: if the outputs of a record were changed in place since, or the loss depends on the layer by
+                another way than its outputs too; without ``loss`` also if there are none because the layer ran without
+                gradients.
         """
         records, self._records = self._records, []
         missed, self.missed = self.missed, False
+        if loss is not None:
+            self._refuse_other_ways(loss, records)
         if not records:
             if missed and loss is None:
                 raise RuntimeError(f"There is nothing to hand out, because {_ran_without_gradients(self)}")
             return []
-        if len(self._candidates) > 1:
+        if not self._settled:
             last = next((record for record in reversed(records) if loss is None or record.is_in(loss)), None)
-            if last is None:
+            if last is not None:
+                self._settle(last.layer)
+            elif len(self._candidates) > 1:
                 self._records = records
                 return []
-            self._settle(last.layer)
         records = [record for record in records if record.layer is self.layer]
         for record in records:
             record.check_unwritten(self.name or "")
             if record.handed is not None and record.call is None:
                 LayerHook.of(record.layer).note(record)
         return records
+
+    def _refuse_other_ways(self, loss: Tensor, records: Sequence[LayerRecord]) -> None:
+        """Raise if a loss depends on a layer by another way than its outputs."""
+        unmarked = [hook.layer() for hook in self._hooks if hook.gradients.unmarked]
+        if self._unseen or unmarked:
+            self._seen += [record.outputs for record in records]
+        for hook in self._hooks:
+            frozen = hook.gradients.constant and any(
+                record.layer is hook.layer() and not record.weight.requires_grad for record in records
+            )
+            if frozen or hook.gradients.are_in(loss):
+                raise refuse_gradients(self._name_of(hook.layer()))
+        for layer in unmarked:
+            if layer is not None and depends_beside(loss, layer, [], self._seen):
+                raise refuse_gradients(self._name_of(layer))
+        # A weight that was moved by gradients of an earlier pass, as MAML does it, is not the one that is learned.
+        if len(records) > 1 and reaches([r.weight for r in records], [r.outputs for r in records]):
+            for record in records:
+                earlier = [other.outputs for other in records if other.layer is record.layer]
+                if reaches([record.weight], earlier) and record.is_in(loss):
+                    raise refuse_gradients(self._name_of(record.layer))
+        for layer in dict.fromkeys(layer for layer, _ in reversed(self._unseen)):
+            unseen = [outputs for other, outputs in self._unseen if other is layer and outputs.requires_grad]
+            if unseen and depends_beside(loss, layer, unseen, self._seen):
+                raise refuse_transform(self._name_of(layer))
+
+    def _name_of(self, layer: nn.Module | None) -> str:
+        return next(name for name, candidate in self._candidates.items() if candidate is layer)
 
     def peek(self) -> list[LayerRecord]:
         """Return what was recorded since the last time, in order, without forgetting it."""
@@ -265,7 +320,7 @@ class LayerTap:
         ]
         if found:
             self._records, self._originals = [], []
-            if len(self._candidates) > 1:
+            if not self._settled:
                 self._settle(found[-1].layer)
         return [record for record in found if record.layer is self.layer]
 
@@ -302,8 +357,7 @@ class LayerTap:
         kappa = self.flatness_of(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
         if kappa is None:
             raise ValueError(f"Expected argument `loss` to depend on layer {self.name!r}, but got one that does not.")
-        if self._own_behind is not None:  # a tap that listens to a whole loop begins anew with the next pass
-            self._own_behind.forget()
+        self._end_step()  # a tap that listens to a whole loop begins anew with the next pass
         return kappa
 
     def flatness_of(
@@ -357,8 +411,8 @@ class LayerTap:
                     "Expected the loss to be a cross-entropy of the layer's outputs where random probes are shared by "
                     "its rows, but got one that is not recognised as such. Leave out `shared_probes`, or name the loss."
                 )
+            self.has_measured()
             if recognised is not None:
-                self.has_measured(exact=True)
                 exact = exact_parts(
                     recognised,
                     mine,
@@ -370,10 +424,7 @@ class LayerTap:
                 return sum_of([part.sum() for part in exact])
             behind = self.behind
             with nullcontext() if behind is None else behind.curvature():
-                gated = False
-                if behind is not None:
-                    self._looking, gated = behind.rewrote, behind.gated
-                enter = behind.enter if behind is not None and gated else _as_it_is
+                enter = behind.enter if behind is not None and behind.gated else _as_it_is
                 uses = [
                     as_use(record.layer, enter(record.features), record.outputs, enter(record.weight))
                     for record in records
@@ -409,7 +460,7 @@ class LayerTap:
             found = plainly_exact(loss, records, **options)
         if found is not None:
             self.exact = True
-            self.has_measured(exact=True)
+            self.has_measured()
         return found
 
     def __enter__(self) -> LayerTap:
@@ -434,10 +485,41 @@ class LayerTap:
             self.calls.track(self._originals[-1], whole=record.call is not None)
         self._records.append(record.copied() if self.copies else record)
 
+    def overlook(self, layer: nn.Module, outputs: Tensor) -> None:
+        """Take notice of a pass that cannot be recorded, within a transform of ``torch.func``.
+
+        Args:
+            layer: the layer.
+            outputs: what left it, outside of the transform.
+        """
+        self.transformed = True
+        self._unseen.append((layer, outputs))
+
     def _own_hooks(self) -> list[LayerHook]:
         return [LayerHook.of(candidate) for candidate in self._candidates.values()]
 
+    def _follow(self) -> None:
+        """Take the modules that have the names now."""
+        module, name = self._module(), self.name if self._settled else None
+        self._follows = False
+        if module is not None:
+            found = candidates(module, self._asked)
+            self._settled = name in found
+            self._candidates = {name: found[name]} if name is not None and name in found else found
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether another module has the layer's name by now, or none."""
+        module = self._module()
+        if module is None or self.name is None:
+            return False
+        try:
+            return candidates(module, self._asked).get(self.name) is not self.layer
+        except ValueError:
+            return True
+
     def _settle(self, layer: nn.Module) -> None:
+        self._settled = True
         self._candidates = {name: candidate for name, candidate in self._candidates.items() if candidate is layer}
         for hook in self._hooks:
             if hook.layer() is not layer:
@@ -445,6 +527,11 @@ class LayerTap:
         self._hooks = [hook for hook in self._hooks if hook.layer() is layer]
         if self._own_behind is not None:
             self._own_behind.settle(layer)
+
+
+# A step may have one of several losses, as where batches of several tasks take turns, and one of them alone may go
+# through what is to be written out. To look for it costs each call of PyTorch in the step some microseconds.
+_LOOKS = 8
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -482,4 +569,12 @@ def did_not_run(tap: LayerTap) -> str:
     Returns:
         The beginning of a message.
     """
+    if tap.exchanged:
+        return (
+            f"layer {tap.name!r} has been exchanged for another, which is followed after `look_again`, and did not run"
+        )
+    if tap.transformed:
+        return (
+            f"{'each linear layer' if tap.name is None else f'layer {tap.name!r}'} {WITHIN}, and did not run elsewhere"
+        )
     return "no nn.Linear ran" if tap.name is None else f"layer {tap.name!r} did not run"

@@ -81,6 +81,7 @@ class LayerMeter:
                 self.claim.criterion.to(module.device)
         self._tap = LayerTap(module, self._layer, through_loss=self.claim is None, measures=True)
         self._settle()
+        self._tap.look_again()  # a module may exchange the layer when it is told, after us, that a run begins
 
     def detach(self) -> None:
         """Listen no more. May be called again."""
@@ -91,7 +92,7 @@ class LayerMeter:
         self._open = []
 
     def look_again(self) -> None:
-        """Look anew at what lies behind the layer, and whether the loss is the one that was said."""
+        """Look anew at the layer, what lies behind it, and whether the loss is the one that was said."""
         if self._tap is not None:
             self._tap.look_again()
         if self.claim is not None:

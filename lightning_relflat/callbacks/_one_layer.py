@@ -67,7 +67,7 @@ class OneLayerMonitor(Monitor):
         self._meter.detach()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look anew at what lies behind the layer, and whether the loss is the one that was named."""
+        """Look anew at the layer, what lies behind it, and whether the loss is the one that was named."""
         self._meter.look_again()
 
     def begin(self, step: Step) -> None:

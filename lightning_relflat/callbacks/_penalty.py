@@ -74,6 +74,7 @@ class Penalty:
         self._added: Tensor | None = None  # in the step
         self._warned = False
         self.layer: str | None = None
+        self._settled_on: nn.Module | None = None  # what has that name
         self.newest: tuple[Tensor, Tensor | float] | None = None
         self.losses = 0
         self.begin_epoch()
@@ -85,10 +86,11 @@ class Penalty:
         self._rehearsal = LayerTap(self._module, self._fam.layer, through_loss=False) if wanted else None
 
     def look_again(self) -> None:
-        """Look again at what lies behind the layer, and whether the loss is the one named; both may have changed."""
+        """Look again at the layer, what lies behind it, and whether the loss is the one named: all may have changed."""
         if self._claim is not None:
             self._claim.look_again()
-        self._tap.look_again()
+        for tap in filter(None, (self._tap, self._rehearsal)):
+            tap.look_again()
 
     def begin_epoch(self) -> None:
         """Count anew."""
@@ -294,11 +296,11 @@ class Penalty:
     def _settle(self, tap: LayerTap) -> None:
         """Say once which layer it is, and refuse one that cannot be penalised."""
         layer, name = tap.layer, tap.name
-        if layer is None or name is None or self.layer == name:
+        if layer is None or name is None or self._settled_on is layer:
             return
         if self._claim is not None:
             refuse_layer(name, layer)
-        self.layer = name
+        self.layer, self._settled_on = name, layer
         rank_zero_info(f"{self._fam!r}: relative flatness is penalised at layer {describe(name, layer)}.")
         if self._fam.coefficient != "auto" and self._fam.coefficient < 0:
             warn_of_no_bound(self._fam, self._module.trainer, name)

@@ -33,6 +33,8 @@ def nothing_to_penalise(tap: LayerTap, records: Sequence[LayerRecord], *, throug
         The reason, or ``None`` if there is none.
     """
     if not records and not tap.pending:
+        if tap.exchanged:
+            return f"no penalty could be added, because {_exchanged(tap)}"
         return (
             f"no penalty could be added, because {did_not_run(tap)} with gradients in `training_step`. Is it used "
             "there, and outside of `torch.no_grad()`? If it lies in re-entrant activation checkpointing, use "
@@ -58,10 +60,19 @@ def did_not_run_in(tap: LayerTap, where: str) -> str:
     Returns:
         The message.
     """
+    if tap.exchanged:
+        return f"there is nothing to measure, because {_exchanged(tap)}"
     how = " with gradients" if where == "`training_step`" else ""
     return (
         f"{did_not_run(tap)}{how} in {where}, so that there is nothing to measure. Is it used in the module's step? If "
         f"the module was compiled and had run before, call `torch._dynamo.reset()` first. {_TAKEN}"
+    )
+
+
+def _exchanged(tap: LayerTap) -> str:
+    return (
+        f"another module has taken the place of layer {tap.name!r} within an epoch, or nothing has. It is followed "
+        "from the next epoch on: exchange it when an epoch begins, as in `on_train_epoch_start`."
     )
 
 

@@ -221,7 +221,7 @@ class FAM(Callback):
             self._running.rehearse()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look again at what lies behind the layer, and whether the loss is the one named; both may have changed."""
+        """Look again at the layer, what lies behind it, and whether the loss is the one named: all may have changed."""
         self._running.look_again()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

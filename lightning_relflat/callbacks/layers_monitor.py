@@ -95,6 +95,10 @@ class LayersMonitor(Monitor):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the layers."""
+        self._find(module)
+
+    def _find(self, module: LightningModule) -> None:
+        """Take the modules that have the names now, and begin anew if they are others."""
         layers: dict[str, nn.Module] = {}
         for name, layer in linear_layers(module).items():
             if layer not in layers.values():
@@ -106,10 +110,18 @@ class LayersMonitor(Monitor):
                     f"{', '.join(map(repr, layers)) or 'none'}, but got {pattern!r}."
                 )
         names = [name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)]
+        if {name: tap.layer for name, tap in self._taps.items()} == {name: layers[name] for name in names}:
+            return
+        for tap in self._taps.values():
+            tap.close()
         self._taps = {name: LayerTap(module, name, behind=self._behind) for name in names}
         for tap in self._taps.values():
             tap.opens = True
         self._metrics = {}
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look anew for the layers: a module is told after its callbacks that a run begins."""
+        self._find(pl_module)
 
     def detach(self) -> None:
         """Leave nothing behind."""
@@ -117,6 +129,7 @@ class LayersMonitor(Monitor):
             tap.close()
         self._taps = {}
         self._within.close()
+        self._behind.forget()
 
     def begin(self, step: Step) -> None:
         """Listen to the layers, if the step counts.
@@ -185,6 +198,7 @@ class LayersMonitor(Monitor):
     def begin_epoch(self, stage: Stage, loaders: int) -> None:
         """Begin the sums of an epoch."""
         assert self._module is not None
+        self._find(self._module)
         self.values = {key: found for key, found in self.values.items() if key.partition("/")[0] != stage}
         for loader in range(loaders):
             metric = self._metric(stage, loader)

@@ -159,9 +159,19 @@ def is_transformed(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return True
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or in_transform()
+
+
+def in_transform() -> bool:
+    """Return whether a transform of ``torch.func`` runs, or forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return what a tensor within transforms of ``torch.func`` is outside of them."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_open(*tensors: Tensor) -> bool:

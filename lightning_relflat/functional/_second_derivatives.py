@@ -106,9 +106,11 @@ def _refuse_norms(between: set[Node]) -> None:
             remedy = "Penalise a layer behind it, or put it into evaluation mode."
         else:
             remedy = (
-                "lightning_relflat.layer_tap.LayerTap, and the callbacks with it, write it out while a step runs; in a "
-                "step that begins without it they cannot know. For the value alone, call within `torch.no_grad()` "
-                "after module.eval()."
+                "The callbacks, as lightning_relflat.layer_tap.LayerTap, write it out where a step of theirs goes "
+                "through it, and look for it in the first 8 steps of an epoch, and on while they find any. So let a "
+                "loss that goes through it be among those, or begin with it when an epoch begins; or leave it out of "
+                "the loss. To functions that are handed a graph alone it is unknown: take a LayerTap; or, for the "
+                "value alone, call within `torch.no_grad()` after module.eval()."
             )
         raise RuntimeError(
             f"The curvature behind the layer goes through {kind}, whose higher derivatives PyTorch gets wrong or which "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import warnings
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, SharpestMonitor
+from lightning_relflat import FAM, FlatnessMonitor, LayersMonitor, MaxNorm, SharpestMonitor
 from tests.by_hand import assert_same_weights
 from tests.models import Batch, ManualNet, Net, focal, make_batches, make_loader, make_trainer
 from tests.oracles import kappa_of_layer
@@ -200,3 +202,24 @@ def test_losses_of_one_batch_in_manual_optimization_add_up(criterion: Any) -> No
         total += len(inputs) * float(kappa_of_layer(net.head, loss).detach())
     expected = total / sum(SIZES)
     assert float(trainer.callback_metrics["train/relative_flatness"]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [FAM, FlatnessMonitor, LayersMonitor, lambda: SharpestMonitor(2), lambda: MaxNorm("head", 5.0)],
+    ids=["FAM", "FlatnessMonitor", "LayersMonitor", "SharpestMonitor", "MaxNorm"],
+)
+def test_a_callback_that_has_seen_a_fit_holds_no_graph_and_can_be_copied_and_pickled(make: Any) -> None:
+    callback, net = make(), Net().double()
+    before = set(map(id, _in_a_graph()))
+    trainer = make_trainer(precision="64-true", callbacks=[callback])
+    trainer.fit(net, make_loader(SIZES), make_loader(SIZES))
+    assert [type(found) for found in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback)))] == 2 * [
+        type(callback)
+    ]
+    assert all(id(found) in before for found in _in_a_graph())
+
+
+def _in_a_graph() -> list[Tensor]:
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) is Tensor and found.grad_fn is not None]
