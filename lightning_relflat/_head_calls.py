@@ -230,9 +230,10 @@ def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
     call, layer = _read(given), found[0][1]
     features, weight = plain(given["input"]), given["linear_weight"]
     version = None if result.is_inference() else result._version
+    entered = None if features.is_inference() else features._version
     age = sum(parameter._version for parameter in layer.parameters())
     for tap, layer in found:
-        tap.receive(LayerRecord(layer, features, result, weight, version, handed, age, call))
+        tap.receive(LayerRecord(layer, features, result, weight, version, handed, age, call, entered))
     return handed
 
 

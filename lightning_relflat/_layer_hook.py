@@ -46,6 +46,7 @@ class LayerRecord:
         age: how often the layer's parameters had been changed in place.
         call: where the weight went into ``linear_cross_entropy``, the call; then ``outputs`` is what that returned, and
             ``weight`` is no copy.
+        entered: how often ``features`` had been written to when it entered, or ``None`` for a copy.
     """
 
     layer: nn.Module
@@ -56,6 +57,7 @@ class LayerRecord:
     handed: Tensor | None = None
     age: int = 0
     call: HeadCall | None = None
+    entered: int | None = None
 
     def __repr__(self) -> str:
         return show_call(self)
@@ -86,19 +88,33 @@ class LayerRecord:
         features, outputs = self.features.detach().clone(), plain(self.outputs).detach().clone()
         return LayerRecord(self.layer, features, outputs, self.weight.detach(), None, self.handed, self.age, self.call)
 
+    @property
+    def is_written(self) -> bool:
+        """Whether features or outputs were written to since, or the weight that went into a call."""
+        return (
+            (self.version is not None and self.outputs._version != self.version)
+            or (self.entered is not None and self.features._version != self.entered)
+            or (self.call is not None and not self.call.is_current(self.weight))
+        )
+
     def check_unwritten(self, name: str) -> None:
-        """Raise if the outputs were written to since they left the layer.
+        """Raise if something was written to since the layer ran.
 
         Args:
             name: the layer's name, for the message.
 
         Raises:
-            RuntimeError: if they were.
+            RuntimeError: if it was.
         """
         if self.call is not None and not self.call.is_current(self.weight):
             raise RuntimeError(
                 f"The weight of layer {name!r} was changed in place after it went into `linear_cross_entropy`, and "
                 "before its flatness was taken."
+            )
+        if self.entered is not None and self.features._version != self.entered:
+            raise RuntimeError(
+                f"What entered layer {name!r} was changed in place after the layer had run, and before its flatness "
+                "was taken. Use an operation that is not in place, or hand the layer a copy."
             )
         if self.version is not None and self.outputs._version != self.version:
             raise RuntimeError(
@@ -249,7 +265,8 @@ class LayerHook:
         parameters = layer._parameters.values() if isinstance(layer, nn.Linear) else layer.parameters()
         age = sum(parameter._version for parameter in parameters if parameter is not None)
         copied = weight if all(tap.stays for tap in taps) else weight.clone()
-        record = LayerRecord(layer, features, outputs, copied, version, handed, age)
+        written = None if features.is_inference() else features._version
+        record = LayerRecord(layer, features, outputs, copied, version, handed, age, entered=written)
         for tap in taps:
             tap.receive(record)
         return outputs if handed is None else handed

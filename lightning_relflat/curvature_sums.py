@@ -26,10 +26,10 @@ from lightning_relflat.functional._checks import (
     shape_of,
     sum_of,
 )
+from lightning_relflat.functional._divisor import mean_divisor
 from lightning_relflat.functional._errors import independent, missing, moments
 from lightning_relflat.functional._linear_map import LayerUse, as_use
 from lightning_relflat.functional._meeting import Looker
-from lightning_relflat.functional._recognised import mean_divisor
 from lightning_relflat.functional.layer_flatness import flatness_of_layers, own_probe_seed
 from lightning_relflat.functional.relative_flatness import relative_flatness_sums
 
@@ -123,7 +123,7 @@ def sums_of_loss(
 ) -> Tensor | None:
     """Return the sums of a batch, from its loss.
 
-    A batch weighs what the mean of a cross-entropy divides by, else as much as its number of samples.
+    A batch weighs what its loss divides by, where that is seen; else as much as its number of samples.
 
     Args:
         loss: the loss, in its graph.
@@ -191,7 +191,7 @@ def sums_of_callable(
         probes: the probes.
 
     Returns:
-        The sums. A batch weighs as much as it has rows.
+        The sums. A batch weighs what its loss divides by, where that is seen; else as much as it has rows.
 
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
@@ -214,8 +214,9 @@ def sums_of_callable(
             found = probes.sums(value, [as_use(None, features, outputs, weight)])
         if found is None:
             raise ValueError("Expected argument `loss` to depend on the outputs, but got one that does not.")
+        divisor = mean_divisor(value, [outputs])
     probes.batches += 1
-    samples = found.new_full((), float(features.shape[:-1].numel()))
+    samples = found.new_full((), float(features.shape[:-1].numel())) if divisor is None else divisor.to(found)
     if getattr(loss, "reduction", "mean") == "sum":
         return torch.stack([found[0], samples, *found[1:]])
     return weighted(found, samples)

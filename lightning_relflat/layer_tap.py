@@ -235,9 +235,9 @@ class LayerTap:
             The records; none if no layer ran.
 
         Raises:
-            RuntimeError: if the outputs of a record were changed in place since, or the loss depends on the layer by
-                another way than its outputs too; without ``loss`` also if there are none because the layer ran without
-                gradients.
+            RuntimeError: if features or outputs of a record were changed in place since, or the loss depends on the
+                layer by another way than its outputs too; without ``loss`` also if there are none because the layer ran
+                without gradients.
         """
         records, self._records = self._records, []
         missed, self.missed = self.missed, False
@@ -256,7 +256,9 @@ class LayerTap:
                 return []
         records = [record for record in records if record.layer is self.layer]
         for record in records:
-            record.check_unwritten(self.name or "")
+            # What is done with passes of another loss, or of none, is no matter.
+            if record.is_written and (loss is None or record.is_in(loss)):
+                record.check_unwritten(self.name or "")
             if record.handed is not None and record.call is None:
                 LayerHook.of(record.layer).note(record)
         return records
@@ -353,7 +355,10 @@ class LayerTap:
         if not records and not self.pending:
             if missed:
                 raise RuntimeError(f"There is no flatness to compute, because {_ran_without_gradients(self)}")
-            raise RuntimeError(f"There is no flatness to compute, because {did_not_run(self)} with gradients.")
+            raise RuntimeError(
+                f"There is no flatness to compute, because {did_not_run(self)} with gradients since flatness was last "
+                "taken, which forgets all passes. Of several losses, take that of their sum."
+            )
         kappa = self.flatness_of(loss, records, probes=probes, generator=generator, through_hessian=through_hessian)
         if kappa is None:
             raise ValueError(f"Expected argument `loss` to depend on layer {self.name!r}, but got one that does not.")

@@ -18,8 +18,8 @@ from lightning_relflat.callbacks._monitor import Monitor, computed
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.curvature import exact_parts, recognise_passes
 from lightning_relflat.functional._checks import check_count, check_flag
+from lightning_relflat.functional._divisor import mean_divisor
 from lightning_relflat.functional._linear_map import as_use
-from lightning_relflat.functional._recognised import mean_divisor
 from lightning_relflat.layer_tap import LayerTap
 from lightning_relflat.linear_layers import linear_layers
 from lightning_relflat.metrics.layers_flatness import LayersFlatness

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -22,6 +22,7 @@ from lightning_relflat.functional._criterion_nodes import (
     node_of,
     signed,
 )
+from lightning_relflat.functional._divisor import divisor_of
 from lightning_relflat.functional._graph import nodes_between, reaches
 from lightning_relflat.functional._plan import Plan
 
@@ -91,12 +92,12 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
     straight = plan.straight()
     if straight is not None and len(straight) == len(outputs):
         factors = _of_straight(loss, outputs, plan, straight)
-        return Recognised("softmax", factors, _total(plan, factors))
+        return Recognised("softmax", factors, _total(loss, plan, factors))
     found = shares = _arriving(loss, outputs, plan, plan.criteria)
     if any(act in SHARES for act in plan.criteria.values()):
         # A row may have a share in the loss and no curvature, and the mean is over it all the same.
         shares = _arriving(loss, outputs, plan, {node: SHARES.get(act, act) for node, act in plan.criteria.items()})
-    return Recognised(plan.kind, tuple(found), _total(plan, shares))
+    return Recognised(plan.kind, tuple(found), _total(loss, plan, shares))
 
 
 def is_cross_entropy(loss: Tensor, outputs: Tensor) -> bool:
@@ -242,32 +243,11 @@ def _turned(grad_inputs: Any, _: Any) -> _Gradients:
     return tuple(None if value is None else -value for value in grad_inputs)
 
 
-def _total(plan: Plan, shares: Sequence[Tensor]) -> Tensor:
+def _total(loss: Tensor, plan: Plan, shares: Sequence[Tensor]) -> Tensor:
     """Return what the mean over rows divides by."""
-    total = _divisor(plan.above)
+    total = divisor_of(loss, plan.above)
     if total is not None:
         return total
     # A row counts with any of its outputs: a loss may leave some of them out.
     counted = [share != 0 if plan.kind == "softmax" else (share != 0).any(dim=-1) for share in shares]
     return torch.stack([rows.sum() for rows in counted]).sum()
-
-
-def mean_divisor(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor | None:
-    """Return what PyTorch's own cross-entropy, if one lies between some outputs and a loss, has divided its mean by.
-
-    Args:
-        loss: the loss.
-        outputs: what left a layer, hidden or last.
-
-    Returns:
-        The sum of the weights of the targets that it does not ignore; ``None`` if there is none, or several.
-    """
-    return _divisor(nodes_between(loss, outputs))
-
-
-def _divisor(nodes: Iterable[Any]) -> Tensor | None:
-    means = [node for node in nodes if node.name().startswith("NllLoss") and node._saved_reduction == 1]
-    if len(means) != 1:
-        return None
-    total: Tensor = means[0]._saved_total_weight
-    return total.detach()
