@@ -47,7 +47,7 @@ class FlatnessMonitor(OneLayerMonitor):
             layer and the batch's target alone. That is compared with the loss of the training step when an epoch
             begins, when other operations lead from the outputs to the loss, and every 1,000 steps. In ``validate`` and
             ``test`` alone a warning says that it was not, unless the step shows a loss of that value. Batches of the
-            step's own loss are averaged, by what a cross-entropy's mean divides by or else by their samples; those of a
+            step's own loss are averaged, by what each divides by or else by their samples; those of a
             named loss that sums are added.
         target: where a named loss finds its target in the batch: an index, a key, a path of them, a callable on the
             batch, or ``None`` if it needs none.
