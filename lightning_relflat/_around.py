@@ -75,8 +75,7 @@ class _Marking:
         self._gradients, self._places = gradients, places
 
     def __call__(self, handed_on: Sequence[Tensor | None], _: Any) -> None:
-        # With `create_graph`, and not while curvature is taken: no loss of a step is made of that.
-        if not torch.is_grad_enabled() or Behind.switch.shut:
+        if not torch.is_grad_enabled():  # without `create_graph`
             return
         for place in self._places:
             gradient = handed_on[place]
@@ -86,6 +85,8 @@ class _Marking:
             if node is not None:
                 _notes(node).setdefault(_MARK, set()).add(self._gradients)
                 self._gradients.taken = True
+            elif Behind.switch.shut:
+                continue  # of curvature, which is no part of a loss unless somebody adds it in its graph
             elif torch._C._functorch.is_legacy_batchedtensor(gradient):
                 self._gradients.unmarked = True
             else:

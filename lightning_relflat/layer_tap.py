@@ -268,7 +268,7 @@ class LayerTap:
         unmarked = [hook.layer() for hook in self._hooks if hook.gradients.unmarked]
         if self._unseen or unmarked:
             self._seen += [record.outputs for record in records]
-        for hook in self._hooks:
+        for hook in reversed(self._hooks):
             frozen = hook.gradients.constant and any(
                 record.layer is hook.layer() and not record.weight.requires_grad for record in records
             )

@@ -335,6 +335,20 @@ def test_two_callbacks_take_no_curvature_for_a_gradient_of_the_loss() -> None:
     assert runs[0] == runs[1]
 
 
+def test_curvature_that_somebody_adds_to_the_loss_is_made_of_gradients_too() -> None:
+    def compute(net: Critic, batch: Batch) -> Tensor:
+        with LayerTap(net, "body") as tap:
+            loss = ordinary(net, batch)
+            return loss + 0.1 * tap.relative_flatness(loss)
+
+    assert_refused(Critic(compute), FlatnessMonitor("head"), "head")
+    make_trainer(precision="64-true", callbacks=[FlatnessMonitor("head", stages=("val",))]).fit(
+        Critic(lambda net, batch: compute(net, batch) if net.training else ordinary(net, batch)),
+        make_loader(SIZES),
+        make_loader(SIZES),
+    )
+
+
 class Apart(Critic):
     """Gives the part that is made of gradients a backward pass of its own, as the message says."""
 

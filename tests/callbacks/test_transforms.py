@@ -20,7 +20,7 @@ from tests.models import Batch, Net, fused, make_batches, make_loader, make_trai
 from tests.oracles import kappa_of_layer
 
 # PyTorch's own, with the first forward mode.
-pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
 SIZES = [5, 4, 6]
 Compute = Callable[[Net, Batch], Tensor]
 REFUSED = r"Layer '{}' ran within a transform of torch\.func .* the loss depends on it there\. Compute the loss without"
