@@ -45,6 +45,7 @@ class Probes:
         batches: numbers the probes.
         before: how many batches there were since sums began.
         parts: the parts of the rows in the last loss's κ, for each pass, where that was recognised.
+        total: how many rows there were then.
 
     Raises:
         ValueError: if ``probes`` is no integer of at least 2 nor ``None``, or ``seed`` none of at least 0.
@@ -59,6 +60,7 @@ class Probes:
         self.batches = self.before = 0
         self.looker = Looker()
         self.parts: list[Tensor] | None = None
+        self.total: Tensor | None = None
         self.trying = Trying()
 
     @property
@@ -70,6 +72,11 @@ class Probes:
     def flat(self) -> bool:
         """Whether the loss last measured is piecewise linear in the outputs, so that its κ is 0."""
         return self.looker.last is not None and self.looker.last.flat
+
+    @property
+    def are_apart(self) -> bool:
+        """Whether rows stayed apart in the loss last measured."""
+        return self.looker.last is not None and self.looker.last.any_rows
 
     def begin(self) -> None:
         """Begin new sums; how rows meet is looked for anew."""
@@ -123,7 +130,8 @@ def sums_of_loss(
 ) -> Tensor | None:
     """Return the sums of a batch, from its loss.
 
-    A batch weighs what its loss divides by, where that is seen; else as much as its number of samples.
+    A batch weighs what its loss divides by, where that is seen and its rows do not meet; else as much as its number of
+    samples.
 
     Args:
         loss: the loss, in its graph.
@@ -143,7 +151,8 @@ def sums_of_loss(
         with torch.no_grad():
             probes.parts = exact_parts(recognised, records)
             kappa = sum_of([part.sum(dtype=torch.float64) for part in probes.parts])
-        return exactly(kappa * recognised.total, recognised.total)
+            probes.total = recognised.total
+        return exactly(kappa * recognised.weight, recognised.weight)
     probes.parts = None
     features = records[0].features
     uses = [as_use(record.layer, record.features, record.outputs, record.weight) for record in records]
@@ -151,7 +160,7 @@ def sums_of_loss(
         found = probes.sums(loss, uses, mode)
     if found is None:
         return None
-    divisor = mean_divisor(loss, [record.outputs for record in records])
+    divisor = mean_divisor(loss, [record.outputs for record in records], apart=probes.are_apart)
     samples = 1 if features.ndim == 1 else len(features)
     return weighted(found, found.new_full((), float(samples)) if divisor is None else divisor)
 
@@ -191,7 +200,7 @@ def sums_of_callable(
         probes: the probes.
 
     Returns:
-        The sums. A batch weighs what its loss divides by, where that is seen; else as much as it has rows.
+        The sums. A batch weighs what its loss divides by, as for :func:`sums_of_loss`; else as much as it has rows.
 
     Raises:
         TypeError: if features, weight or outputs are no floating point numbers.
@@ -214,7 +223,7 @@ def sums_of_callable(
             found = probes.sums(value, [as_use(None, features, outputs, weight)])
         if found is None:
             raise ValueError("Expected argument `loss` to depend on the outputs, but got one that does not.")
-        divisor = mean_divisor(value, [outputs])
+        divisor = mean_divisor(value, [outputs], apart=probes.are_apart)
     probes.batches += 1
     samples = found.new_full((), float(features.shape[:-1].numel())) if divisor is None else divisor.to(found)
     if getattr(loss, "reduction", "mean") == "sum":

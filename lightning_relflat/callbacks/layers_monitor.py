@@ -172,8 +172,11 @@ class LayersMonitor(Monitor):
             )
             return
         uses, exact = [], {}
-        divisor = mean_divisor(loss, [record.outputs for found in records.values() for record in found])
-        weight: Tensor | float = _samples(records) if divisor is None else divisor
+        outputs = [record.outputs for found in records.values() for record in found]
+        weight, where_they_meet = (
+            _samples(records) if divisor is None else divisor
+            for divisor in (mean_divisor(loss, outputs, apart=apart) for apart in (True, False))
+        )
         for number, tap in enumerate(self._taps.values()):
             mine = [record for record in tap.take(loss) if record.is_in(loss)]
             recognised = recognise_passes(loss, mine)
@@ -181,13 +184,13 @@ class LayersMonitor(Monitor):
                 with torch.no_grad():
                     parts = [part.double().sum() for part in exact_parts(recognised, mine)]
                 exact[number] = torch.stack(parts).sum()
-                weight = recognised.total.double()  # the loss is one, and so is what it divides by
+                weight = where_they_meet = recognised.weight.double()  # the loss is one, so is what it divides by
                 mine = []
             uses.append([as_use(record.layer, record.features, record.outputs, record.weight) for record in mine])
         assert self._module is not None
         metric = self._metric(step.stage, self._loader)
         with self.speaking(), self._behind.curvature(), staying_whole(self._module):
-            metric.update(loss, uses, weight, self._module.training, exact)
+            metric.update(loss, uses, weight, self._module.training, exact, where_they_meet=where_they_meet)
 
     def end(self) -> None:
         """Stop listening."""

@@ -14,17 +14,20 @@ from lightning_relflat.functional._criterion_nodes import is_linear, node_of, si
 from lightning_relflat.functional._graph import nodes_between
 
 
-def mean_divisor(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor | None:
-    """Return what a loss divides by: a mean over L_i of batches, weighed by it, is that of their union.
+def mean_divisor(loss: Tensor, outputs: Sequence[Tensor], *, apart: bool) -> Tensor | None:
+    """Return what a loss divides by: the mean of batches, weighed by it, is that of their union.
 
     Args:
         loss: the loss.
         outputs: what left a layer, hidden or last.
+        apart: whether rows stay apart. Else the loss is no sum over them, and only PyTorch's own cross-entropy says of
+            how many things it is the mean.
 
     Returns:
-        See :func:`divisor_of`.
+        As :func:`divisor_of` and :func:`own_divisor` have it.
     """
-    return divisor_of(loss, nodes_between(loss, outputs))
+    between = nodes_between(loss, outputs)
+    return divisor_of(loss, between) if apart else own_divisor(between)
 
 
 def divisor_of(loss: Tensor, between: Collection[Node]) -> Tensor | None:
@@ -41,11 +44,9 @@ def divisor_of(loss: Tensor, between: Collection[Node]) -> Tensor | None:
     Returns:
         The divisor, up to a factor that is the same in all batches; ``None`` where nothing is divided.
     """
-    means = [node for node in between if node.name().startswith("NllLoss") and _reduces_to_mean(node)]
-    if len(means) == 1:
-        total: Tensor = means[0]._saved_total_weight  # type: ignore[attr-defined]
-        return total
-    divisor: Tensor | None = None
+    divisor = own_divisor(between)
+    if divisor is not None:
+        return divisor
     node: Any = node_of(loss)
     while True:
         divided = _divides_by(node)
@@ -60,6 +61,22 @@ def divisor_of(loss: Tensor, between: Collection[Node]) -> Tensor | None:
         if len(inner) != 1 or not is_linear(node, inner):
             return divisor
         [(_, node, _)] = inner
+
+
+def own_divisor(nodes: Collection[Node]) -> Tensor | None:
+    """Return what PyTorch's own cross-entropy has divided its mean by, if there is one among some operations.
+
+    Args:
+        nodes: the operations.
+
+    Returns:
+        The sum of the weights of the targets that it does not ignore; ``None`` if there is none, or several.
+    """
+    means = [node for node in nodes if node.name().startswith("NllLoss") and _reduces_to_mean(node)]
+    if len(means) != 1:
+        return None
+    total: Tensor = means[0]._saved_total_weight  # type: ignore[attr-defined]
+    return total
 
 
 def _divides_by(node: Any) -> Tensor | int | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from lightning_relflat.functional._checks import is_open
 from lightning_relflat.functional._graph import reaches
 from lightning_relflat.functional._linear_map import ConvolutionUse
 from lightning_relflat.functional._second_derivatives import naming_the_cause
@@ -46,6 +47,11 @@ class Apart:
     rows: tuple[tuple[bool, ...], ...]
     flat: bool = False
     chained: bool = False
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether rows stay apart along some dimension, so that the loss may be a sum over them."""
+        return any(any(rows) for rows in self.rows)
 
 
 def look(gradients: Sequence[Tensor], uses: Sequence[Rows]) -> Apart:
@@ -185,6 +191,8 @@ _TAKES = {
     *("IndexBackward0", "IndexSelectBackward0", "IndexPutBackward0", "IndexAddBackward0", "IndexCopyBackward0"),
     *("ScatterAddBackward0", "ScatterBackward0", "TakeBackward0", "RollBackward0"),
 }
+# What a tap puts there, in an epoch's first steps for example.
+_PASSES_ON = {"CloneBackward0", "DoorBackward"}
 _OFTEN = 16
 
 
@@ -192,9 +200,9 @@ class Looker:
     """Remembers how rows meet, so that it is looked for once, and again when operations, sizes or modes change.
 
     A new mode, other operations behind the layer or another number of dimensions are looked at with all products, new
-    sizes alone with a few. Where operations take rows by number, one product with a random half of the rows is looked
-    at in the first batches, and ever more seldom after them. What was once seen to meet counts as meeting from then on,
-    which is right at any time and only costs variance.
+    sizes alone with a few. Where operations take rows by number, and nobody has to wait for the answer, one product
+    with a random half of the rows is looked at in the first batches, and ever more seldom after them. What was once
+    seen to meet counts as meeting from then on, which is right at any time and only costs variance.
     """
 
     def __init__(self) -> None:
@@ -225,7 +233,7 @@ class Looker:
             What stays apart.
         """
         # The loss of the next step, or the other one of this, may be another.
-        names = sorted(node.name() for node in between)
+        names = sorted(name for node in between if (name := node.name()) not in _PASSES_ON)
         mode = (mode, hash(tuple(names)))
         sizes = (mode, *(use.outputs.shape for use in uses))
         known = self._seen.get(sizes)
@@ -247,7 +255,9 @@ class Looker:
         return known
 
     def _still_holds(self, key: object, known: Apart, gradients: Sequence[Tensor], uses: Sequence[Rows]) -> bool:
-        """Check with a random half of the rows, in most steps not at all: it is a product, and reads the device."""
+        """Check with a random half of the rows, in most steps not at all: it is a product, and is read."""
+        if not is_open(*gradients):
+            return True
         count = self._asked[key] = self._asked.get(key, 0) + 1
         due = count <= _OFTEN or count & (count - 1) == 0
         return not due or still_holds(known, gradients, uses, self._at_random)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ from lightning_relflat.functional._criterion_nodes import (
     node_of,
     signed,
 )
-from lightning_relflat.functional._divisor import divisor_of
+from lightning_relflat.functional._divisor import divisor_of, own_divisor
 from lightning_relflat.functional._graph import nodes_between, reaches
 from lightning_relflat.functional._plan import Plan
 
@@ -38,10 +38,12 @@ class Recognised:
             ``"sigmoid"`` for diag(f σ(z) (1 − σ(z))); ``"quadratic"`` for diag(f).
         factors: f for each of the outputs: of shape (...) for a softmax, one for every row, else (..., d). They hold
             everything that is done with the criterion: reduction, weights, masks, mixtures, factors.
-        total: what a mean over the rows divides by: what PyTorch's own cross-entropy has divided by if the loss is one,
-            else the number of rows with a factor.
+        total: how many rows there are: what PyTorch's own cross-entropy has divided by if the loss is one, else the
+            number of rows with a factor.
         all_count: whether it is known that every row has a factor; the others may hold anything, such as NaN.
         log_p: the log-softmax of the outputs, a constant, where the loss has saved it.
+        divisor: what the loss divides by, as :func:`~lightning_relflat.functional._divisor.divisor_of` has it; ``None``
+            if that is ``total``.
     """
 
     kind: Kind
@@ -49,6 +51,12 @@ class Recognised:
     total: Tensor
     all_count: bool = False
     log_p: Tensor | None = None
+    divisor: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """What a batch with this loss weighs."""
+        return self.total if self.divisor is None else self.divisor
 
 
 def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor]) -> Recognised | None:
@@ -92,12 +100,12 @@ def recognise(loss: Tensor, outputs: Sequence[Tensor], features: Sequence[Tensor
     straight = plan.straight()
     if straight is not None and len(straight) == len(outputs):
         factors = _of_straight(loss, outputs, plan, straight)
-        return Recognised("softmax", factors, _total(loss, plan, factors))
+        return Recognised("softmax", factors, _total(plan, factors), divisor=divisor_of(loss, plan.above))
     found = shares = _arriving(loss, outputs, plan, plan.criteria)
     if any(act in SHARES for act in plan.criteria.values()):
         # A row may have a share in the loss and no curvature, and the mean is over it all the same.
         shares = _arriving(loss, outputs, plan, {node: SHARES.get(act, act) for node, act in plan.criteria.items()})
-    return Recognised(plan.kind, tuple(found), _total(loss, plan, shares))
+    return Recognised(plan.kind, tuple(found), _total(plan, shares), divisor=divisor_of(loss, plan.above))
 
 
 def is_cross_entropy(loss: Tensor, outputs: Tensor) -> bool:
@@ -243,9 +251,9 @@ def _turned(grad_inputs: Any, _: Any) -> _Gradients:
     return tuple(None if value is None else -value for value in grad_inputs)
 
 
-def _total(loss: Tensor, plan: Plan, shares: Sequence[Tensor]) -> Tensor:
-    """Return what the mean over rows divides by."""
-    total = divisor_of(loss, plan.above)
+def _total(plan: Plan, shares: Sequence[Tensor]) -> Tensor:
+    """Return how many rows there are."""
+    total = own_divisor(plan.above)
     if total is not None:
         return total
     # A row counts with any of its outputs: a loss may leave some of them out.

@@ -95,6 +95,8 @@ class LayersFlatness(SummedMetric):
         total_weight: Tensor | float,
         mode: object = None,
         exact: Mapping[int, Tensor] | None = None,
+        *,
+        where_they_meet: Tensor | float | None = None,
     ) -> None:
         """Add a batch.
 
@@ -105,6 +107,8 @@ class LayersFlatness(SummedMetric):
             mode: anything hashable that stands for how the network computes, as whether it trains; how rows meet is
                 looked for anew with another.
             exact: the κ in the batch of the layers, by their numbers, for which it is known; these have no uses.
+            where_they_meet: what the batch weighs in place of ``total_weight`` if rows turn out to meet, so that the
+                loss is no sum over them.
 
         Raises:
             ValueError: if there are not uses of as many layers, or as
@@ -154,6 +158,9 @@ class LayersFlatness(SummedMetric):
                 added[0, place] += kappa.double()
             seen[layer] = 1
         self.seen = self.seen + seen
+        looks = [looker.last for looker, own in zip(self._lookers, uses, strict=True) if own]
+        if where_they_meet is not None and any(looks) and not any(one is not None and one.any_rows for one in looks):
+            total_weight = where_they_meet
         # A number that is copied to a device makes the host wait; one that is filled in there does not.
         if not isinstance(total_weight, Tensor):
             total_weight = self.sums.new_full((), total_weight)

@@ -171,7 +171,7 @@ class Collector:
                 "What κ is made of is not told, because the loss is no criterion with a closed form of the outputs of "
                 f"layer {tap.name!r}."
             )
-        self._add_samples(head, sums[1], called, seen, samples)
+        self._add_samples(head, called, seen, samples)
         self._first += samples
 
     # How a batch is read.
@@ -232,7 +232,7 @@ class Collector:
             predicted = head.outputs.detach().argmax(dim=-1)
             self._of_classes.update(predicted, target, target != criterion.ignore_index)
 
-    def _add_samples(self, head: Sequence[LayerRecord], total: Tensor, called: Any, seen: Seen, samples: int) -> None:
+    def _add_samples(self, head: Sequence[LayerRecord], called: Any, seen: Seen, samples: int) -> None:
         if self._parts is None:
             return
         if self._probes.parts is None or len(head) != 1 or head[0].call is not None:
@@ -251,8 +251,8 @@ class Collector:
             )
             return
         [parts] = self._probes.parts
-        if self.mean:
-            parts = parts * total
+        if self.mean and self._probes.total is not None:
+            parts = parts * self._probes.total
         parts = parts.double().reshape(samples, -1).sum(dim=1)
         numbers = range(self._first, self._first + samples) if seen.indices is None else seen.indices
         criterion, target = called or (None, None)

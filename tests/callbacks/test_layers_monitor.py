@@ -426,9 +426,9 @@ def test_measures_in_its_epochs_alone(
 
     net = Note().double()
 
-    def noting(*args: Any) -> None:
+    def noting(*args: Any, **kwargs: Any) -> None:
         measured_in.append(net.current_epoch)
-        update(*args)
+        update(*args, **kwargs)
 
     monkeypatch.setattr(LayersFlatness, "update", noting)
     monitor = LayersMonitor(stages=stages, every_n_epochs=every)

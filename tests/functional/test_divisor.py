@@ -91,7 +91,7 @@ def test_what_a_loss_divides_by_is_seen(name: str) -> None:
     loss, divisor = LOSSES[name]
     for part in (slice(0, 6), slice(4, 12)):
         z, y = data()[0][part, :3].clone().requires_grad_() * 1.0, data()[1][part]
-        found = mean_divisor(loss(z, y), [z])
+        found = mean_divisor(loss(z, y), [z], apart=True)
         assert found is not None
         assert float(found) / float(divisor(z, y)) == pytest.approx(1, rel=1e-12)
 
@@ -99,7 +99,7 @@ def test_what_a_loss_divides_by_is_seen(name: str) -> None:
 @pytest.mark.parametrize("name", NONE)
 def test_where_nothing_is_divided_or_more_than_one_there_is_none(name: str) -> None:
     z = data()[0][:, :3].clone().requires_grad_() * 1.0
-    assert mean_divisor(NONE[name](z, data()[1].clamp(min=0)), [z]) is None
+    assert mean_divisor(NONE[name](z, data()[1].clamp(min=0)), [z], apart=True) is None
 
 
 class Shown(Net):
@@ -144,3 +144,24 @@ def test_a_metric_of_a_callable_has_the_kappa_of_the_union(name: str) -> None:
         metric.update(inputs[part], layer.weight, layer(inputs[part]), target[part])
     truth = kappa_of_layer(layer, lambda: loss(layer(inputs), target)).detach()
     assert float(metric.compute()) == pytest.approx(float(truth), rel=1e-9)
+
+
+def test_batches_whose_samples_meet_weigh_as_many_samples_as_they_have() -> None:
+    """Such a loss is no sum over samples: an epoch has the mean over the losses of batches."""
+
+    def contrastive(z: Tensor, y: Tensor) -> Tensor:
+        alike = (y[:, None] == y[None]).double()
+        return -((F.normalize(z) @ F.normalize(z).mT).log_softmax(1) * alike).sum() / alike.sum()
+
+    torch.manual_seed(0)
+    net = Shown(contrastive).double()
+    inputs, target = data()
+    monitors = [FlatnessMonitor("head", probes=None), LayersMonitor("*", probes=100)]
+    trainer = make_trainer(precision="64-true", callbacks=monitors)
+    trainer.validate(net, DataLoader(TensorDataset(inputs, target), batch_size=6), verbose=False)
+    batches = zip(inputs.split(6), target.split(6), strict=True)
+    parts = [kappa_of_layer(net.head, lambda x=x, y=y: contrastive(net(x), y)).detach() for x, y in batches]  # type: ignore[misc]
+    truth, found = float(torch.stack(parts).mean()), trainer.callback_metrics
+    assert float(found["val/relative_flatness"]) == pytest.approx(truth, rel=1e-8)
+    error = 5 * float(found["val_layer_flatness_error/head"])
+    assert float(found["val_layer_flatness/head"]) == pytest.approx(truth, abs=error)
