@@ -67,7 +67,7 @@ class SummedMetric(Metric):
             found = fn(tensor)
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
-        super()._apply(moved, exclude_state)
+        super()._apply(moved, exclude_state)  # type: ignore[no-untyped-call]  # theirs
         called = self._called()
         if isinstance(called, nn.Module):
             called._apply(fn)

@@ -18,7 +18,7 @@ from lightning_relflat.metrics import FisherRaoNorm, FlatnessReport, LargestEige
 from tests.metrics.test_collections import CASES, D, M
 from tests.models import Batch, Net, make_loader, make_trainer
 
-CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
+CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "to bfloat16": lambda module: module.to(torch.bfloat16),
     "to float16": lambda module: module.to(torch.float16),
     "half": lambda module: module.half(),
@@ -32,9 +32,10 @@ CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
     "to the device and a dtype": lambda module: module.to("cpu", torch.bfloat16),
 }
 WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.3, 1.0, 0.7, 0.1]), reduction="sum")
-LAYER_BATCHES, SHAPE = CASES["RelativeFlatness"][2], {"in_features": M, "out_features": D}
+LAYER_BATCHES = CASES["RelativeFlatness"][2]
+SHAPE: dict[str, Any] = {"in_features": M, "out_features": D}
 LABELLED = [(features, target, weight, outputs) for features, weight, outputs, target in LAYER_BATCHES]
-FULL = {"num_classes": D, "neuron_pairs": True, "eigenvalues": True, "neural_collapse": True}
+FULL: dict[str, Any] = {"num_classes": D, "neuron_pairs": True, "eigenvalues": True, "neural_collapse": True}
 MADE: dict[str, tuple[Callable[[], Metric], Sequence[tuple[Any, ...]]]] = {
     **{name: (make, batches) for name, (make, _, batches) in CASES.items()},
     "weighted": (lambda: RelativeFlatness(WEIGHTED), LAYER_BATCHES),
@@ -46,6 +47,8 @@ MADE: dict[str, tuple[Callable[[], Metric], Sequence[tuple[Any, ...]]]] = {
 
 
 class Holder(nn.Module):
+    metric: Metric
+
     def __init__(self, metric: Metric) -> None:
         super().__init__()
         self.metric, self.layer = metric, nn.Linear(2, 2)
@@ -64,7 +67,7 @@ def test_every_class_is_here() -> None:
 
 @pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
 @pytest.mark.parametrize("name", MADE)
-def test_values_are_those_of_a_twin_that_was_not_converted(name: str, convert: Callable[[nn.Module], Any]) -> None:
+def test_values_are_those_of_a_twin_that_was_not_converted(name: str, convert: Callable[[Any], Any]) -> None:
     make, batches = MADE[name]
     torch.manual_seed(0)
     twin = make()
@@ -93,7 +96,7 @@ class Measuring(Net):
         super().__init__()
         self.kappa, self.seen = RelativeFlatness(), list[Tensor]()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         features = self.features(batch[0].to(self.head.weight.dtype))
         given = features, self.head.weight, self.head(features), batch[1]
         self.kappa.update(*given)
@@ -111,6 +114,8 @@ def test_within_a_module_that_lightning_converts(precision: Any) -> None:
 
 def test_a_loss_that_is_called_is_in_the_dtype_of_what_it_is_called_with() -> None:
     class Own(nn.Module):
+        scale: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("scale", torch.tensor([0.5, 1.0, 2.0, 4.0]))
