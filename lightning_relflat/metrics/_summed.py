@@ -67,10 +67,10 @@ class SummedMetric(Metric):
             found = fn(tensor)
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
-        super()._apply(moved, exclude_state)  # type: ignore[no-untyped-call]  # theirs
+        super()._apply(moved, exclude_state)
         called = self._called()
         if isinstance(called, nn.Module):
-            called._apply(fn)
+            called._apply(fn)  # type: ignore[no-untyped-call]  # theirs
         return self
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:

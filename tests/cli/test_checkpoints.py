@@ -6,7 +6,7 @@ import io
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -305,6 +305,46 @@ def test_an_old_pytorch_is_said_to_have_holes(
     assert "relflat: warning: PyTorch 2.5.1 has known holes" in capsys.readouterr().err
     assert main(["measure", checkpoints[6], *STUDY, "--split", "val", "--trust"]) == 0
     assert "holes" not in capsys.readouterr().err
+
+
+def diverged(path: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return the weights of a checkpoint, some of which are NaN."""
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {name: value * torch.nan if name in names else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("command", ["measure", "layers", "report"])
+@pytest.mark.parametrize(
+    ("names", "message"), [(["head.weight"], "head.weight of"), (["body.bias", "head.bias"], "body.bias and 1 more of")]
+)
+def test_a_checkpoint_that_has_diverged_is_refused(
+    command: str,
+    names: list[str],
+    message: str,
+    checkpoints: dict[int, str],
+    save: Callable[[Mapping[str, Any]], str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    path = save({"state_dict": diverged(checkpoints[6], names)})
+    out = ["--out", str(tmp_path / "x.html")] if command == "report" else []
+    line = refused(capsys, command, path, *STUDY, "--split", "val", *out)
+    assert line.startswith(f"relflat: error: {path} on validation data: κ of the head, layer 'head', is not a number")
+    assert "because the loss is not a number" in line
+    assert line.endswith(f"Not finite are {message} its weights: take a checkpoint from before")
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_checkpoint_that_has_diverged_stands_beside_others_with_a_line(
+    checkpoints: dict[int, str], save: Callable[[Mapping[str, Any]], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save({"state_dict": diverged(checkpoints[6], ["head.weight"])})
+    assert main(["compare", path, checkpoints[6], *STUDY]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "x: val/relative_flatness, " in said
+    assert "are not finite; the weights, the data or the loss may not be." in said
+    assert said.count("not finite") == 1
+    assert "its word" not in said
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a,b\n1,\x00\n\xff"])
