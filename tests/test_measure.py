@@ -503,10 +503,11 @@ def test_a_trainer_that_validates_gives_the_same(criterion: Callable[[Tensor, Te
         assert (one.index, one.label, one.prediction) == (other.index, other.label, other.prediction)
         assert one.relative_flatness == pytest.approx(other.relative_flatness, rel=1e-12)
 
+
 def test_of_a_module_that_has_diverged_no_layer_is_said_not_to_count() -> None:
     module, whole = Module(F.cross_entropy), WholeReport(name="Sequential")
     with torch.no_grad():
-        module.net[2].weight[0, 0] = torch.nan  # type: ignore[union-attr]
+        module.get_parameter("net.2.weight")[0, 0] = torch.nan
     loader: Any = DataLoader(batches(*data()), batch_size=None)  # type: ignore[arg-type]  # a list is a data set
     make_trainer(callbacks=[whole]).validate(module, loader, verbose=False)
     found = whole.reports["val"]

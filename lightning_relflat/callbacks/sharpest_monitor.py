@@ -24,7 +24,7 @@ from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional._criterion_nodes import Kind
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.relative_flatness import relative_flatness
-from lightning_relflat.metrics.sharpest_samples import SharpestParts
+from lightning_relflat.metrics.sharpest_samples import SharpestParts, added_up
 
 _FIXED = (list, tuple, range)  # samplers that give the same each time
 _GOING_OVER = ("__iter__", "_get_iterator", "_index_sampler")
@@ -142,7 +142,7 @@ class SharpestMonitor(OneLayerMonitor):
                     "along the first dimension."
                 )
             # The copy is put into the device's queue; made on the device at once, the host would wait for it.
-            on_device = torch.tensor(indices).to(parts.device, non_blocking=True)
+            on_device = torch.tensor(indices, dtype=torch.long).to(parts.device, non_blocking=True)
             if found.holds is not None:  # what is doubted is the sharpest of all, so that it is told
                 parts = parts.where(found.holds, torch.inf)
                 on_device = on_device.where(found.holds, _DOUBTED)
@@ -211,7 +211,7 @@ class SharpestMonitor(OneLayerMonitor):
                 if found.called is None or getattr(found.called[0], "reduction", "mean") != "sum":
                     parts = parts * recognised.total
                 kind = None if record.call is not None else recognised.kind  # a call never made the outputs
-        return parts.double().reshape(len(record.features), -1).sum(dim=1), kind
+        return added_up(parts, len(record.features)), kind
 
     def _metric(self, stage: Stage, loader: int) -> SharpestParts:
         assert self._module is not None

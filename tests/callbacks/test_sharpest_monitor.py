@@ -259,6 +259,22 @@ def test_lists_give_their_order(loader: Any) -> None:
     assert [sample.part for sample in callback.samples["val"]] == pytest.approx([part for _, part in expected])
 
 
+def test_a_batch_without_samples_adds_nothing() -> None:
+    net, data = Shown(nn.CrossEntropyLoss(reduction="sum")).double(), data_of_twelve()
+    callback = SharpestMonitor(4, "head", nn.CrossEntropyLoss(reduction="sum"))
+
+    def collate(samples: list[Any]) -> list[Tensor]:
+        inputs, target = data[:]
+        return [
+            torch.stack([inputs[:0].sum(0), *(x for x, _ in samples)])[1:],
+            torch.tensor([y for _, y in samples], dtype=target.dtype),
+        ]
+
+    loader = DataLoader(data, batch_sampler=[ORDER[:5], [], ORDER[5:]], collate_fn=collate)
+    make_trainer(precision="64-true", callbacks=[callback]).validate(net, loader, verbose=False)
+    check(callback.samples["val"], net, data)
+
+
 class Twice(Shown):
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(inputs) + super().forward(inputs)
