@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_relflat import FlatnessMonitor, Report, measure
 from lightning_relflat.callbacks._whole_report import WholeReport
+from tests.models import make_trainer
 from tests.oracles import kappa, kappa_of_layer, kappa_per_sample
 
 SIZES = (7, 5, 1)  # uneven, and a last batch of one
@@ -501,6 +502,17 @@ def test_a_trainer_that_validates_gives_the_same(criterion: Callable[[Tensor, Te
     for one, other in zip(found.sharpest, own.sharpest, strict=True):
         assert (one.index, one.label, one.prediction) == (other.index, other.label, other.prediction)
         assert one.relative_flatness == pytest.approx(other.relative_flatness, rel=1e-12)
+
+
+def test_of_a_module_that_has_diverged_no_layer_is_said_not_to_count() -> None:
+    module, whole = Module(F.cross_entropy), WholeReport(name="Sequential")
+    with torch.no_grad():
+        module.get_parameter("net.2.weight")[0, 0] = torch.nan
+    loader: Any = DataLoader(batches(*data()), batch_size=None)  # type: ignore[arg-type]  # a list is a data set
+    make_trainer(callbacks=[whole]).validate(module, loader, verbose=False)
+    found = whole.reports["val"]
+    assert [layer.reason for layer in found.layers] == ["κ is not a number", None]
+    assert found.sentences()[1].startswith("κ of the head, layer 'net.2', is not a number, because the loss is not")
 
 
 def test_a_named_loss_of_a_step_is_one_of_the_layer_s_outputs() -> None:

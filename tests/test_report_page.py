@@ -183,6 +183,38 @@ def test_reports_of_other_losses_and_of_saturated_models_are_compared_with_a_cau
     assert "κ of 'b' says little: 80 % of its samples are saturated" in said
 
 
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("kappa", "loss", "message"),
+    [
+        (NAN, NAN, "is not a number, because the loss is not a number: weights or data are not finite"),
+        (INFINITE, INFINITE, "is infinite, because the loss is infinite: weights or data are not finite"),
+        (INFINITE, 0.5, "is infinite, though the loss is finite: what is multiplied in it is too large"),
+        (NAN, 0.5, "is not a number, though the loss is finite"),
+    ],
+)
+def test_a_kappa_that_is_no_number_is_not_taken_at_its_word(kappa: float, loss: float, message: str) -> None:
+    """The share of saturated samples is 0 then: nothing is smaller than another where it is not a number."""
+    report = dataclasses.replace(full(), relative_flatness=kappa, mean_loss=loss, notes=("A note.",))
+    first, said, note = report.sentences()
+    assert first == report.loss.reason
+    assert said.startswith(f"κ of the head, layer 'head', {message}")
+    assert note == "A note."
+    assert "its word" not in str(report)
+    page = Page(report.compare(make(), names=("a", "b"))._repr_html_())
+    assert message.partition(",")[0] in " ".join(page.words)
+
+
+def test_one_without_a_number_among_others() -> None:
+    reports = {"lost": make(NAN, mean_loss=NAN), "flat": make(1.0), "sharp": make(3.0)}
+    lost, compared = Comparison(reports).sentences()
+    assert lost.startswith("'lost': κ of the head, layer 'head', is not a number, because the loss is not a number")
+    assert compared.startswith("'flat' is 3.0 times flatter than 'sharp'")
+    assert len(Comparison({"a": make(NAN), "b": make(NAN)}).sentences()) == 2
+
+
 def test_names_of_a_comparison() -> None:
     assert list(make().compare(make(), make(model="Other")).reports) == ["Net 1", "Net 2", "Other"]
     with pytest.raises(ValueError, match="Expected argument `names` to be 2 different names"):

@@ -24,8 +24,10 @@ from lightning_relflat.functional._checks import check_count
 from lightning_relflat.functional._criterion_nodes import Kind
 from lightning_relflat.functional.criteria import has_closed_form
 from lightning_relflat.functional.relative_flatness import relative_flatness
-from lightning_relflat.metrics.sharpest_samples import SharpestParts
+from lightning_relflat.metrics.sharpest_samples import SharpestParts, added_up
 
+_FIXED = (list, tuple, range)  # samplers that give the same each time
+_GOING_OVER = ("__iter__", "_get_iterator", "_index_sampler")
 _DOUBTED = -1  # the number of samples whose loss was not the criterion that the step has called
 
 
@@ -72,7 +74,8 @@ class SharpestMonitor(OneLayerMonitor):
 
     Raises:
         ValueError: if an argument is not what it should be; before the first batch if there is no such layer, or a
-            loader whose samples are not known, because it shuffles or has no indices.
+            loader whose samples are not known, because it shuffles, has no indices, or has a sampler or a way to go
+            over it of a class of its own.
         RuntimeError: if the loss has no closed form at the layer, the layer runs several times in a step, or what
             enters it does not come sample by sample.
 
@@ -139,7 +142,7 @@ class SharpestMonitor(OneLayerMonitor):
                     "along the first dimension."
                 )
             # The copy is put into the device's queue; made on the device at once, the host would wait for it.
-            on_device = torch.tensor(indices).to(parts.device, non_blocking=True)
+            on_device = torch.tensor(indices, dtype=torch.long).to(parts.device, non_blocking=True)
             if found.holds is not None:  # what is doubted is the sharpest of all, so that it is told
                 parts = parts.where(found.holds, torch.inf)
                 on_device = on_device.where(found.holds, _DOUBTED)
@@ -208,7 +211,7 @@ class SharpestMonitor(OneLayerMonitor):
                 if found.called is None or getattr(found.called[0], "reduction", "mean") != "sum":
                     parts = parts * recognised.total
                 kind = None if record.call is not None else recognised.kind  # a call never made the outputs
-        return parts.double().reshape(len(record.features), -1).sum(dim=1), kind
+        return added_up(parts, len(record.features)), kind
 
     def _metric(self, stage: Stage, loader: int) -> SharpestParts:
         assert self._module is not None
@@ -245,14 +248,24 @@ def loaders_of(trainer: Trainer, stage: str) -> list[Any]:
 
 
 def _known_order(loader: Any) -> Iterable[Iterable[int]]:
-    if isinstance(loader, DataLoader):
-        batches: Any = loader.batch_sampler
-        if isinstance(batches, list | tuple):
+    """Return the samples' numbers of every batch, where going over the samplers once more gives them again."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    # A class of its own may go over the samplers in another way, and workers may be let finish in any order.
+    usual = isinstance(loader, DataLoader) and all(
+        getattr(type(loader), name) is getattr(DataLoader, name) for name in _GOING_OVER
+    )
+    if usual and (loader.num_workers == 0 or getattr(loader, "in_order", True)):
+        if type(batches) in _FIXED:
+            return batches  # type: ignore[no-any-return]
+        # A subclass may shuffle, differently each time. A distributed sampler does so by a seed and the epoch.
+        if type(batches) is BatchSampler and type(batches.sampler) in (SequentialSampler, DistributedSampler, *_FIXED):
             return batches
-        # A distributed sampler shuffles by a seed and the epoch, the same each time.
-        if isinstance(batches, BatchSampler) and isinstance(batches.sampler, SequentialSampler | DistributedSampler):
-            return batches
+    samplers = (batches, getattr(batches, "sampler", None))
+    found = ", ".join(type(sampler).__name__ for sampler in samplers if sampler is not None)
     raise ValueError(
-        "SharpestMonitor needs a DataLoader whose batches hold known samples of a data set, without shuffling "
-        f"(a sequential, a distributed or a list as the sampler), but the Trainer has {loader!r}."
+        "SharpestMonitor needs a DataLoader whose batches hold known samples of a data set, without shuffling: its "
+        "sampler a SequentialSampler, a DistributedSampler or a list of numbers, or its batch sampler a list of lists "
+        f"of them, and not a subclass of these, but the Trainer has a {type(loader).__name__} with {found or 'none'}. "
+        "For another order give `DataLoader(data, batch_sampler=list(batch_sampler))`, which is fixed; with workers "
+        "leave `in_order=True`."
     )

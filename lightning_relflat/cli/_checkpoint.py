@@ -10,7 +10,8 @@ import pickle
 import pydoc
 import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ _PAST_ARGUMENTS = ("hparams", "module_arguments")
 _INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 # Before it, a file made for the purpose gets past `weights_only` (GHSA-53q9-r3pm-6pq6, GHSA-63cw-57p8-fm3p).
 _SAFE_LOADING = "2.10.0"
+# What torch.compile, and what computes in parallel, put before the names of the weights of the module within.
+_WRAPPED = ("_orig_mod.", "module.")
+_WRAPPERS = "torch.compile and DataParallel name them"
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
@@ -54,27 +58,67 @@ def load_model(path: str, config: Namespace, given: Namespace) -> tuple[Lightnin
     own = given.model.get("init_args")
     kwargs = _instantiated(kind, own.as_dict()) if own else {}
     kwargs |= dict(given.model.get("dict_kwargs") or {})
-    source, loading = _source(path, trust=config.trust)
-    try:
-        model: LightningModule = kind.load_from_checkpoint(source, map_location="cpu", **loading, **kwargs)
-    except (TypeError, argparse.ArgumentError) as error:
-        named = ", ".join(key for key in saved if not key.startswith("_")) or "no arguments"
-        raise InputError(
-            f"{name} cannot be built: {error}; {path} holds {named}; give the rest as --model.NAME VALUE"
-        ) from error
-    except RuntimeError as error:
-        if "state_dict" not in str(error):
-            raise
-        # "Error(s) in loading state_dict for Net:", then a line for each kind of misfit
-        reason = " ".join(str(error).partition(":")[2].split())
-        reason = reason if len(reason) < 300 else f"{reason[:300]}…"
-        raise InputError(
-            f"{path} does not fit {name}: {reason} Give the class and the arguments (--model.NAME VALUE) that the "
-            "checkpoint was saved with"
-        ) from error
+    state = checkpoint["state_dict"]
+    model: LightningModule | None = None
+    misfit: RuntimeError | None = None
+    ways = ["", *_wrappings(state)]
+    for wrapped in ways:
+        source, loading = _source(path, wrapped, trust=config.trust)
+        try:
+            with warnings.catch_warnings():
+                if wrapped != ways[-1]:  # what is missing is said of the last way alone
+                    warnings.filterwarnings("ignore", "Found keys that are")
+                model = kind.load_from_checkpoint(source, map_location="cpu", **loading, **kwargs)
+        except (TypeError, argparse.ArgumentError) as error:
+            holds = ", ".join(key for key in saved if not key.startswith("_")) or "no arguments"
+            raise InputError(
+                f"{name} cannot be built: {error}; {path} holds {holds}; give the rest as --model.NAME VALUE"
+            ) from error
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            misfit = misfit or error
+            continue
+        # One that does without weights that are not there (`strict_loading`) may have found none at all.
+        named = {key.removeprefix(wrapped) for key in state}
+        if model.strict_loading or len(ways) == 1 or not named.isdisjoint(model.state_dict()):
+            break
+        model = None
+    if model is None:
+        raise _does_not_fit(path, name, state, misfit) from misfit
+    if wrapped:
+        say("warning", f"the weights in {path} are named {wrapped}…, as {_WRAPPERS}; they were loaded without that")
     arguments = {key: value for key, value in (saved | kwargs).items() if not key.startswith("_")}
     facts = {key: value for key, value in arguments.items() if isinstance(value, bool | int | float | str)}
     return model, facts | {"epoch": checkpoint.get("epoch"), "step": checkpoint.get("global_step")}
+
+
+def _wrappings(names: Iterable[str]) -> list[str]:
+    """Return what all names of weights begin with where a module was saved within others, from the outermost on."""
+    found, names = "", list(names)
+    wrappings = []
+    while names and (own := next((own for own in _WRAPPED if all(name.startswith(found + own) for name in names)), "")):
+        found += own
+        wrappings.append(found)
+    return wrappings
+
+
+def _does_not_fit(path: str, name: str, state: Mapping[str, Any], error: RuntimeError | None) -> InputError:
+    """Return what to say of weights that are others than the module's."""
+    # "Error(s) in loading state_dict for Net:", then a line for each kind of misfit
+    reason = " ".join(str(error or "").partition(":")[2].split())
+    unknown = re.findall(r'"([^"]+)"', reason.partition("Unexpected key(s)")[2])
+    reason = reason if len(reason) < 300 else f"{reason[:300]}…"
+    advice = "Give the class and the arguments (--model.NAME VALUE) that the checkpoint was saved with"
+    wrapped = next((own for own in _WRAPPED if any(f".{own}" in f".{key}" for key in unknown or state)), None)
+    if wrapped is not None and (unknown or error is None):
+        advice = (
+            f"Names of its weights hold {wrapped!r}, as {_WRAPPERS}, and they do not fit without it"
+            if _wrappings(state)
+            else f"Names of some of its weights hold {wrapped!r}, as {_WRAPPERS}: save them with their names without it"
+        )
+        advice += "; or give the class and the arguments (--model.NAME VALUE) that the checkpoint was saved with"
+    return InputError(f"{path} does not fit {name}: {reason} {advice}".replace(":  ", ": "))
 
 
 def read(path: str, *, trust: bool) -> dict[str, Any]:
@@ -203,17 +247,20 @@ def _code(value: Any, depth: int = 8) -> str | None:
     return None
 
 
-def _source(path: str, *, trust: bool) -> tuple[str | io.BytesIO, dict[str, Any]]:
-    """Return what Lightning is to load, and how."""
-    if "weights_only" in inspect.signature(LightningModule.load_from_checkpoint).parameters:
-        return path, {"weights_only": not trust}
-    if trust:
-        return path, {}
+def _source(path: str, wrapped: str, *, trust: bool) -> tuple[str | io.BytesIO, dict[str, Any]]:
+    """Return what Lightning is to load, and how; the weights without what all their names begin with."""
+    knows = "weights_only" in inspect.signature(LightningModule.load_from_checkpoint).parameters
+    loading = {"weights_only": not trust} if knows else {}
+    if not wrapped and (knows or trust):
+        return path, loading
     # Lightning before 2.6 reads with all of pickle, so that it gets what was read without.
+    whole = torch.load(path, map_location="cpu", weights_only=not trust)
+    if wrapped:
+        whole["state_dict"] = {key.removeprefix(wrapped): value for key, value in whole["state_dict"].items()}
     plain = io.BytesIO()
-    torch.save(torch.load(path, map_location="cpu", weights_only=True), plain)
+    torch.save(whole, plain)
     plain.seek(0)
-    return plain, {}
+    return plain, loading
 
 
 def _instantiated(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,16 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, seed_everything
+from torch import Tensor
 
 from lightning_relflat.callbacks._whole_report import WholeReport
 from lightning_relflat.cli._checkpoint import load_model
-from lightning_relflat.cli._data import Part, SharedData, as_data, parts_of
+from lightning_relflat.cli._data import NAMES, Part, SharedData, as_data, parts_of
 from lightning_relflat.cli._shared import InputError, build, class_path, find_loss
 from lightning_relflat.cli._validation import validate
 from lightning_relflat.report import Report
 from lightning_relflat.report._words import MEANINGS as OF_REPORT
+from lightning_relflat.report._words import not_a_number
 
 # What a report says of a layer, by the names in which it is shown: κ, and what it is made of.
 MEANINGS: dict[str, str] = {"relative_flatness": "κ, the relative flatness of the layer", **OF_REPORT}
@@ -92,20 +94,23 @@ def check_once(paths: Sequence[str], what: str) -> None:
         seen[place] = path
 
 
-def report_on(checkpoint: Checkpoint, part: Part, config: Namespace, **options: Any) -> tuple[Report, dict[str, float]]:
+def report_on(
+    checkpoint: Checkpoint, part: Part, config: Namespace, *, finite: bool = True, **options: Any
+) -> tuple[Report, dict[str, float]]:
     """Measure a checkpoint on a part of the data, on all processes together.
 
     Args:
         checkpoint: the checkpoint.
         part: which part of its data.
         config: the options.
+        finite: whether a κ that is not a finite number is refused.
         options: what the report is to hold, as for :class:`~lightning_relflat.report.Collector`.
 
     Returns:
         The report, and what the model itself logged, by names that begin with the part.
 
     Raises:
-        InputError: if there is no such part, or no loss shows what is to be measured.
+        InputError: if there is no such part, no loss shows what is to be measured, or κ is not a finite number.
     """
     whole = WholeReport(
         config.get("layer"),
@@ -122,7 +127,11 @@ def report_on(checkpoint: Checkpoint, part: Part, config: Namespace, **options: 
         raise _in_words_of_the_command(
             error, ", or name it with --loss" if config.get("loss", "") is None else ""
         ) from error
-    return whole.reports["val"], logged
+    report = whole.reports["val"]
+    nothing = not_a_number(report) if finite else None
+    if nothing is not None:
+        raise _not_a_number(checkpoint, part, nothing)
+    return report, logged
 
 
 def _in_words_of_the_command(error: RuntimeError, remedy: str) -> Exception:
@@ -134,6 +143,17 @@ def _in_words_of_the_command(error: RuntimeError, remedy: str) -> Exception:
         return error
     message = re.sub(r"^WholeReport\(.*?\): ", "", message).replace(" `stages` says where to measure.", "")
     return InputError(message.replace("`layer=`", "--layer"))
+
+
+def _not_a_number(checkpoint: Checkpoint, part: Part, sentence: str) -> InputError:
+    """Return what to say of a checkpoint whose κ is not a finite number, as of a training that has diverged."""
+    state = checkpoint.model.state_dict().items()
+    named = [name for name, value in state if isinstance(value, Tensor) and not value.isfinite().all()]
+    advice = "All weights are finite: look at the data, and try --precision 64-true"
+    if named:
+        more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+        advice = f"Not finite are {named[0]}{more} of its weights: take a checkpoint from before"
+    return InputError(f"{checkpoint.path} on {NAMES[part]} data: {sentence} {advice}")
 
 
 def values_of(report: Report, part: Part) -> dict[str, float]:

@@ -120,6 +120,11 @@ def run(config: Namespace, given: Namespace) -> Result:
         f"{', '.join(names[path] for path in lacking)} {'has' if len(lacking) == 1 else 'have'} no {column}."
         for column, lacking in missing.items()
     ]
+    for path, values in runs.items():
+        lost = [column for column in columns if not math.isfinite(values.get(column, 0.0))]
+        if lost:
+            which = f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'}"
+            notes.append(f"{names[path]}: {which} not finite; the weights, the data or the loss may not be.")
     data: dict[str, Any] = {
         "by": config.by,
         "runs": [{"run": path, "values": values} for path, values in runs.items()],
@@ -189,7 +194,7 @@ def read_run(path: str, config: Namespace, given: Namespace) -> tuple[Values, Ma
     checkpoint = load(path, config, given)
     found: Values = {}
     for part in checkpoint.data.parts:
-        report, logged = report_on(checkpoint, part, config)
+        report, logged = report_on(checkpoint, part, config, finite=False)
         found |= logged | values_of(report, part)
     return found, checkpoint.facts
 

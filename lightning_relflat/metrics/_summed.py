@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -28,6 +28,9 @@ class SummedMetric(Metric):
     The first of the states is a NaN. A MetricCollection lets metrics share their states from the second batch on where
     these are equal after the first, as those of two criteria, scales or steps can be, and then one of them gets the
     other's values. NaN is equal to nothing. It comes first, because torchmetrics 1.4 compares no other state.
+
+    States stay in float64, whatever a module that holds the metric is converted to, as Lightning does with
+    ``precision="bf16-true"``: sums over many samples have no digits to spare. ``set_dtype`` leaves them so, too.
 
     Args:
         kwargs: the arguments of :class:`torchmetrics.Metric`.
@@ -52,6 +55,27 @@ class SummedMetric(Metric):
     def _set_to(self) -> dict[str, Any]:
         """Return what the arguments were that are no attributes of their names."""
         return {}
+
+    def _called(self) -> object:
+        """Return the loss if it is called with what a network makes, so that it has to be in the network's dtype."""
+        return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Move what the metric holds to a device, and leave it in its dtype."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        super()._apply(moved, exclude_state)
+        called = self._called()
+        if isinstance(called, nn.Module):
+            called._apply(fn)  # type: ignore[no-untyped-call]  # theirs
+        return self
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Add other states, as ``forward`` and ``merge_state`` do, and refuse such as have lost digits."""
+        super()._reduce_states({name: _in_full(name, value) for name, value in incoming_state.items()})
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a single value or several, as every metric of torchmetrics does.
@@ -104,3 +128,16 @@ class SummedMetric(Metric):
             super()._sync_dist(dist_sync_fn, process_group)
         finally:
             self._reductions = reductions
+
+
+def _in_full(name: str, value: Any) -> Any:
+    """Return a state in float64; one that is in less and holds nothing yet has lost nothing."""
+    if not isinstance(value, Tensor):
+        return [_in_full(name, part) for part in value]
+    if value.dtype != torch.float64 and value.nan_to_num().any():
+        raise TypeError(
+            f"Expected state {name!r} to be in float64, but got {value.dtype}, in which sums lose their digits. A "
+            "wrapper such as `Running` has states of its own, which are converted with the module that holds it: keep "
+            "it outside the module, or convert the module before the first batch."
+        )
+    return value.double()

@@ -62,6 +62,9 @@ class FisherRaoNorm(SummedMetric):
         self._add_sums("total")
         self._add_sums("samples")
 
+    def _called(self) -> object:
+        return self.loss
+
     def update(self, module: nn.Module, inputs: Any, target: Any) -> None:
         """Add a batch.
 
@@ -143,6 +146,9 @@ class SAMSharpness(SummedMetric):
         self._add_sums("gradient", num_parameters if direction is None else 0)
         self._add_sums("rise")
         self._add_sums("samples")
+
+    def _called(self) -> object:
+        return self.loss
 
     def update(self, module: nn.Module, inputs: Any, target: Any) -> None:
         """Add a batch.

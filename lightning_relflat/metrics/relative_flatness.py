@@ -17,7 +17,7 @@ class RelativeFlatness(FlatnessSums):
 
     κ is a sum over samples, so the states are sums: the weighted sum of the samples' parts and the total weight that
     the criterion's mean divides by. Batches and processes of uneven sizes give exactly the κ of their union. The sums
-    are kept in float64.
+    are kept in float64, also in a module that is converted to another dtype, and by ``set_dtype``.
 
     As input to ``forward`` and ``update`` the metric takes
 
@@ -86,6 +86,9 @@ class RelativeFlatness(FlatnessSums):
 
     def _set_to(self) -> dict[str, Any]:
         return {"probes": self.probes.probes, "seed": self.probes.seed}
+
+    def _called(self) -> object:
+        return None if has_closed_form(self.loss) else self.loss
 
     def update(  # type: ignore[override]  # each metric has arguments of its own
         self, features: Tensor, weight: Tensor, outputs: Tensor, target: Any = None

@@ -96,7 +96,7 @@ class SharpestSamples(SummedMetric):
             parts = relative_flatness(
                 features, weight, outputs, target, loss=self.loss, reduction="none", class_dim=self.class_dim
             )
-        self._add(parts.double().reshape(len(features), -1).sum(dim=1), indices)
+        self._add(added_up(parts, len(features)), indices)
 
     def _add(self, parts: Tensor, indices: Tensor | None, *said: Tensor) -> None:
         """Add the parts of samples, and what else is said of each."""
@@ -210,6 +210,19 @@ class SharpestParts(SharpestSamples):
     def compute(self) -> Tensor:
         """Return the largest parts, the indices of their samples and what is said of them, over all processes."""
         return self.sharpest[:, self.sharpest[2] != _NOBODY][[0, 1, 3, 4]]
+
+
+def added_up(parts: Tensor, samples: int) -> Tensor:
+    """Return what the parts of each sample come to, in float64.
+
+    Args:
+        parts: the parts, of as many for each sample, sample by sample.
+        samples: how many samples; none is as well.
+
+    Returns:
+        Their parts, of shape (samples,).
+    """
+    return parts.double().reshape(samples, parts.numel() // max(samples, 1)).sum(dim=1)
 
 
 def _check_indices(indices: Tensor, parts: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_relflat._numbers import number
 from lightning_relflat.report._text import layer_value, table, text_of
-from lightning_relflat.report._words import MEANINGS, MOST, kappa_of, percent, times
+from lightning_relflat.report._words import MEANINGS, MOST, kappa_of, not_a_number, percent, times
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,9 +90,12 @@ class Comparison:
             found.append(
                 f"The losses differ ({', '.join(sorted(losses))}), and κ is in the loss's unit: read the numbers apart."
             )
-        sharpest, most = max(named, key=lambda entry: entry[1].relative_flatness)
+        nothing = {name: sentence for name, report in named if (sentence := not_a_number(report)) is not None}
+        found += [f"{name!r}: {sentence}" for name, sentence in nothing.items()]
+        named = [(name, report) for name, report in named if name not in nothing]
+        sharpest, most = max(named, key=lambda entry: entry[1].relative_flatness, default=("", None))
         for name, report in named:
-            if name != sharpest:
+            if name != sharpest and most is not None:
                 found.append(_compared(name, report, sharpest, most))
         for name, report in named:
             shares = {key: report.made_of.get(key, 0.0) for key in ("flat_samples", "dead_features", "zero_rows")}

@@ -104,17 +104,19 @@ class Layers:
             elif not math.isnan(own):
                 layers.append(LayerFlatness(name, kind, own, width))
             else:
-                layers.append(LayerFlatness(name, kind, reason=self._reason(name)))
+                layers.append(LayerFlatness(name, kind, reason=self._reason(name, known=not math.isnan(value))))
         # The head's probes are its own, so that the errors are independent.
         others, width = (0.0, 0.0) if math.isnan(values[-1]) else (values[-1], errors[-1])
         if not any(layer is head for layer in self._layers.values()):
             value, error = 0.0, 0.0
         return tuple(layers), (value + others, math.hypot(error, width))
 
-    def _reason(self, name: str) -> str:
+    def _reason(self, name: str, *, known: bool) -> str:
         if name in self._refused:
             return self._refused[name]
-        return "the loss does not depend on it" if name in self._ran else "it did not run as a module"
+        if name not in self._ran:
+            return "it did not run as a module"
+        return "the loss does not depend on it" if known else "κ is not a number"  # of no layer, where not of the head
 
 
 def _reason_against(loss: Tensor, uses: Sequence[LayerUse]) -> str | None:

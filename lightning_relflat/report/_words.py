@@ -39,6 +39,9 @@ def sentences_of(report: Report) -> list[str]:
     Returns:
         The sentences, the loss first.
     """
+    nothing = not_a_number(report)
+    if nothing is not None:
+        return [report.loss.reason, nothing, *report.notes]
     found = [report.loss.reason, _kappa(report)]
     if report.made_of:
         found += [_made_of(report), *degenerate(report)]
@@ -115,6 +118,29 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f} times" if ratio < 1e5 else f"{ratio:.0e} times"
 
 
+def not_a_number(report: Report) -> str | None:
+    """Return that κ is not a finite number, and what that can come from.
+
+    Args:
+        report: the report.
+
+    Returns:
+        The sentence; ``None`` where κ is one.
+    """
+    if math.isfinite(report.relative_flatness):
+        return None
+    what = _unlike(report.relative_flatness)
+    if math.isfinite(report.mean_loss):
+        why = "though the loss is finite: what is multiplied in it is too large for the precision, or not finite"
+    else:
+        why = f"because the loss is {_unlike(report.mean_loss)}: weights or data are not finite, or no target counts"
+    return f"κ of the head, layer {report.layer!r}, is {what}, {why}."
+
+
+def _unlike(value: float) -> str:
+    return "not a number" if math.isnan(value) else "infinite"
+
+
 def degenerate(report: Report) -> list[str]:
     """Return whether κ means anything: how many samples are saturated, features dead and rows zero.
 
@@ -126,6 +152,9 @@ def degenerate(report: Report) -> list[str]:
     """
     if not report.made_of:
         return []
+    nothing = not_a_number(report)
+    if nothing is not None:
+        return [nothing]
     shares = {
         "flat_samples": ("sample is saturated", "of the samples are saturated"),
         "dead_features": ("feature is dead", "of the features are zero for every sample"),

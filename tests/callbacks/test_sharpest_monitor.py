@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 from lightning_relflat import FlatnessFigures, FlatnessMonitor, SharpestMonitor
-from lightning_relflat.callbacks.sharpest_monitor import SharpSample
+from lightning_relflat.callbacks.sharpest_monitor import SharpSample, _known_order
 from tests.models import Batch, Net, make_batches, make_loader, make_trainer
 from tests.oracles import kappa_of_layer
 from tests.processes import fit_in_processes
@@ -170,6 +171,108 @@ def test_shuffled_samples_are_refused_before_the_first_batch() -> None:
         trainer = make_trainer(precision="64-true", callbacks=[SharpestMonitor(2)])
         with pytest.raises(ValueError, match="without shuffling"):
             trainer.validate(Never().double(), loader, verbose=False)
+
+
+ORDER = [7, 2, 0, 5, 9, 1, 3, 11, 4, 6, 8, 10]
+
+
+class Buckets(BatchSampler):
+    """Gives its batches in a random order, another each time."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = list(super().__iter__())
+        return iter([batches[i] for i in torch.randperm(len(batches))])
+
+
+class Turned(SequentialSampler):
+    """Gives its samples in another order each time."""
+
+    turns = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.turns += 1
+        return iter(torch.arange(len(self.data_source)).roll(self.turns).tolist())
+
+
+class Scattered(DistributedSampler[Any]):
+    """Likewise, for several processes."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.num_samples).tolist())
+
+
+class Backwards(DataLoader[Any]):
+    """Goes over its batches from the last one."""
+
+    def __iter__(self) -> Any:
+        return iter(list(super().__iter__())[::-1])
+
+
+def data_of_twelve() -> Any:
+    return make_loader(SIZES, seed=2).dataset
+
+
+@pytest.mark.parametrize(
+    ("loader", "named"),
+    [
+        (lambda data: DataLoader(data, batch_sampler=Buckets(SequentialSampler(data), 4, False)), "Buckets"),
+        (lambda data: DataLoader(data, sampler=Turned(data), batch_size=4), "Turned"),
+        (lambda data: DataLoader(data, sampler=Scattered(data, 1, 0), batch_size=4), "Scattered"),
+        (lambda data: Backwards(data, batch_size=4), "Backwards"),
+        (lambda data: DataLoader(data, batch_size=None), "a DataLoader with none"),
+    ],
+)
+def test_an_order_of_a_class_of_its_own_is_refused(loader: Any, named: str) -> None:
+    trainer = make_trainer(precision="64-true", callbacks=[SharpestMonitor(2)])
+    with pytest.raises(ValueError, match=rf"without shuffling: .* {named}.*list\(batch_sampler\)"):
+        trainer.validate(Shown().double(), loader(data_of_twelve()), verbose=False)
+
+
+def test_workers_that_finish_in_any_order_are_refused() -> None:
+    loader = DataLoader(data_of_twelve(), batch_size=4)
+    loader.in_order = False  # PyTorch 2.6 and later
+    list(_known_order(loader))
+    loader.num_workers = 2
+    with pytest.raises(ValueError, match="leave `in_order=True`"):
+        _known_order(loader)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda data: DataLoader(data, sampler=ORDER, batch_size=5),
+        lambda data: DataLoader(data, sampler=tuple(ORDER), batch_size=5, drop_last=True),
+        lambda data: DataLoader(data, sampler=range(11, -1, -1), batch_size=5),
+        lambda data: DataLoader(data, batch_sampler=[ORDER[:5], ORDER[5:6], ORDER[6:]]),
+        # what the refusal advises
+        lambda data: DataLoader(data, batch_sampler=list(Buckets(SequentialSampler(data), 4, False))),
+    ],
+)
+def test_lists_give_their_order(loader: Any) -> None:
+    callback, net, data = SharpestMonitor(4), Shown().double(), data_of_twelve()
+    given = loader(data)
+    numbers = {i for batch in given.batch_sampler for i in batch}
+    make_trainer(precision="64-true", callbacks=[callback]).validate(net, given, verbose=False)
+    order, parts = by_definition(net, data)
+    expected = [(i, part) for i, part in zip(order, parts, strict=True) if i in numbers][:4]
+    assert [sample.index for sample in callback.samples["val"]] == [i for i, _ in expected]
+    assert [sample.part for sample in callback.samples["val"]] == pytest.approx([part for _, part in expected])
+
+
+def test_a_batch_without_samples_adds_nothing() -> None:
+    net, data = Shown(nn.CrossEntropyLoss(reduction="sum")).double(), data_of_twelve()
+    callback = SharpestMonitor(4, "head", nn.CrossEntropyLoss(reduction="sum"))
+
+    def collate(samples: list[Any]) -> list[Tensor]:
+        inputs, target = data[:]
+        return [
+            torch.stack([inputs[:0].sum(0), *(x for x, _ in samples)])[1:],
+            torch.tensor([y for _, y in samples], dtype=target.dtype),
+        ]
+
+    loader = DataLoader(data, batch_sampler=[ORDER[:5], [], ORDER[5:]], collate_fn=collate)
+    make_trainer(precision="64-true", callbacks=[callback]).validate(net, loader, verbose=False)
+    check(callback.samples["val"], net, data)
 
 
 class Twice(Shown):

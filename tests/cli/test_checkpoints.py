@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +18,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_relflat.cli import _checkpoint, main
+from lightning_relflat.cli import _checkpoint, _shared, main
 from tests.cli.commands import ROOT, STUDY, Trap, refused
 from tests.cli.study import Data, Net
 
@@ -305,6 +307,159 @@ def test_an_old_pytorch_is_said_to_have_holes(
     assert "relflat: warning: PyTorch 2.5.1 has known holes" in capsys.readouterr().err
     assert main(["measure", checkpoints[6], *STUDY, "--split", "val", "--trust"]) == 0
     assert "holes" not in capsys.readouterr().err
+
+
+class Holding(Net):
+    """Holds a module of the name that a wrapper has."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.module = self.body
+
+
+class Loose(Net):
+    """Does without weights that are not there."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.strict_loading = False
+
+
+class Within(LightningModule):
+    """Has all its weights in a module of the name that a wrapper has."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.module = Net(width)
+
+    def validation_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        outputs = self.module.head(self.module.features(batch[0]))
+        return torch.nn.functional.cross_entropy(outputs, batch[1])
+
+
+def of_class(kind: type) -> list[str]:
+    return ["--model", f"{__name__}.{kind.__name__}", *STUDY[2:], "--split", "val", "--json"]
+
+
+def kappas(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[float, str]:
+    capsys.readouterr()
+    assert main(["measure", *argv]) == 0
+    found = capsys.readouterr()
+    return json.loads(found.out)["values"]["val/relative_flatness"], found.err
+
+
+@pytest.mark.parametrize("wrapped", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("kind", [Net, Loose])
+def test_weights_that_were_saved_within_a_wrapper(
+    kind: type,
+    wrapped: str,
+    checkpoints: dict[int, str],
+    save: Callable[[Mapping[str, Any]], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Their κ is that of the same weights under their own names."""
+    _shared._warned.clear()
+    state = torch.load(checkpoints[6], weights_only=True)["state_dict"]
+    argv = [*STUDY, "--split", "val", "--json"] if kind is Net else of_class(kind)
+    expected, err = kappas(capsys, checkpoints[6], *argv)
+    assert "loaded without" not in err
+    path = save({"state_dict": {f"{wrapped}{name}": value for name, value in state.items()}})
+    for trust in ([], ["--trust"]):
+        found, err = kappas(capsys, path, *argv, *trust)
+        assert found == expected
+        assert trust or f"relflat: warning: the weights in {path} are named {wrapped}…, as torch.compile" in err
+
+
+@pytest.mark.parametrize("wrapped", ["", "_orig_mod."])
+def test_a_module_of_its_own_that_is_called_so_is_none(
+    wrapped: str,
+    checkpoints: dict[int, str],
+    save: Callable[[Mapping[str, Any]], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    state = torch.load(checkpoints[6], weights_only=True)["state_dict"]
+    expected, _ = kappas(capsys, checkpoints[6], *STUDY, "--split", "val", "--json")
+    within = save({"state_dict": {f"{wrapped}module.{name}": value for name, value in state.items()}})
+    found, err = kappas(capsys, within, *of_class(Within))
+    assert found == expected
+    assert ("loaded without" in err) == bool(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rename", "message"),
+    [
+        (Net, lambda name: name.replace("body.", "body._orig_mod."), "some of its weights hold '_orig_mod.', as torch"),
+        (Net, lambda name: f"module.{name}" if "head" in name else name, "some of its weights hold 'module.', as"),
+        (Net, lambda name: f"module.net.{name}", "weights hold 'module.', as .* and they do not fit without it"),
+        (Holding, lambda name: name, "Missing.*Give the class and the arguments"),
+        (Net, lambda name: f"submodule.{name}", "Unexpected.*Give the class and the arguments"),
+    ],
+)
+def test_weights_with_other_names_are_refused(
+    kind: type,
+    rename: Callable[[str], str],
+    message: str,
+    checkpoints: dict[int, str],
+    save: Callable[[Mapping[str, Any]], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    state = torch.load(checkpoints[6], weights_only=True)["state_dict"]
+    path = save({"state_dict": {rename(name): value for name, value in state.items()}})
+    argv = STUDY if kind is Net else of_class(kind)
+    assert re.search(message, refused(capsys, "measure", path, *argv))
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are")
+def test_a_module_that_does_without_weights_is_not_measured_without_any(
+    checkpoints: dict[int, str], save: Callable[[Mapping[str, Any]], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is measured would be the weights that it was built with."""
+    state = torch.load(checkpoints[6], weights_only=True)["state_dict"]
+    path = save({"state_dict": {f"module.net.{name}": value for name, value in state.items()}})
+    line = refused(capsys, "measure", path, *of_class(Loose))
+    assert "Names of its weights hold 'module.', as" in line
+    assert "and they do not fit without it" in line
+
+
+def diverged(path: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return the weights of a checkpoint, some of which are NaN."""
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {name: value * torch.nan if name in names else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("command", ["measure", "layers", "report"])
+@pytest.mark.parametrize(
+    ("names", "message"), [(["head.weight"], "head.weight of"), (["body.bias", "head.bias"], "body.bias and 1 more of")]
+)
+def test_a_checkpoint_that_has_diverged_is_refused(
+    command: str,
+    names: list[str],
+    message: str,
+    checkpoints: dict[int, str],
+    save: Callable[[Mapping[str, Any]], str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    path = save({"state_dict": diverged(checkpoints[6], names)})
+    out = ["--out", str(tmp_path / "x.html")] if command == "report" else []
+    line = refused(capsys, command, path, *STUDY, "--split", "val", *out)
+    assert line.startswith(f"relflat: error: {path} on validation data: κ of the head, layer 'head', is not a number")
+    assert "because the loss is not a number" in line
+    assert line.endswith(f"Not finite are {message} its weights: take a checkpoint from before")
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_checkpoint_that_has_diverged_stands_beside_others_with_a_line(
+    checkpoints: dict[int, str], save: Callable[[Mapping[str, Any]], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save({"state_dict": diverged(checkpoints[6], ["head.weight"])})
+    assert main(["compare", path, checkpoints[6], *STUDY]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "x: val/relative_flatness, " in said
+    assert "are not finite; the weights, the data or the loss may not be." in said
+    assert said.count("not finite") == 1
+    assert "its word" not in said
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a,b\n1,\x00\n\xff"])

@@ -227,6 +227,25 @@ def test_the_parts_are_plotted() -> None:
     assert line.get_ydata().tolist() == pytest.approx(by_definition()[0][:4])
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_batch_without_samples_adds_nothing(given: bool) -> None:
+    sharpest, (features, weight, outputs, target) = SharpestSamples(3), problem()
+    for part in (slice(0, 0), slice(0, 5), slice(5, 5), slice(5, N)):
+        indices = [torch.arange(N)[part]] if given else []
+        sharpest.update(features[part], weight, outputs[part], target[part], *indices)
+    check(sharpest.compute(), 3)
+
+
+def test_a_batch_without_samples_of_several_positions() -> None:
+    whole, weight, of_whole, labels = problem()
+    features, outputs, target = (value[:8].unflatten(0, (4, 2)) for value in (whole, of_whole, labels))
+    sharpest, alone = (SharpestSamples(3, class_dim=-1) for _ in range(2))
+    for part in (slice(0, 0), slice(0, 4)):
+        sharpest.update(features[part], weight, outputs[part], target[part])
+    alone.update(features, weight, outputs, target)
+    torch.testing.assert_close(sharpest.compute(), alone.compute(), rtol=0, atol=0)
+
+
 def test_bad_indices_are_named() -> None:
     features, weight, outputs, target = problem()
     with pytest.raises(ValueError, match=r"`indices` to be of shape \(9,\), but got \(2,\)"):
