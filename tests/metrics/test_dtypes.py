@@ -15,7 +15,7 @@ from torchmetrics.wrappers import Running
 from lightning_relflat import RelativeFlatness, metrics
 from lightning_relflat.functional import relative_flatness
 from lightning_relflat.metrics import FisherRaoNorm, FlatnessReport, LargestEigenvalue, NeuralCollapse, SharpestSamples
-from tests.metrics.test_collections import CASES, D, M
+from tests.metrics.each_metric import CASES, D, M
 from tests.models import Batch, Net, make_loader, make_trainer
 
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
