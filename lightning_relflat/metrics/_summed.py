@@ -73,6 +73,12 @@ class SummedMetric(Metric):
             called._apply(fn)  # type: ignore[no-untyped-call]  # theirs
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load states, and refuse such as have lost digits."""
+        own = {f"{prefix}{name}" for name in self._defaults}
+        state_dict.update({key: _in_full(key, value) for key, value in state_dict.items() if key in own})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Add other states, as ``forward`` and ``merge_state`` do, and refuse such as have lost digits."""
         super()._reduce_states({name: _in_full(name, value) for name, value in incoming_state.items()})
@@ -138,6 +144,7 @@ def _in_full(name: str, value: Any) -> Any:
         raise TypeError(
             f"Expected state {name!r} to be in float64, but got {value.dtype}, in which sums lose their digits. A "
             "wrapper such as `Running` has states of its own, which are converted with the module that holds it: keep "
-            "it outside the module, or convert the module before the first batch."
+            "it outside the module, or convert the module before the first batch. Of a `state_dict` that was "
+            "converted, leave the metric's states out."
         )
     return value.double()

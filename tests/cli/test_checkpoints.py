@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_relflat.cli import _checkpoint, _shared, main
+from lightning_relflat.cli import _checkpoint, main
 from tests.cli.commands import ROOT, STUDY, Trap, refused
 from tests.cli.study import Data, Net
 
@@ -359,7 +359,6 @@ def test_weights_that_were_saved_within_a_wrapper(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Their κ is that of the same weights under their own names."""
-    _shared._warned.clear()
     state = torch.load(checkpoints[6], weights_only=True)["state_dict"]
     argv = [*STUDY, "--split", "val", "--json"] if kind is Net else of_class(kind)
     expected, err = kappas(capsys, checkpoints[6], *argv)

@@ -15,7 +15,7 @@ from torchmetrics.wrappers import Running
 from lightning_relflat import RelativeFlatness, metrics
 from lightning_relflat.functional import relative_flatness
 from lightning_relflat.metrics import FisherRaoNorm, FlatnessReport, LargestEigenvalue, NeuralCollapse, SharpestSamples
-from tests.metrics.test_collections import CASES, D, M
+from tests.metrics.each_metric import CASES, D, M
 from tests.models import Batch, Net, make_loader, make_trainer
 
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
@@ -145,3 +145,22 @@ def test_a_window_keeps_its_digits_or_is_refused() -> None:
     holder.to(torch.bfloat16)
     with pytest.raises(TypeError, match=r"in float64, but got torch\.bfloat16"):
         window.compute()
+
+
+def test_a_state_dict_is_loaded_in_full_or_refused() -> None:
+    metric, twin = RelativeFlatness(), RelativeFlatness()
+    for one in (metric, twin):
+        one.persistent(True)
+        one.update(*LAYER_BATCHES[0])
+    saved = metric.state_dict()
+    loaded = Holder(RelativeFlatness()).to(torch.bfloat16)
+    loaded.metric.persistent(True)
+    loaded.metric.load_state_dict(saved)
+    loaded.metric.update(*LAYER_BATCHES[1])
+    twin.update(*LAYER_BATCHES[1])
+    torch.testing.assert_close(loaded.metric.compute(), twin.compute(), rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"in float64, but got torch\.float16.*leave the metric's states out"):
+        loaded.metric.load_state_dict({name: value.half() for name, value in saved.items()})
+    fresh = RelativeFlatness().state_dict() | {name: torch.zeros_like(value).half() for name, value in saved.items()}
+    loaded.metric.load_state_dict(fresh)  # nothing is lost of nothing
+    assert loaded.metric.sums.dtype == torch.float64
