@@ -149,7 +149,7 @@ def test_every_measure_is_in_the_reference_and_has_tests(floor: str, names: list
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
     shown = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)", pages, re.MULTILINE)}
     assert [name for name in names if name not in shown] == []
-    tests = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests" / floor).glob("test_*.py")}
+    tests = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests" / floor).glob("*.py")}
     for name in names:
         path = importlib.import_module(f"lightning_relflat.{floor}").__dict__[name].__module__.split(".")[2]
         assert f"test_{path.strip('_')}" in tests or any(f" {name}," in text for text in tests.values()), name

@@ -240,7 +240,7 @@ PARTS: dict[str, tuple[Changed, Changed]] = {
 def test_parts_may_be_changed_in_place_as_they_may_without_a_graph(name: str, inference_mode: bool) -> None:
     in_place, out_of_place = PARTS[name]
     net = Validating(in_place).double()
-    monitors = [FlatnessMonitor(probes=None, stages=("val",)), LayersMonitor("head", probes=3000)]
+    monitors = [FlatnessMonitor(probes=None, stages=("val",)), LayersMonitor("head", probes=300)]
     trainer = make_trainer(callbacks=monitors, inference_mode=inference_mode)
     trainer.validate(net, make_loader(SIZES), verbose=False)
     found = {label: float(value) for label, value in trainer.callback_metrics.items()}

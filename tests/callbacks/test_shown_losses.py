@@ -152,7 +152,7 @@ def test_what_cannot_be_had_there_is_said_and_how_to_have_it(kind: type[Net], la
 @pytest.mark.parametrize("kind", [Within, Helped])
 def test_all_layers_are_seen_in_no_grad(kind: type[Net]) -> None:
     net = kind(focal).double()
-    trainer = make_trainer(callbacks=[LayersMonitor(probes=4000)])
+    trainer = make_trainer(callbacks=[LayersMonitor(probes=400)])
     trainer.validate(net, make_loader(SIZES), verbose=False)
     for layer in ("body", "head"):
         found = float(trainer.callback_metrics[f"val_layer_flatness/{layer}"])
