@@ -70,7 +70,7 @@ SITUATIONS: dict[str, tuple[LayersRun, Callable[[], list[nn.Module]], int, tuple
 }
 # What is run, of how many batches, with how many probes. The error of one batch comes of its probes, that of several
 # of their differences too.
-RUNS = [*((name, 1, 2) for name in SITUATIONS), ("4 pooled tokens", 1, 8), ("a loss over the batch", 3, 2)]
+RUNS = [*((name, 1, 2) for name in SITUATIONS), ("4 pooled tokens", 1, 8), ("4 pooled tokens", 3, 2)]
 
 
 def covered(measure: Callable[[], tuple[Tensor, Tensor]], truth: Tensor) -> list[float]:
