@@ -18,7 +18,8 @@ from lightning_relflat.callbacks._monitor import Monitor, computed
 from lightning_relflat.callbacks._step import Stage, Step, the_loss
 from lightning_relflat.curvature import exact_parts, recognise_passes
 from lightning_relflat.functional._checks import check_count, check_flag
-from lightning_relflat.functional._divisor import mean_divisor
+from lightning_relflat.functional._divisor import divisor_of, own_divisor
+from lightning_relflat.functional._graph import nodes_between
 from lightning_relflat.functional._linear_map import as_use
 from lightning_relflat.layer_tap import LayerTap
 from lightning_relflat.linear_layers import linear_layers
@@ -172,10 +173,10 @@ class LayersMonitor(Monitor):
             )
             return
         uses, exact = [], {}
-        outputs = [record.outputs for found in records.values() for record in found]
+        between = nodes_between(loss, [record.outputs for found in records.values() for record in found])
         weight, where_they_meet = (
             _samples(records) if divisor is None else divisor
-            for divisor in (mean_divisor(loss, outputs, apart=apart) for apart in (True, False))
+            for divisor in (divisor_of(loss, between), own_divisor(between))
         )
         for number, tap in enumerate(self._taps.values()):
             mine = [record for record in tap.take(loss) if record.is_in(loss)]
